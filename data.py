@@ -1,0 +1,829 @@
+"""Stage 0: images on disk -> tensors; attribute tables; latents on disk; the built-in avatars.
+
+    python data.py avatars out/avatars                      # 12,000 cartoon faces, 64 x 64, with exact attributes
+    python data.py avatars out/tiny --n 200 --seed 1        # tiny
+    python data.py check images --size 256                  # read every image, count the bad ones
+
+The last part of the file is the plumbing that all scripts share: errors, processes, random numbers, checkpoints, logs.
+"""
+import argparse
+import contextlib
+import csv
+import errno
+import functools
+import hashlib
+import io
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass
+from datetime import timedelta
+from importlib import metadata, resources
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image, ImageOps
+from tqdm import tqdm
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+MAX_BAD = 0.01  # a data set with a larger share of unreadable images stops the run
+SPLITS = ("train", "val", "test")
+
+
+class UserError(ValueError):
+    """A user's mistake or a machine's limit; scripts print it as one line and exit with status 2."""
+
+
+class UnreadableImage(UserError):
+    """One image file that cannot be decoded."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Images
+
+def to_rgb(image):
+    """Any PIL mode -> RGB, 8 bit. 16-bit greys are scaled, transparency is laid on white, EXIF rotation is applied."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        grey = np.asarray(image).astype(np.float64)
+        return Image.fromarray((grey / 257).clip(0, 255).round().astype(np.uint8)).convert("RGB")  # 65535 -> 255
+    if image.mode in ("LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+    if image.mode == "RGBA":
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def center_crop(image, size):
+    """ADM's crop (Dhariwal & Nichol 2021): halve with a box filter, bicubic to a short side of `size`, cut the middle."""
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    if scale != 1:
+        image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+def read_image(path, size):
+    """Image file -> uint8 (3, size, size) RGB, ADM centre crop. Raises UnreadableImage."""
+    try:
+        with Image.open(path) as image:
+            rgb = to_rgb(image)
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as e:  # what PIL raises on bad files
+        raise UnreadableImage(f"{path}: cannot be read as an image ({str(e).splitlines()[0] if str(e) else type(e).__name__})")
+    return torch.from_numpy(np.array(center_crop(rgb, size))).permute(2, 0, 1).contiguous()
+
+
+def to_float(images):
+    """uint8 (B, 3, H, W) -> float32 in [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+
+def to_uint8(images):
+    """float (B, 3, H, W) in [-1, 1] -> uint8, clamped and rounded: the one rule for every picture written or scored."""
+    return (images.float().clamp(-1, 1) * 127.5 + 127.5).round().to(torch.uint8)
+
+
+def find_images(root):
+    """Sorted posix paths of the images below `root`, relative to it. Raises UserError when there are none."""
+    root = Path(root)
+    if not root.is_dir():
+        raise UserError(f"{root}: no such folder; expected a folder of images (for the built-in set: python data.py avatars {root})")
+    files = []
+    for folder, dirs, names in os.walk(root, followlinks=True):
+        dirs[:] = [d for d in dirs if not d.startswith((".", "__MACOSX"))]
+        files += [Path(folder, n).relative_to(root).as_posix() for n in names
+                  if n.lower().endswith(IMAGE_SUFFIXES) and not n.startswith(".")]
+    if not files:
+        raise UserError(f"{root}: no images found; expected {' '.join(IMAGE_SUFFIXES)} in it or in class folders below it")
+    return sorted(files)
+
+
+class ImageFolder(torch.utils.data.Dataset):
+    """Images below `root`; the class is the first folder's name, or "all" when the images lie in `root` itself.
+
+    Item i: (image uint8 (3, size, size), label int). With flip=True there are 2N items: item N + i is the mirror image
+    of item i, so that flips need no random numbers. split ("train", "val", "test") keeps the files that
+    attributes.csv puts there. `.files` and `.labels` have N entries; `.classes` are those of the whole folder.
+    Raises UserError for a folder that cannot be used, UnreadableImage for an item that cannot be decoded.
+    """
+
+    def __init__(self, root, size, flip=False, split=None):
+        self.root, self.size, self.flip = Path(root), size, flip
+        files = find_images(root)
+        top = [f.split("/")[0] if "/" in f else "" for f in files]
+        if "" in top and any(top):
+            raise UserError(f"{root}: {files[top.index('')]} lies beside the class folders ({max(top)}/...); "
+                            "put every image into a class folder, or none")
+        self.classes = sorted(set(top)) if any(top) else ["all"]
+        if split:
+            table = read_attributes(root)
+            chosen = {f for f, s in zip(table.files, table.splits) if s == split}
+            files = [f for f in files if f in chosen]
+            if not files:
+                raise UserError(f"{root}/attributes.csv: no image has split '{split}'; found {sorted(set(table.splits))}")
+        self.files = files
+        index = {c: i for i, c in enumerate(self.classes)}
+        self.labels = [index.get(f.split("/")[0], 0) for f in files]
+        self.bad = {}
+
+    def __len__(self):
+        return len(self.files) * (2 if self.flip else 1)
+
+    def __getitem__(self, i):
+        n = len(self.files)
+        image = read_image(self.root / self.files[i % n], self.size)
+        return (image.flip(-1) if i >= n else image), self.labels[i % n]
+
+    def note_bad(self, bad):
+        """Name each new unreadable file once; raise UserError when they are more than MAX_BAD of the folder."""
+        for file, reason in bad:
+            if file not in self.bad:
+                self.bad[file] = reason
+                print(f"skipped: {reason}", file=sys.stderr)
+        if len(self.bad) > MAX_BAD * len(self.files):
+            raise UserError(f"{self.root}: {len(self.bad)} of {len(self.files)} images are unreadable, more than "
+                            f"{MAX_BAD:.0%}; the last: {list(self.bad.values())[-1]}; mend or delete them, then run again")
+
+
+def check_folder(images, batch=1):
+    """Refuse what cannot be trained on: one image, a class of one, a batch above the folder, images below the crop."""
+    n = len(images.files)
+    if n < 2:
+        raise UserError(f"{images.root}: {n} image; expected at least 2")
+    label, count = min(Counter(images.labels).items(), key=lambda x: x[1])
+    if count == 1:
+        raise UserError(f"{images.root}: class '{images.classes[label]}' has one image; a class needs two or more "
+                        "(images of one class go into one folder)")
+    if batch > n:
+        raise UserError(f"--batch {batch} is larger than the {n} images of {images.root}; use --batch {n} or less")
+    short_sides = []
+    for file in images.files[::max(1, n // 256)]:
+        try:
+            with Image.open(images.root / file) as image:
+                short_sides.append(min(image.size))
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+            continue  # unreadable files are named and counted when their turn comes
+    if short_sides and np.median(short_sides) < images.size:  # single small images are enlarged, as ADM does
+        raise UserError(f"{images.root}: the median short side is {int(np.median(short_sides))} pixels, below the "
+                        f"crop of {images.size}; use --resolution {int(np.median(short_sides))} or less")
+
+
+class Batches(torch.utils.data.Dataset):
+    """Item k: the images of batches[k] in one piece, read by one worker. With replace=True an unreadable image gives
+    its place to the next readable one (training keeps its batch size); otherwise its row is left out."""
+
+    def __init__(self, images, batches, replace):
+        self.images, self.batches, self.replace = images, batches, replace
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __getitem__(self, k):
+        pixels, labels, rows, bad = [], [], [], []
+        for row in self.batches[k]:
+            for candidate in range(row, row + (len(self.images) if self.replace else 1)):
+                try:
+                    pixel, label = self.images[candidate % len(self.images)]
+                except UnreadableImage as e:
+                    bad.append((self.images.files[candidate % len(self.images.files)], str(e)))
+                    if len(bad) > max(1, MAX_BAD * len(self.images.files)) + len(self.batches[k]):
+                        break  # note_bad will stop the run
+                    continue
+                pixels.append(pixel), labels.append(label), rows.append(row)
+                break
+        shape = (0, 3, self.images.size, self.images.size)
+        return (torch.stack(pixels) if pixels else torch.empty(shape, dtype=torch.uint8)), torch.tensor(labels), rows, bad
+
+
+def load_batches(images, batches, workers=0, replace=False):
+    """Yield (uint8 (B, 3, S, S), int64 labels (B,), rows) for each list of rows in `batches`, in order."""
+    loader = torch.utils.data.DataLoader(Batches(images, batches, replace), batch_size=None, num_workers=workers,
+                                         pin_memory=torch.cuda.is_available())
+    for pixels, labels, rows, bad in loader:
+        images.note_bad(bad)
+        yield pixels, labels, rows
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Attribute tables and latents on disk
+
+@dataclass
+class Attributes:
+    """files[i] is in splits[i] and has values[i, a] in {0, 1, nan = unknown} for the attribute names[a]."""
+    files: list
+    splits: list
+    names: list
+    values: np.ndarray
+
+
+def read_attributes(root):
+    """`root`/attributes.csv -> Attributes. Raises UserError for a missing column, a bad value, an unknown or double file."""
+    path = Path(root) / "attributes.csv"
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; expected a table with the columns file,split,<attribute>... (values 0, 1 or empty)")
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as f:
+            header, *rows = list(csv.reader(f)) or [[]]
+    except (UnicodeDecodeError, csv.Error) as e:
+        raise UserError(f"{path}: not a CSV table in UTF-8 ({e})")
+    for column in ("file", "split"):
+        if column not in header:
+            raise UserError(f"{path}: no column '{column}'; found {header[:4]}, expected file,split,<attribute>...")
+    file_at, split_at = header.index("file"), header.index("split")
+    attribute_at = [i for i in range(len(header)) if i not in (file_at, split_at)]
+    known, codes = set(find_images(root)), {"0": 0.0, "1": 1.0, "": np.nan}
+    files, splits, values = [], [], np.empty((len(rows), len(attribute_at)), np.float32)
+    for n, row in enumerate(rows):
+        where = f"{path}, line {n + 2}"
+        if len(row) != len(header):
+            raise UserError(f"{where}: {len(row)} fields; expected {len(header)} as in the header")
+        if row[file_at] not in known:
+            raise UserError(f"{where}: '{row[file_at]}' is no image below {root}; paths are relative to that folder")
+        if row[split_at] not in SPLITS:
+            raise UserError(f"{where}: split '{row[split_at]}'; expected one of {', '.join(SPLITS)}")
+        try:
+            values[n] = [codes[row[i].strip()] for i in attribute_at]
+        except KeyError as e:
+            raise UserError(f"{where}: value {e}; expected 0, 1 or empty")
+        files.append(row[file_at]), splits.append(row[split_at])
+    if len(set(files)) != len(files):
+        raise UserError(f"{path}: '{Counter(files).most_common(1)[0][0]}' stands in more than one line; expected one line per image")
+    return Attributes(files, splits, [header[i] for i in attribute_at], values)
+
+
+@dataclass
+class Latents:
+    """What vae.py wrote: moments (N, F, 2c, h, w) float16 memmap (mean, then std), labels (N,), latent mean/std (c,)."""
+    moments: np.ndarray
+    labels: np.ndarray
+    files: list
+    mean: torch.Tensor
+    std: torch.Tensor
+    meta: dict
+
+
+def load_latents(folder):
+    """Open a latent cache. Raises UserError when it is missing, unfinished or damaged."""
+    folder = Path(folder)
+    again = f"make it with: python vae.py --vae CKPT --data DIR --out {folder}"
+    if not (folder / "meta.json").is_file():  # written last
+        raise UserError(f"{folder}: no finished latent cache (meta.json is missing); {again}")
+    try:
+        meta = json.loads((folder / "meta.json").read_text())
+        moments = np.load(folder / "moments.npy", mmap_mode="r", allow_pickle=False)
+        labels = np.load(folder / "labels.npy", allow_pickle=False)
+        stats = np.load(folder / "stats.npz", allow_pickle=False)
+        mean, std = (torch.from_numpy(stats[k]).float() for k in ("mean", "std"))
+        files = (folder / "files.txt").read_text().splitlines()
+    except (OSError, ValueError, KeyError, EOFError) as e:
+        raise UserError(f"{folder}: the latent cache is damaged ({e}); delete the folder and {again}")
+    if not len(moments) == len(labels) == len(files) == meta["n"]:
+        raise UserError(f"{folder}: {len(moments)} moments, {len(labels)} labels, {len(files)} files, meta.json says "
+                        f"{meta['n']}; expected equal counts; delete the folder and {again}")
+    return Latents(moments, labels, files, mean, std, meta)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The built-in data set
+
+# Colour families, shared by all styles: attribute "<part>_<family>", two shades each.
+AVATAR_COLORS = {
+    "background": {"blue": "9ec9f0 86bbee", "green": "b2e2a8 98d49c", "yellow": "fbf2a4 f8e878",
+                   "pink": "f9c9d8 f6b2c6", "purple": "cdbcf0 b09ce6", "orange": "f8b272 f29a4e",
+                   "grey": "a3a9b0 8f959c", "white": "ffffff f7f7f7"},
+    "hair": {"black": "1c1a1e 2a2226", "brown": "5c3218 6e4020", "blond": "dfb858 ecca78",
+             "red": "c8400f b02a18", "grey": "c6c6cc d8d8de", "blue": "3f6fd8 3560c0",
+             "pink": "e0559c ec6cac", "green": "2f9a55 3f8f48"},
+    "skin": {"light": "fbdcc2 f4cfae", "tan": "d9a272 c98f5c", "dark": "96633f 7a4c30"},
+    "clothes": {"red": "d8343a c02838", "yellow": "f2c230 f6d44c", "green": "3f9f57 2f8550",
+                "blue": "3d6fd6 2f57b4", "purple": "8a4fc8 7440b0", "pink": "f27fb0 ee66a0",
+                "white": "e6e8ec dfe2e8", "black": "2a2a30 3c3c44"},
+}
+
+# One entry per drawing style (= class).
+#   zoom    base scale, such that the tallest hair still fits
+#   over    draw this many times larger and average down: this style is drawn without antialiasing
+#   colors  which dicebear colours each family above paints
+#   fixed   options that are the same in every image
+#   parts   component -> groups (weight, attributes of the group, its variants; "" = leave it out)
+# A style's attributes are all the words in its groups; the word's value is 1 when the drawn group
+# has it. Variants whose difference cannot be seen at 64 x 64 are left out or share a group.
+AVATAR_STYLES = {
+    "avataaars": {
+        "zoom": 0.97, "fixed": {"accessoriesColor": "262e33"},
+        "colors": {"hair": "hair facialHair", "skin": "skin", "clothes": "clothes hat"},
+        "parts": {
+            "top": ((27, "hair_short", "shortFlat shortRound shortWaved theCaesar frizzle"),
+                    (8, "hair_short hair_curly", "shortCurly dreads01 dreads02"),
+                    (10, "hair_curly hair_big", "fro froBand curly"),
+                    (13, "hair_long", "straight01 straight02 straightAndStrand"),
+                    (8, "hair_long hair_curly", "curvy dreads bigHair"),
+                    (10, "hair_bob", "bob miaWallace longButNotTooLong"),
+                    (6, "hair_bun", "bun"), (5, "flowers hair_bun", "frida"), (6, "hair_bald", "sides"),
+                    (13, "hat hair_none", "hat winterHat02 winterHat03 winterHat1"),
+                    (5, "turban hair_none", "turban"), (5, "hijab hair_none", "hijab")),
+            "eyes": ((45, "", "default side"), (20, "eyes_closed", "closed happy"), (12, "eyes_wink", "wink"),
+                     (12, "eyes_wide", "surprised"), (6, "eyes_hearts", "hearts"), (5, "eyes_crossed", "xDizzy")),
+            "eyebrows": ((1, "", "default defaultNatural raisedExcited flatNatural"),),
+            "mouth": ((20, "mouth_smile", "twinkle"), (30, "mouth_smile mouth_open", "smile default"),
+                      (12, "mouth_tongue mouth_smile mouth_open", "tongue"), (14, "mouth_sad", "sad"),
+                      (10, "mouth_open", "screamOpen"), (8, "mouth_teeth", "grimace"), (6, "", "serious")),
+            "facialHair": ((66, "", ""), (24, "beard", "beardLight beardMedium beardMajestic"),
+                           (10, "moustache", "moustacheFancy moustacheMagnum")),
+            "accessories": ((60, "", ""), (25, "glasses", "prescription01 prescription02 round"),
+                            (15, "sunglasses", "kurt sunglasses wayfarers")),
+            "clothes": ((40, "", "shirtCrewNeck shirtScoopNeck shirtVNeck"), (14, "clothes_hoodie", "hoodie"),
+                        (14, "clothes_jacket", "blazerAndShirt blazerAndSweater"),
+                        (10, "clothes_collar", "collarAndSweater"), (12, "clothes_overall", "overall"),
+                        (10, "clothes_print", "graphicShirt")),
+            "clothesGraphic": ((1, "", "bat bear deer diamond hola pizza skull"),)}},
+    "adventurer": {
+        "zoom": 1.05, "fixed": {}, "colors": {"hair": "hair", "skin": "skin"},
+        "parts": {
+            "hair": ((26, "hair_short", "short01 short02 short04 short07 short08 short10 short11 short14"),
+                     (10, "hair_short hair_curly", "short03 short17 short18"), (7, "hair_spiky", "short15 short16"),
+                     (10, "hair_long", "long04 long07"), (8, "hair_long hair_curly", "long06 long09 long22"),
+                     (11, "hair_bob", "long01 long05 long21 long25"), (8, "hair_bun", "long10 long12 long13"),
+                     (7, "hair_ponytail", "long16 long19"), (7, "hair_pigtails", "long14 long15 long23"),
+                     (3, "flowers hair_long", "long08"), (3, "flowers hair_bob", "long03"),
+                     (6, "hair_bald hair_none", "short19")),
+            "eyes": ((45, "", "01 02 03 24 25 26"), (20, "eyes_closed", "19 20"), (15, "eyes_wink", "21 22"),
+                     (20, "eyes_sleepy", "04 16 17 18")),
+            "eyebrows": ((1, "", "06 07 08 10 12 13 14"),),
+            "mouth": ((16, "mouth_smile", "02 29"), (24, "mouth_smile mouth_open", "01 26 27 28 30"),
+                      (14, "mouth_smile mouth_teeth", "05 22 23"), (10, "mouth_sad", "04"),
+                      (6, "mouth_sad mouth_open", "14"), (8, "mouth_open", "15"), (8, "mouth_tongue", "16"),
+                      (6, "mouth_pucker", "17"), (8, "", "09 10")),
+            "details": ((60, "", ""), (20, "moustache", "mustache"), (20, "blush", "blush")),
+            "glasses": ((62, "", ""), (25, "glasses", "02 04 05"), (13, "sunglasses", "01")),
+            "earrings": ((1, "", ""),)}},
+    "big-smile": {
+        "zoom": 0.9, "fixed": {}, "colors": {"hair": "hair", "skin": "skin"},
+        "parts": {
+            "hair": ((26, "hair_short", "shortHair bowlCutHair shavedHead"),
+                     (12, "hair_short hair_curly", "curlyShortHair"), (16, "hair_bun", "bunHair froBun"),
+                     (16, "hair_bob", "curlyBob"), (16, "hair_long", "straightHair bangs"),
+                     (8, "hair_long hair_curly", "wavyBob"), (6, "hair_mohawk", "mohawk")),
+            "eyes": ((45, "", "normal cheery"), (20, "eyes_closed", "sleepy"), (13, "eyes_wink", "winking"),
+                     (10, "eyes_star", "starstruck"), (12, "eyes_angry", "angry")),
+            "mouth": ((20, "mouth_smile", "kawaii"), (35, "mouth_smile mouth_open mouth_teeth", "openedSmile gapSmile"),
+                      (15, "mouth_smile mouth_teeth", "teethSmile"), (18, "mouth_sad mouth_open", "openSad"),
+                      (12, "", "unimpressed")),
+            "accessories": ((26, "", ""), (18, "glasses", "glasses"), (10, "sunglasses", "sunglasses"),
+                            (12, "moustache", "mustache"), (8, "face_mask", "faceMask"), (6, "sleep_mask", "sleepMask"),
+                            (7, "cat_ears", "catEars"), (7, "clown_nose", "clownNose"),
+                            (6, "tiara", "sailormoonCrown"))}},
+    "micah": {
+        "zoom": 0.95, "fixed": {"glassesColor": "000000", "earringColor": "f4d150", "facialHairColor": "b0b0b4"},
+        "colors": {"hair": "hair", "skin": "base", "clothes": "shirt"},  # a dark beard would cover the mouth
+        "parts": {
+            "hair": ((32, "hair_short", "fonze"), (22, "hair_long", "full"), (24, "hair_bob", "pixie dannyPhantom"),
+                     (10, "hair_mohawk", "mrT"), (12, "hair_bald hair_none", "mrClean")),
+            "eyes": ((70, "", "eyes round"), (30, "eyes_closed", "smiling")),
+            "eyebrows": ((1, "", "up down"),),
+            "nose": ((1, "", "curve pointed tound"),),
+            "ears": ((1, "", "attached"),),
+            "mouth": ((25, "mouth_smile", "smile smirk"), (25, "mouth_smile mouth_open", "laughing"),
+                      (18, "mouth_sad", "frown sad"), (14, "mouth_open", "surprised"), (10, "mouth_teeth", "nervous"),
+                      (8, "mouth_pucker", "pucker")),
+            "facialHair": ((72, "", ""), (18, "beard", "beard"), (10, "stubble", "scruff")),
+            "glasses": ((55, "", ""), (22, "glasses glasses_round", "round"), (23, "glasses glasses_square", "square")),
+            "earrings": ((70, "", ""), (30, "earrings", "hoop")),
+            "clothes": ((60, "", "open"), (40, "clothes_collar", "collared"))}},
+    "pixel-art": {
+        "zoom": 0.92, "over": 2,
+        "fixed": {"glassesColor": "191919", "mouthColor": "c81414", "accessoriesColor": "ffd700"},
+        "colors": {"hair": "hair", "skin": "skin", "clothes": "clothing hat"},
+        "parts": {
+            "hair": ((36, "hair_short", "short01 short02 short06 short10 short14 short15 short16 short17"),
+                     (34, "hair_long", "long01 long02 long03 long07 long09 long12 long13"),
+                     (15, "hair_bob", "long04 long11 long17"), (15, "hair_spiky", "short11 short13 long15")),
+            "eyes": ((1, "", "01 03 06 07 09 11"),),
+            "mouth": ((50, "mouth_smile", "happy06 happy07 happy08 happy09"), (20, "mouth_sad", "sad01"),
+                      (15, "mouth_lips", "happy12 happy13"), (15, "", "sad04 sad06")),
+            "glasses": ((60, "", ""), (25, "glasses", "light05 light06 light07"),
+                        (15, "sunglasses", "dark01 dark02 dark05 dark06")),
+            "hat": ((80, "", ""), (20, "hat", "01 02 03 04 06 10")),
+            "accessories": ((75, "", ""), (25, "earrings", "01 03")),
+            "beard": ((1, "", ""),),
+            "clothes": ((75, "", "01 03 04 05 08 11 14"), (25, "clothes_print", "02 06 13"))}},
+}
+# Drawn in three-quarter view, so that a mirrored image can be told: these have `flipped`.
+AVATAR_ASYMMETRIC = ("adventurer", "big-smile", "micah")
+# When all attributes on the left hold, those on the right cannot be seen and are 0 (a prefix is enough).
+AVATAR_HIDES = {"sunglasses": ("eyes_",), "sleep_mask": ("eyes_",), "face_mask": ("mouth_",),
+                "hair_none": tuple("hair_" + c for c in AVATAR_COLORS["hair"]),
+                "hat hair_short": tuple("hair_" + c for c in AVATAR_COLORS["hair"]),
+                "clothes_white": ("clothes_print",),  # the prints are white
+                "hijab": ("clothes_collar", "clothes_hoodie", "clothes_jacket", "clothes_print")}
+
+
+def avatar_vocabulary(style):
+    """Names of the attributes that apply to `style`, in a fixed order."""
+    s = AVATAR_STYLES[style]
+    words = [w for groups in s["parts"].values() for _, names, _ in groups for w in names.split()]
+    words += [f"{part}_{c}" for part in ("background", *s["colors"]) for c in AVATAR_COLORS[part]]
+    return list(dict.fromkeys(words + ["flipped"] * (style in AVATAR_ASYMMETRIC)))
+
+
+def draw_options(style, rng):
+    """Draw one avatar: (every dicebear option, set of attributes that are 1). Units: degrees, percent."""
+    def pick(seq):  # rng.random() is the one draw whose stream numpy keeps across releases
+        return seq[int(rng.random() * len(seq))]
+
+    def uniform(low, high):
+        return round(low + (high - low) * rng.random(), 3)
+
+    s = AVATAR_STYLES[style]
+    flip = rng.random() < 0.5
+    opts = {"flip": "horizontal" if flip else "none", "scale": s["zoom"] * uniform(0.75, 1.15),
+            "rotate": uniform(-15, 15), "translateX": uniform(-12, 12), "translateY": uniform(-12, 12), **s["fixed"]}
+    true = {"flipped"} if flip else set()
+    for part, families in AVATAR_COLORS.items():
+        family = pick(list(families))
+        true.add(f"{part}_{family}")
+        for name in s["colors"].get(part, "background" if part == "background" else "").split():
+            opts[name + "Color"] = pick(families[family].split())
+    for component, groups in s["parts"].items():
+        weights = np.cumsum([g[0] for g in groups])
+        _, words, variants = groups[int(np.searchsorted(weights, rng.random() * weights[-1], side="right"))]
+        opts[component + "Probability"] = 100 if variants else 0
+        if variants:
+            variant = pick(variants.split())
+            opts[component + "Variant"] = "variant" + variant if variant.isdigit() else variant
+        true.update(words.split())
+    for cover, hidden in AVATAR_HIDES.items():
+        if true.issuperset(cover.split()):
+            true = {w for w in true if not w.startswith(hidden)}
+    return opts, true
+
+
+@functools.lru_cache(None)
+def avatar_style(style):
+    from dicebear import Style
+    return Style(json.loads((resources.files("dicebear_styles") / f"{style}.json").read_text("utf-8")))
+
+
+def render_avatar(job):
+    """Write image i and return its row of attributes; depends on (seed, i) alone. Runs in a worker."""
+    folder, i, size, seed = job
+    import resvg_py
+    from dicebear import Avatar
+    style = list(AVATAR_STYLES)[i % len(AVATAR_STYLES)]
+    rng = np.random.Generator(np.random.Philox(key=np.array([seed, i], np.uint64)))
+    opts, true = draw_options(style, rng)
+    over = AVATAR_STYLES[style].get("over", 1)
+    svg = Avatar(avatar_style(style), {**opts, "size": over * size}).to_string()
+    png = resvg_py.svg_to_bytes(svg_string=svg, skip_system_fonts=True)
+    file = f"{style}/{i:05d}.png"
+    Image.open(io.BytesIO(png)).convert("RGB").reduce(over).save(Path(folder, file))
+    return {"file": file, **{w: int(w in true) for w in avatar_vocabulary(style)}}
+
+
+def render_avatars(out, n=12000, size=64, seed=0):
+    """Render the built-in data set `avatars`: n cartoon faces, size x size pixels, into folder `out`.
+
+    Writes <style>/<index>.png, attributes.csv (0/1, empty = the style has no such attribute) and
+    avatars.json. The same (n, size, seed) gives the same bytes. Raises UserError when a package is
+    missing or `out` holds something else.
+    """
+    try:
+        import dicebear  # noqa: F401
+        import dicebear_styles  # noqa: F401
+        import resvg_py  # noqa: F401
+    except ImportError as e:
+        raise UserError(f"cannot draw avatars ({e}): pip install -r requirements-dev.txt")
+    out, part = Path(out), Path(f"{out}.part")
+    settings = {"n": n, "size": size, "seed": seed,
+                "packages": {p: metadata.version(p) for p in ("dicebear-core", "dicebear-styles", "resvg-py")}}
+    if out.exists():
+        record = out / "avatars.json"
+        found = json.loads(record.read_text("utf-8")) if record.is_file() else {}
+        found = {k: found.get(k) for k in settings}
+        if found == settings and (out / "attributes.csv").is_file():
+            return print(f"{out}: already rendered")
+        raise UserError(f"{out} exists but is not this data set: found {found}, expected {settings}")
+    shutil.rmtree(part, ignore_errors=True)  # left by a run that was killed
+    for style in AVATAR_STYLES:
+        (part / style).mkdir(parents=True)
+    jobs = [(str(part), i, size, seed) for i in range(n)]
+    with multiprocessing.get_context("spawn").Pool(max(1, min(os.cpu_count() or 1, n // 100))) as pool:
+        rows = list(tqdm(pool.imap(render_avatar, jobs, chunksize=32), "avatars", n, unit="image", disable=None))
+    # A permutation keyed apart from every image: 1/12 validation, 1/12 test, the rest training.
+    key = np.array([seed, 2**64 - 1], np.uint64)
+    order = np.argsort(np.random.Generator(np.random.Philox(key=key)).random(n))
+    for rank, i in enumerate(order):
+        rows[i]["split"] = "val" if rank < n // 12 else "test" if rank < 2 * (n // 12) else "train"
+    names = dict.fromkeys(w for style in AVATAR_STYLES for w in avatar_vocabulary(style))
+    with open(part / "attributes.csv", "w", newline="", encoding="utf-8") as f:
+        writer = csv.DictWriter(f, ["file", "split", *names], restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    styles = {}
+    for style in AVATAR_STYLES:
+        meta = json.loads((resources.files("dicebear_styles") / f"{style}.json").read_text("utf-8"))["meta"]
+        styles[style] = {"license": meta["license"], "creator": meta["creator"], "source": meta["source"]}
+    text = json.dumps({**settings, "styles": styles}, indent=2, ensure_ascii=False)
+    (part / "avatars.json").write_text(text + "\n", "utf-8")
+    part.rename(out)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What every script shares: errors, processes, random numbers, checkpoints, logs
+
+def run_script(main):
+    """Run main(); a UserError, a full disk or exhausted GPU memory ends in one line on stderr and exit status 2."""
+    try:
+        main()
+    except UserError as e:
+        message = str(e)
+    except torch.OutOfMemoryError as e:
+        message = f"out of GPU memory ({str(e).splitlines()[0]}); use a smaller --micro-batch: the result stays the same"
+    except OSError as e:
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG):
+            raise
+        message = f"{e.filename or 'output'}: {e.strerror}; what was written before is intact; free space or choose another --out, then run again"
+    else:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        return
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    os._exit(2) if dist.is_initialized() else sys.exit(2)  # other ranks may wait in a collective: do not wait for them
+
+
+def setup():
+    """(device, rank, world size): CUDA, else MPS, else CPU; a process group when torchrun started the script."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    else:
+        device = torch.device("mps" if torch.backends.mps.is_available() and world == 1 else "cpu")
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
+    return device, rank, world
+
+
+def fast_precision(device):
+    """bf16 where matrix units for it exist (CUDA Ampere and later, CPUs with AVX512-BF16 or AMX), else fp32."""
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.get_device_capability(device)[0] >= 8 else "fp32"
+    has = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)() or getattr(torch.cpu, "_is_amx_tile_supported", bool)()
+    return "bf16" if device.type == "cpu" and has else "fp32"
+
+
+def autocast(device, precision):
+    """bf16 for matmuls and convolutions; weights, losses and KL stay fp32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def barrier():
+    if dist.is_initialized():
+        dist.barrier()
+
+
+@contextlib.contextmanager
+def rank_zero_first():
+    """The first process may download; the others then find its copy."""
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    if rank:
+        barrier()
+    yield
+    if not rank:
+        barrier()
+
+
+def sync_if(module, last):
+    """Gradients travel between processes with the last micro-batch only."""
+    return contextlib.nullcontext() if last or not hasattr(module, "no_sync") else module.no_sync()
+
+
+def mean_over_ranks(parts):
+    """{name: scalar tensor of this rank} -> {name: float}, the mean over ranks."""
+    values = torch.stack([v.detach().float() for v in parts.values()])
+    values = all_reduce(values) / (dist.get_world_size() if dist.is_initialized() else 1)
+    return dict(zip(parts, values.tolist()))
+
+
+def all_reduce(x, op=None):
+    """Sum (or `op`) of a tensor over all ranks, in place; returns it."""
+    if dist.is_initialized():
+        dist.all_reduce(x, op or dist.ReduceOp.SUM)
+    return x
+
+
+def split_rows(n, rank, world):
+    """The contiguous slice of range(n) that belongs to a rank; the slices are disjoint and cover all rows."""
+    return range(n * rank // world, n * (rank + 1) // world)
+
+
+def sample_order(n, seed, start, count):
+    """Rows of positions start .. start+count-1 in an endless stream of epochs, each a permutation of range(n) drawn
+    from (seed, epoch): the data position is the step alone, whatever the number of processes."""
+    epochs = {}
+    for e in range(start // n, (start + count - 1) // n + 1):
+        epochs[e] = np.random.Generator(np.random.Philox(key=(seed << 64) + e)).permutation(n)
+    return [int(epochs[p // n][p % n]) for p in range(start, start + count)]
+
+
+def draw_noise(seed, rows, uniforms, *shapes):
+    """Random numbers that depend on (seed, row) only: U(0,1) (B, uniforms), then one standard normal (B, *shape) a shape.
+
+    A counter-based generator (Philox, key = seed and row) makes them equal for any number of processes or batch size,
+    and leaves no generator state to store in a checkpoint.
+    """
+    generators = [np.random.Generator(np.random.Philox(key=(seed << 64) + int(r))) for r in rows]
+    drawn = [torch.from_numpy(np.stack([g.random(uniforms, dtype=np.float32) for g in generators]))]
+    for shape in shapes:
+        drawn.append(torch.from_numpy(np.stack([g.standard_normal(shape, dtype=np.float32) for g in generators])))
+    return drawn
+
+
+def open_out(folder, need_bytes=0):
+    """Make an output folder. Raises UserError when it cannot be written or the disk lacks `need_bytes`."""
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".write-test-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as e:
+        raise UserError(f"{folder}: cannot be written ({e.strerror}); choose another --out")
+    free = shutil.disk_usage(folder).free
+    if need_bytes > free:
+        raise UserError(f"{folder}: needs {need_bytes / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free; "
+                        "free space or choose another --out")
+    return folder
+
+
+def weights_hash(state_dict):
+    """16 hex digits that name a set of weights: sha256 over names, shapes and values (float32)."""
+    h = hashlib.sha256()
+    for name in sorted(state_dict):
+        value = state_dict[name].detach().float().cpu().contiguous()
+        h.update(f"{name}{tuple(value.shape)}".encode())
+        h.update(value.numpy().tobytes())
+    return h.hexdigest()[:16]
+
+
+def save_checkpoint(path, state):
+    """Write `path` so that a kill at any moment leaves a whole checkpoint; the one before stays as NAME.prev.pt."""
+    path = Path(path)
+    temporary = path.with_suffix(".tmp")
+    with open(temporary, "wb") as f:
+        torch.save(state, f)
+        f.flush()
+        os.fsync(f.fileno())
+    if path.exists():
+        os.replace(path, path.with_suffix(".prev.pt"))
+    os.replace(temporary, path)
+
+
+def load_checkpoint(path):
+    """torch.load on the CPU without pickled code. Raises UserError for a missing, torn or foreign file."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such checkpoint")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:  # torn zip, pickle of code, text file: torch raises many types, all mean the same here
+        raise UserError(f"{path}: not a readable checkpoint ({type(e).__name__}: {str(e).splitlines()[0][:120]})")
+
+
+def load_newest(path):
+    """The checkpoint `path`, or the one kept before it when the newest is missing or torn; None when there is neither."""
+    path = Path(path)
+    kept = [p for p in (path, path.with_suffix(".prev.pt")) if p.exists()]
+    for i, p in enumerate(kept):
+        try:
+            return load_checkpoint(p)
+        except UserError as e:
+            if i == len(kept) - 1:
+                raise
+            print(f"{e}; going on from {kept[i + 1]}", file=sys.stderr)
+
+
+# Flags that may change between the first and the second half of a run without changing what it computes.
+FREE_FLAGS = {"steps", "micro_batch", "workers", "save_every", "log_every", "compile"}
+
+
+def same_run(checkpoint, args, path):
+    """Refuse to resume `path` under other settings than it was begun with."""
+    for name, value in vars(args).items():
+        before = checkpoint["args"].get(name)
+        if name not in FREE_FLAGS and before != value:
+            raise UserError(f"{path} was begun with --{name.replace('_', '-')} {before}, this command says {value}; "
+                            "use the same settings to go on, or another --out to begin anew")
+
+
+def load_weights(module, state, source):
+    """Strict load_state_dict; names the first missing, unexpected or misshapen key and both shapes."""
+    have = {k: tuple(v.shape) for k, v in state.items()}
+    want = {k: tuple(v.shape) for k, v in module.state_dict().items()}
+    wrong = ([f"{k} is missing" for k in want if k not in have] + [f"{k} is unexpected" for k in have if k not in want]
+             + [f"{k} is {have[k]}, expected {want[k]}" for k in want if k in have and have[k] != want[k]])
+    if wrong:
+        raise UserError(f"{source}: does not fit {type(module).__name__}: {wrong[0]} ({len(wrong)} such entries)")
+    module.load_state_dict(state)
+
+
+@torch.no_grad()
+def update_ema(ema, model, step, decay):
+    """ema <- d ema + (1 - d) model, with d = min(decay, (1 + step) / (10 + step)) so that early averages are not noise."""
+    d = min(decay, (1 + step) / (10 + step))
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - d)
+
+
+class Log:
+    """metrics.jsonl: the run's settings first, then one JSON object a line; a resumed run drops what came after its
+    checkpoint. Only rank 0 writes."""
+
+    def __init__(self, path, step, settings, rank):
+        self.path, self.rank = Path(path), rank
+        if rank:
+            return
+        lines = self.path.read_text().splitlines() if step and self.path.exists() else []
+        kept = [line for line in lines if line.endswith("}") and json.loads(line).get("step", 0) <= step]
+        self.path.write_text("".join(line + "\n" for line in kept or [json.dumps(settings)]))
+
+    def write(self, **record):
+        if not self.rank:
+            with open(self.path, "a") as f:
+                f.write(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in record.items()}) + "\n")
+
+
+def write_json(path, record):
+    """Whole or not at all."""
+    temporary = Path(str(path) + ".tmp")
+    temporary.write_text(json.dumps(record, indent=1) + "\n")
+    os.replace(temporary, path)
+
+
+class Stop:
+    """SIGTERM and Ctrl-C ask for a save; `asked()` is true on every rank once any rank was signalled."""
+
+    def __init__(self):
+        self.flag = torch.zeros(1)
+        for s in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(s, lambda *_: self.flag.fill_(1))
+
+    def asked(self, device):
+        if not dist.is_initialized():
+            return bool(self.flag)
+        return bool(all_reduce(self.flag.to(device, copy=True), dist.ReduceOp.MAX))
+
+
+def stop_if_not_finite(step, parts, advice):
+    """parts: name -> float. A non-finite value stops the run before it can be saved."""
+    bad = [k for k, v in parts.items() if not np.isfinite(v)]
+    if bad:
+        shown = ", ".join(f"{k} {v:.4g}" for k, v in parts.items())
+        raise UserError(f"step {step}: {', '.join(bad)} not finite ({shown}); the last checkpoint is intact; try {advice}")
+
+
+def save_grid(images, path, columns):
+    """uint8 (N, 3, H, W) -> one PNG with `columns` images a row."""
+    n, _, h, w = images.shape
+    rows = -(-n // columns)
+    sheet = torch.full((3, rows * h, columns * w), 255, dtype=torch.uint8)
+    for i in range(n):
+        r, c = divmod(i, columns)
+        sheet[:, r * h:(r + 1) * h, c * w:(c + 1) * w] = images[i]
+    Image.fromarray(sheet.permute(1, 2, 0).numpy()).save(path)
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = p.add_subparsers(dest="command", required=True)
+    a = commands.add_parser("avatars", help="render the built-in data set")
+    a.add_argument("out")
+    a.add_argument("--n", type=int, default=12000, help="images (default 12000)")
+    a.add_argument("--size", type=int, default=64, help="pixels a side (default 64)")
+    a.add_argument("--seed", type=int, default=0)
+    c = commands.add_parser("check", help="read every image of a folder and its attribute table")
+    c.add_argument("dir")
+    c.add_argument("--size", type=int, default=64, help="crop, in pixels (default 64)")
+    args = p.parse_args()
+    if args.command == "avatars":
+        return render_avatars(args.out, args.n, args.size, args.seed)
+    images = ImageFolder(args.dir, args.size)
+    rows = [list(range(i, min(i + 64, len(images)))) for i in range(0, len(images), 64)]
+    for _ in tqdm(load_batches(images, rows, workers=os.cpu_count()), total=len(rows), disable=None):
+        pass
+    print(f"{args.dir}: {len(images) - len(images.bad)} images in {len(images.classes)} classes, {len(images.bad)} unreadable")
+    if (images.root / "attributes.csv").exists():
+        print(f"attributes.csv: {len(read_attributes(args.dir).names)} attributes")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,169 @@
+"""The paper's idea (arXiv 2601.05823, section 3): noised latents must predict a frozen vision model's patch tokens.
+
+    z   = V_theta.encode(x).sample()                     latent, normalised per channel       vae.py
+    z_t = (1 - a) eps + a z,  eps ~ N(0, I), a ~ U(0, 1)                              (1)     add_noise
+    y   = f(x)                                           tokens of the frozen VFM             VFM
+    L_align = mean_n [1 - cos(h_phi(z_t)[n], y[n])]                                   (2)     Mapper, align_loss
+    L(theta, phi) = lambda_align L_align + L_VAE                                      (3)     train_vae.py
+"""
+from pathlib import Path
+
+import timm
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from data import UserError, load_checkpoint
+
+
+def add_noise(z, generator=None, a=None, eps=None):
+    """Eq. (1): z (B, c, h, w) normalised -> z_t, same shape; one a ~ U(0, 1) an image; a = 1 is clean, a = 0 is noise.
+    a (B,) and eps (B, c, h, w) are drawn here when they are not given."""
+    a = torch.rand(len(z), generator=generator, device=z.device) if a is None else a
+    eps = torch.randn(z.shape, generator=generator, device=z.device) if eps is None else eps
+    a = a.view(-1, 1, 1, 1)
+    return (1 - a) * eps + a * z
+
+
+def align_loss(pred, target):
+    """Eq. (2): pred, target (B, N, D) -> scalar in [0, 2], the mean over tokens of 1 - cosine similarity, in float32."""
+    return (1 - F.cosine_similarity(pred.float(), target.float(), dim=-1)).mean()
+
+
+class Block(nn.Module):
+    """Pre-norm ViT block (Dosovitskiy et al. 2021)."""
+
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6)
+        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
+
+    def forward(self, x):  # (B, N, dim) -> same
+        B, N, dim = x.shape
+        q, k, v = self.qkv(self.norm1(x)).view(B, N, 3, self.heads, dim // self.heads).permute(2, 0, 3, 1, 4)  # (B, heads, N, d)
+        x = x + self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, N, dim))
+        return x + self.mlp(self.norm2(x))
+
+
+def sincos_2d(dim, grid):
+    """Fixed 2-D sine-cosine positions (grid * grid, dim), rows first; dim must be a multiple of 4."""
+    omega = 10000 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+    angle = torch.arange(grid, dtype=torch.float64)[:, None] * omega  # (grid, dim/4)
+    one = torch.cat([angle.sin(), angle.cos()], 1).float()  # (grid, dim/2)
+    return torch.cat([one.repeat(grid, 1), one.repeat_interleave(grid, 0)], 1)  # (grid*grid, dim)
+
+
+class Mapper(nn.Module):
+    """h_phi: patch embedding -> `depth` ViT blocks -> MLP projector. z_t (B, z_channels, h, h) -> (B, grid*grid, vfm_dim).
+
+    depth 1 is the paper's best (Table 2); depth 0 is the plain MLP alignment of earlier work. No time conditioning.
+    width defaults to vfm_dim, heads to width / 64 (12 for 768, 16 for 1024). Raises UserError if grid does not divide h.
+    """
+
+    def __init__(self, z_channels, latent_size, grid, vfm_dim, depth=1, width=None, heads=None, mlp_width=2048):
+        super().__init__()
+        width = width or vfm_dim
+        heads = heads or max(1, width // 64)
+        if latent_size % grid:
+            raise UserError(f"the VFM's {grid} x {grid} tokens do not divide the {latent_size} x {latent_size} latent")
+        if width % (4 * heads):
+            raise UserError(f"mapper width {width}: expected a multiple of {4 * heads}")
+        self.config = dict(z_channels=z_channels, latent_size=latent_size, grid=grid, vfm_dim=vfm_dim, depth=depth,
+                           width=width, heads=heads, mlp_width=mlp_width)
+        patch = latent_size // grid  # f16 with 16 x 16 tokens at 256: 1; f8: 2
+        self.patch_embed = nn.Conv2d(z_channels, width, patch, stride=patch)
+        self.register_buffer("pos", sincos_2d(width, grid), persistent=False)
+        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
+        self.norm = nn.LayerNorm(width, eps=1e-6) if depth else nn.Identity()
+        self.projector = nn.Sequential(nn.Linear(width, mlp_width), nn.SiLU(), nn.Linear(mlp_width, mlp_width), nn.SiLU(),
+                                       nn.Linear(mlp_width, vfm_dim))
+
+    def forward(self, z_t):
+        h = self.patch_embed(z_t).flatten(2).transpose(1, 2) + self.pos  # (B, N, width)
+        for block in self.blocks:
+            h = block(h)
+        return self.projector(self.norm(h))  # (B, N, vfm_dim)
+
+
+class VFM(nn.Module):
+    """A frozen vision foundation model from timm. x (B, 3, H, W) in [-1, 1] -> tokens (B, grid*grid, dim), float32.
+
+    name   any timm model with intermediate features. ViT: patch tokens after the final norm, without class and
+           register tokens. CNN: a feature map as a grid of tokens.
+    layer  ViT: block (negative counts from the end; default: the last). CNN: feature stage (default: stride 16).
+    ckpt   local .pth/.pt/.bin/.safetensors instead of timm's download.
+    The input is resized (bicubic) to grid * patch or grid * stride pixels, which gives grid x grid tokens, and
+    normalised with the model's own mean and std. Raises UserError for an unknown name, a missing file, weights that do
+    not fit, or a failed download. Never falls back to another model.
+    """
+
+    def __init__(self, name, image_size, grid, ckpt=None, layer=None):
+        super().__init__()
+        self.name, self.grid, self.image_size = name, grid, image_size
+        if not timm.is_model(name.split(".")[0]):
+            raise UserError(f"--vfm {name}: timm {timm.__version__} has no such model; timm.list_models() names all")
+        spec = timm.create_model(name, pretrained=False)
+        stages = [(s["reduction"], s["num_chs"]) for s in getattr(spec.feature_info, "info", spec.feature_info)]
+        is_vit = hasattr(spec, "patch_embed") and hasattr(spec, "blocks")
+        if layer is None and not is_vit and 16 not in [r for r, _ in stages]:
+            raise UserError(f"--vfm {name}: no feature map of stride 16; choose one with --vfm-layer 0..{len(stages) - 1}")
+        if layer is None:
+            layer = len(stages) - 1 if is_vit else max(i for i, (r, _) in enumerate(stages) if r == 16)
+        if not -len(stages) <= layer < len(stages):
+            raise UserError(f"--vfm-layer {layer}: {name} has the layers 0..{len(stages) - 1}")
+        self.layer = layer % len(stages)
+        stride, self.dim = stages[self.layer]
+        self.size = grid * stride
+        self.net = pretrained(name, ckpt, img_size=self.size) if is_vit else pretrained(name, ckpt)
+        config = self.net.pretrained_cfg
+        self.register_buffer("mean", torch.tensor(config["mean"]).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(config["std"]).view(1, 3, 1, 1), persistent=False)
+        self.eval().requires_grad_(False)
+
+    def train(self, mode=True):  # frozen: batch norm must never leave evaluation mode
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, x):
+        x = F.interpolate(x, (self.size, self.size), mode="bicubic", antialias=x.shape[-1] > self.size) if x.shape[-1] != self.size else x
+        x = ((x.clamp(-1, 1) + 1) / 2 - self.mean) / self.std
+        y = self.net.forward_intermediates(x, indices=[self.layer], norm=True, stop_early=True, output_fmt="NCHW",
+                                           intermediates_only=True)[0]  # (B, dim, grid, grid)
+        if y.shape[1:] != (self.dim, self.grid, self.grid):
+            raise UserError(f"--vfm {self.name}: features {tuple(y.shape[1:])}, expected {(self.dim, self.grid, self.grid)}")
+        return y.flatten(2).transpose(1, 2).float()  # (B, grid*grid, dim)
+
+
+def pretrained(name, ckpt=None, **kwargs):
+    """timm model with weights from its hub, or from the local file `ckpt`; num_classes=0. Raises UserError."""
+    kwargs["num_classes"] = 0
+    if ckpt is None:
+        try:
+            return timm.create_model(name, pretrained=True, **kwargs)
+        except (OSError, RuntimeError, ValueError) as e:  # what timm and huggingface_hub raise without a network
+            raise UserError(f"--vfm {name}: its weights cannot be fetched ({type(e).__name__}: {str(e).splitlines()[0][:100]}); "
+                            "give a local file with --vfm-ckpt")
+    if not Path(ckpt).is_file():
+        raise UserError(f"--vfm-ckpt {ckpt}: no such file")
+    in_order = state_in_order(timm.create_model(name, pretrained=False), ckpt)
+    try:
+        if in_order is None:  # timm's own loading: known foreign names, position embeddings resampled to img_size
+            return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=dict(file=str(ckpt)), **kwargs)
+        model = timm.create_model(name, pretrained=False, **kwargs)
+        model.load_state_dict({k: v for k, v in in_order.items() if k in model.state_dict()})
+        return model
+    except (OSError, RuntimeError, ValueError, KeyError) as e:
+        raise UserError(f"--vfm-ckpt {ckpt}: does not fit {name} ({' '.join(str(e).split())[:200]})")
+
+
+def state_in_order(model, ckpt):
+    """A state dict under foreign names whose tensors have the model's count, order and shapes, renamed; else None."""
+    if str(ckpt).endswith(".safetensors"):
+        return None
+    theirs, ours = load_checkpoint(ckpt), model.state_dict()
+    if set(theirs) & set(ours) or [tuple(getattr(v, "shape", ())) for v in theirs.values()] != [tuple(v.shape) for v in ours.values()]:
+        return None
+    print(f"{ckpt}: no name matches, but all {len(ours)} shapes do, in order: loaded by position")
+    return dict(zip(ours, theirs.values()))

@@ -1,0 +1,141 @@
+"""Stage 4: images from noise: NAME.npz for evaluators (arr_0 uint8 NHWC, arr_1 labels), NAME.png for people.
+
+    python sample.py --sit out/sit/sit.pt --vae out/send/vae.pt --n 50000 --out out/samples.npz         # one process
+    torchrun --nproc_per_node=8 sample.py --sit out/sit/sit.pt --vae out/send/vae.pt --n 50000 --out out/samples.npz
+    python sample.py --sit out/demo/send/sit.pt --sampler heun --steps 10 --n 16 --out out/tiny.npz     # tiny
+
+Image i depends on (seed, i) only, not on the number of processes or the batch. t = 1 is noise, t = 0 is data.
+Guidance acts on all channels: v = v_u + s (v_c - v_u) for t within --interval; s = 1 is off.
+"""
+import argparse
+import os
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import data
+from data import UserError
+from sit import load_sit, sample_ode, sample_sde
+from vae import load_vae
+
+
+STREAM, LABELS = 2 ** 32, 2 ** 62  # added to the seed: noise of SDE step i, and labels, apart from the first noise
+
+
+def parse_args():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--sit", required=True, help="checkpoint of train_sit.py")
+    p.add_argument("--vae", help="checkpoint to decode with (default: the one the latents were made with)")
+    p.add_argument("--out", required=True, help="NAME.npz; NAME.png is written beside it")
+    p.add_argument("--n", type=int, default=50_000, help="images")
+    p.add_argument("--sampler", default="sde", choices=("sde", "euler", "heun"), help="sde: Euler-Maruyama, w(t) = 2t (paper)")
+    p.add_argument("--steps", type=int, default=250)
+    p.add_argument("--cfg", type=float, default=1.0, help="guidance scale s (paper: 2.5)")
+    p.add_argument("--interval", type=float, nargs=2, default=(0.0, 0.75), metavar=("LOW", "HIGH"), help="times t with guidance (REPA-E: 0 0.75)")
+    p.add_argument("--labels", default="random", choices=("random", "equal"), help="classes drawn at random, or in equal counts")
+    p.add_argument("--weights", choices=("ema", "model"), default="ema")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--batch", type=int, default=64, help="images at a time and process: memory only")
+    p.add_argument("--precision", choices=("bf16", "fp32"), help="default: bf16 where it is fast")
+    return p.parse_args()
+
+
+def load_pair(args):
+    """The SiT, its checkpoint, and the VAE whose latents it was trained on; refuses any other VAE."""
+    try:
+        model, checkpoint = load_sit(args.sit, args.weights)
+    except ValueError as e:
+        raise UserError(str(e))
+    path = args.vae or checkpoint["vae"]
+    vae = load_vae(path)
+    found = data.weights_hash(vae.state_dict())
+    if found != checkpoint["vae_hash"]:
+        raise UserError(f"--vae {path}: weights {found}, but {args.sit} was trained on latents of {checkpoint['vae_hash']} "
+                        f"({checkpoint['vae']}); decode with that file")
+    return model, checkpoint, vae
+
+
+def choose_labels(args, num_classes):
+    """(N,) labels; both orders depend on the seed and the index alone."""
+    if args.labels == "equal":
+        return np.arange(args.n) % num_classes
+    u = data.draw_noise(args.seed + LABELS, range(args.n), 1)[0][:, 0].numpy()
+    return np.minimum((u * num_classes).astype(np.int64), num_classes - 1)
+
+
+@torch.no_grad()
+def sample_batch(model, vae, checkpoint, args, rows, labels, device):
+    """Rows (indices of images) and their labels -> uint8 (B, 3, H, W) on the CPU."""
+    shape = (model.config["in_channels"], model.config["input_size"], model.config["input_size"])
+    noise = data.draw_noise(args.seed, rows, 0, shape)[1]
+    y = torch.from_numpy(labels).to(device)
+    common = dict(steps=args.steps, cfg=args.cfg, interval=args.interval, path=checkpoint["path"])
+    with data.autocast(device, args.precision):
+        if args.sampler == "sde":
+            z = sample_sde(model, noise.to(device), y, draw=lambda i: data.draw_noise(args.seed + (i + 1) * STREAM, rows, 0, shape)[1], **common)
+        else:
+            z = sample_ode(model, noise.to(device), y, method=args.sampler, **common)
+        mean, std = (checkpoint[k].view(1, -1, 1, 1).to(device) for k in ("latent_mean", "latent_std"))
+        x = vae.decode((z * std + mean).contiguous(memory_format=torch.channels_last))
+    if not x.isfinite().all():
+        raise UserError(f"{args.sit}: samples {rows[0]} to {rows[-1]} are not finite; train longer, or use --precision fp32")
+    return data.to_uint8(x).cpu()
+
+
+def write_npz(path, arrays):
+    """An uncompressed .npz, streamed from memory maps: no second copy in memory; whole or not at all."""
+    temporary = Path(f"{path}.tmp")
+    with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED, allowZip64=True) as z:
+        for name, array in arrays.items():
+            with z.open(f"{name}.npy", "w", force_zip64=True) as f:
+                np.lib.format.write_array(f, array, allow_pickle=False)
+    os.replace(temporary, path)
+
+
+def main():
+    args = parse_args()
+    device, rank, world = data.setup()
+    args.precision = args.precision or data.fast_precision(device)
+    out = Path(args.out)
+    if out.suffix != ".npz":
+        raise UserError(f"--out {args.out}: expected a name ending in .npz")
+    begin = time.time()
+    model, checkpoint, vae = load_pair(args)
+    model, vae = model.to(device), vae.to(device, memory_format=torch.channels_last)
+    side = model.config["input_size"] * vae.factor
+    shape = (args.n, side, side, 3)
+    data.open_out(out.parent, need_bytes=2 * int(np.prod(shape)))
+    nfe = {"sde": args.steps, "euler": args.steps, "heun": 2 * args.steps - 1}[args.sampler]
+    guidance = f"v = v_u + {args.cfg:g} (v_c - v_u) for t in {list(args.interval)}" if args.cfg != 1 else "no guidance"
+    if rank == 0:
+        print(f"{args.n} images of {side} x {side}, {args.labels} labels of {model.num_classes} classes, {args.weights} weights of step "
+              f"{checkpoint['step']}, {args.sampler} {args.steps} steps (NFE {nfe}), {guidance}, {device.type} {args.precision}")
+    labels = choose_labels(args, model.num_classes)
+    raw = f"{out}.part"
+    if rank == 0:
+        np.lib.format.open_memmap(raw, "w+", np.uint8, shape)
+    data.barrier()
+    images = np.load(raw, mmap_mode="r+")
+    rows = data.split_rows(args.n, rank, world)
+    for i in tqdm(range(0, len(rows), args.batch), "sample", disable=rank > 0 or None):
+        part = list(rows[i:i + args.batch])
+        images[part] = sample_batch(model, vae, checkpoint, args, part, labels[part], device).permute(0, 2, 3, 1).numpy()
+    images.flush()
+    data.barrier()
+    if rank:
+        return
+    write_npz(out, {"arr_0": np.load(raw, mmap_mode="r"), "arr_1": labels.astype(np.int64)})
+    shown = min(args.n, 64)
+    data.save_grid(torch.from_numpy(images[:shown].copy()).permute(0, 3, 1, 2), out.with_suffix(".png"), columns=8)
+    os.remove(raw)
+    seconds = time.time() - begin
+    data.write_json(out.with_suffix(".json"), dict(vars(args), nfe=nfe, step=checkpoint["step"], vae_hash=checkpoint["vae_hash"], seconds=round(seconds, 1)))
+    print(f"{out}: {args.n} images in {seconds:.0f} s ({args.n / seconds:.1f} images/s)")
+
+
+if __name__ == "__main__":
+    data.run_script(main)

@@ -1,0 +1,279 @@
+"""SiT (Ma et al. 2024, arXiv 2401.08740): the transformer, the paths, the velocity and REPA losses, the samplers.
+
+Time runs from t = 1 (noise) to t = 0 (data), here and everywhere:
+    x_t = alpha(t) x + sigma(t) eps        linear: alpha = 1 - t, sigma = t        cosine: alpha = cos(pi t / 2), sigma = sin(pi t / 2)
+    v(x_t, t) = alpha'(t) x + sigma'(t) eps, which the model predicts; linear: v = eps - x
+Parameter names are those of the SiT and REPA releases. This file needs torch alone.
+"""
+import math
+from functools import partial
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+def modulate(x, shift, scale):  # (B, N, d), (B, d), (B, d)
+    return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+
+
+def sincos_2d(dim, grid):
+    """Fixed positions of the MAE and DiT code: (grid * grid, dim); first half of the width: column, second: row."""
+    omega = 10000 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+    angle = torch.arange(grid, dtype=torch.float64)[:, None] * omega
+    one = torch.cat([angle.sin(), angle.cos()], 1).float()  # (grid, dim/2)
+    return torch.cat([one.repeat(grid, 1), one.repeat_interleave(grid, 0)], 1)
+
+
+class PatchEmbed(nn.Module):
+    def __init__(self, patch, channels, dim):
+        super().__init__()
+        self.proj = nn.Conv2d(channels, dim, patch, stride=patch)
+
+    def forward(self, x):  # (B, c, h, w) -> (B, N, dim)
+        return self.proj(x).flatten(2).transpose(1, 2)
+
+
+class TimestepEmbedder(nn.Module):
+    """t (B,) in [0, 1] -> (B, dim): 256 sinusoids of t, then two linear layers."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(256, dim), nn.SiLU(), nn.Linear(dim, dim))
+
+    def forward(self, t):
+        freqs = torch.exp(-math.log(10000) * torch.arange(128, device=t.device) / 128)
+        angle = t.float()[:, None] * freqs
+        return self.mlp(torch.cat([angle.cos(), angle.sin()], -1))
+
+
+class LabelEmbedder(nn.Module):
+    """One row a class, and the last row (index num_classes) for no class: what guidance needs."""
+
+    def __init__(self, num_classes, dim):
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_classes + 1, dim)
+
+    def forward(self, y):
+        return self.embedding_table(y)
+
+
+class Attention(nn.Module):
+    def __init__(self, dim, heads, qk_norm):
+        super().__init__()
+        self.heads = heads
+        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.q_norm, self.k_norm = (nn.LayerNorm(dim // heads) if qk_norm else nn.Identity() for _ in range(2))
+
+    def forward(self, x):  # (B, N, dim) -> same
+        B, N, dim = x.shape
+        q, k, v = self.qkv(x).view(B, N, 3, self.heads, dim // self.heads).permute(2, 0, 3, 1, 4)  # (B, heads, N, d)
+        h = F.scaled_dot_product_attention(self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype), v)
+        return self.proj(h.transpose(1, 2).reshape(B, N, dim))
+
+
+class Mlp(nn.Module):
+    def __init__(self, dim, hidden):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    """Transformer block whose norms are shifted, scaled and gated by the time and label embedding (adaLN-Zero, DiT)."""
+
+    def __init__(self, dim, heads, qk_norm):
+        super().__init__()
+        self.norm1, self.norm2 = (nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6) for _ in range(2))
+        self.attn, self.mlp = Attention(dim, heads, qk_norm), Mlp(dim, 4 * dim)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+
+    def forward(self, x, c):  # (B, N, dim), (B, dim)
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=1)
+        x = x + gate1.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift1, scale1))
+        return x + gate2.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift2, scale2))
+
+
+class FinalLayer(nn.Module):
+    def __init__(self, dim, patch, channels):
+        super().__init__()
+        self.norm_final = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
+        self.linear = nn.Linear(dim, patch * patch * channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))
+
+    def forward(self, x, c):
+        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
+        return self.linear(modulate(self.norm_final(x), shift, scale))
+
+
+class SiT(nn.Module):
+    """x (B, c, h, w) normalised latents, t (B,) in [0, 1], y (B,) labels -> velocity (B, c, h, w), float32.
+
+    y = num_classes means no class. z_dim > 0 adds REPA's projector after block `repa_block` (counted from 1); forward
+    with features=True then returns (velocity, projection (B, N, z_dim)).
+    """
+
+    def __init__(self, input_size, in_channels, num_classes, depth, hidden_size, num_heads, patch_size, qk_norm=False,
+                 z_dim=0, repa_block=8, projector_dim=2048):
+        super().__init__()
+        self.config = dict(input_size=input_size, in_channels=in_channels, num_classes=num_classes, depth=depth,
+                           hidden_size=hidden_size, num_heads=num_heads, patch_size=patch_size, qk_norm=qk_norm,
+                           z_dim=z_dim, repa_block=repa_block, projector_dim=projector_dim)
+        if input_size % patch_size:
+            raise ValueError(f"latent of {input_size} x {input_size}: expected a multiple of the patch size {patch_size}")
+        self.num_classes, self.patch, self.grid = num_classes, patch_size, input_size // patch_size
+        self.repa_block = min(repa_block, depth)
+        self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
+        self.t_embedder = TimestepEmbedder(hidden_size)
+        self.y_embedder = LabelEmbedder(num_classes, hidden_size)
+        self.register_buffer("pos_embed", sincos_2d(hidden_size, self.grid).unsqueeze(0), persistent=False)
+        self.blocks = nn.ModuleList(Block(hidden_size, num_heads, qk_norm) for _ in range(depth))
+        self.final_layer = FinalLayer(hidden_size, patch_size, in_channels)
+        if z_dim:
+            self.projectors = nn.ModuleList([nn.Sequential(nn.Linear(hidden_size, projector_dim), nn.SiLU(),
+                                                           nn.Linear(projector_dim, projector_dim), nn.SiLU(),
+                                                           nn.Linear(projector_dim, z_dim))])
+        self.initialise()
+
+    def initialise(self):
+        """DiT's: Xavier linears, N(0, 0.02) embeddings, zero modulation and output: each block begins as the identity."""
+        for m in self.modules():
+            if isinstance(m, nn.Linear):
+                nn.init.xavier_uniform_(m.weight)
+                nn.init.zeros_(m.bias)
+        nn.init.xavier_uniform_(self.x_embedder.proj.weight.view(self.x_embedder.proj.weight.shape[0], -1))
+        nn.init.zeros_(self.x_embedder.proj.bias)
+        for w in (self.y_embedder.embedding_table.weight, self.t_embedder.mlp[0].weight, self.t_embedder.mlp[2].weight):
+            nn.init.normal_(w, std=0.02)
+        for m in [b.adaLN_modulation[1] for b in self.blocks] + [self.final_layer.adaLN_modulation[1], self.final_layer.linear]:
+            nn.init.zeros_(m.weight)
+            nn.init.zeros_(m.bias)
+
+    def forward(self, x, t, y, features=False):
+        h = self.x_embedder(x) + self.pos_embed  # (B, N, d)
+        c = self.t_embedder(t) + self.y_embedder(y)  # (B, d)
+        projection = None
+        for i, block in enumerate(self.blocks):
+            h = block(h, c)
+            if features and i + 1 == self.repa_block:
+                projection = self.projectors[0](h)
+        h = self.final_layer(h, c)  # (B, N, p*p*c)
+        B, g, p = len(x), self.grid, self.patch
+        v = h.view(B, g, g, p, p, -1).permute(0, 5, 1, 3, 2, 4).reshape(B, -1, g * p, g * p).float()
+        return (v, projection) if features else v
+
+
+SIZES = {"XL": dict(depth=28, hidden_size=1152, num_heads=16), "L": dict(depth=24, hidden_size=1024, num_heads=16),
+         "B": dict(depth=12, hidden_size=768, num_heads=12), "S": dict(depth=12, hidden_size=384, num_heads=6)}
+SIT_MODELS = {f"SiT-{s}/{p}": partial(SiT, patch_size=p, **SIZES[s]) for s in SIZES for p in (1, 2)}
+SIT_MODELS["SiT-demo/1"] = partial(SiT, depth=6, hidden_size=192, num_heads=3, patch_size=1, repa_block=3)
+
+
+def load_sit(path, weights="ema"):
+    """Checkpoint of train_sit.py -> (model in evaluation mode, checkpoint). weights: "ema" or "model".
+
+    Raises ValueError for a missing or torn file, or weights that do not fit its own configuration.
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        model = SiT(**checkpoint["config"])
+        model.load_state_dict(checkpoint[weights])
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such checkpoint")
+    except Exception as e:  # a torn zip, pickled code, foreign keys: torch raises many types
+        raise ValueError(f"{path}: not a readable checkpoint of train_sit.py ({type(e).__name__}: {' '.join(str(e).split())[:120]})")
+    return model.eval().requires_grad_(False), checkpoint
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Path and losses
+
+def path_coefficients(t, path="linear"):
+    """alpha, sigma and their derivatives at t (any shape)."""
+    if path == "linear":
+        return 1 - t, t, -torch.ones_like(t), torch.ones_like(t)
+    if path == "cosine":
+        a = t * (math.pi / 2)
+        return a.cos(), a.sin(), -math.pi / 2 * a.sin(), math.pi / 2 * a.cos()
+    raise ValueError(f"path '{path}': expected linear or cosine")
+
+
+def interpolate(x, eps, t, path="linear"):
+    """x, eps (B, c, h, w), t (B,) -> the point x_t and its velocity v, both (B, c, h, w)."""
+    alpha, sigma, d_alpha, d_sigma = path_coefficients(t.view(-1, 1, 1, 1), path)
+    return alpha * x + sigma * eps, d_alpha * x + d_sigma * eps
+
+
+def draw_time(u, n, distribution="uniform"):
+    """u ~ U(0,1) (B,), n ~ N(0,1) (B,) -> t (B,): uniform, or lognormal (the sigmoid of a normal; SD3)."""
+    return u if distribution == "uniform" else torch.sigmoid(n)
+
+
+def velocity_loss(v, target):
+    """(B, c, h, w) twice -> mean squared error of each image (B,)."""
+    return (v - target).square().mean((1, 2, 3))
+
+
+def repa_loss(projection, tokens):
+    """REPA (Yu et al. 2024, arXiv 2410.06940): minus the mean cosine similarity of projection and VFM tokens (B, N, D)."""
+    return -F.cosine_similarity(projection.float(), tokens.float(), dim=-1).mean()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Samplers. State in float64, model in float32, as in the SiT and REPA code.
+
+def score_from_velocity(v, x, t, path="linear"):
+    """The score of p_t from its velocity (SiT, eq. 9): x, v (B, c, h, w), t a 0-dim tensor in (0, 1]."""
+    alpha, sigma, d_alpha, d_sigma = path_coefficients(t, path)
+    ratio = alpha / d_alpha
+    return (ratio * v - x) / (sigma ** 2 - ratio * d_sigma * sigma)
+
+
+def guided_velocity(model, x, t, labels, cfg, interval):
+    """v_u + cfg (v_c - v_u) on all channels where interval[0] <= t <= interval[1]; elsewhere, and at cfg = 1, v_c alone
+    (one evaluation instead of two)."""
+    def run(x, y):
+        return model(x.to(torch.float32), t.to(torch.float32).expand(len(x)), y).to(x.dtype)
+
+    if cfg == 1.0 or not interval[0] <= float(t) <= interval[1]:
+        return run(x, labels)
+    nothing = torch.full_like(labels, model.num_classes)
+    v_c, v_u = run(torch.cat([x, x]), torch.cat([labels, nothing])).chunk(2)
+    return v_u + cfg * (v_c - v_u)
+
+
+@torch.no_grad()
+def sample_ode(model, noise, labels, steps, cfg=1.0, interval=(0, 1), method="heun", path="linear"):
+    """Probability-flow ODE from t = 1 to 0 in equal steps: noise (B, c, h, w), labels (B,) -> latents (B, c, h, w) float32.
+    Evaluations of the model: `steps` for "euler", 2 steps - 1 for "heun" (whose last step is Euler's)."""
+    if method not in ("euler", "heun"):
+        raise ValueError(f"ODE method '{method}': expected euler or heun")
+    x = noise.to(torch.float64 if noise.device.type != "mps" else torch.float32)
+    times = torch.linspace(1, 0, steps + 1, dtype=x.dtype, device=x.device)
+    for t, t_next in zip(times[:-1], times[1:]):
+        v = guided_velocity(model, x, t, labels, cfg, interval)
+        x_next = x + (t_next - t) * v
+        if method == "heun" and t_next > 0:
+            x_next = x + (t_next - t) * (v + guided_velocity(model, x_next, t_next, labels, cfg, interval)) / 2
+        x = x_next
+    return x.float()
+
+
+@torch.no_grad()
+def sample_sde(model, noise, labels, steps, cfg=1.0, interval=(0, 1), path="linear", draw=None):
+    """Reverse SDE with w(t) = 2t by Euler-Maruyama from t = 1 to 0.04 in steps - 1 steps, then one step to 0 without noise
+    (REPA's sampler): noise (B, c, h, w), labels (B,) -> latents (B, c, h, w) float32; `steps` evaluations of the model.
+    draw(i) gives the normal noise (B, c, h, w) of step i; torch.randn by default."""
+    x = noise.to(torch.float64 if noise.device.type != "mps" else torch.float32)
+    draw = draw or (lambda i: torch.randn_like(x))
+    times = torch.cat([torch.linspace(1, 0.04, steps, dtype=x.dtype), torch.zeros(1, dtype=x.dtype)]).to(x.device)
+    for i, (t, t_next) in enumerate(zip(times[:-1], times[1:])):
+        v = guided_velocity(model, x, t, labels, cfg, interval)
+        w = 2 * t
+        drift = v - 0.5 * w * score_from_velocity(v, x, t, path)
+        x = x + (t_next - t) * drift
+        if t_next > 0:
+            x = x + (w * (t - t_next)).sqrt() * draw(i).to(x)
+    return x.float()

@@ -1,0 +1,264 @@
+"""Stage 3: a SiT flow transformer on cached latents.
+
+    python train_sit.py --latents out/latents --data images --out out/sit                               # one process
+    torchrun --nproc_per_node=8 train_sit.py --latents out/latents --data images --out out/sit
+    python train_sit.py --latents out/demo/send/latents --model SiT-demo/1 --repa 0 --batch 64 --steps 20 --out out/tiny
+
+Rerunning a command goes on where it stopped. Random numbers depend on (seed, step, place in the global batch) alone.
+The latents are normalised with the mean and std that vae.py stored; the checkpoint carries both for sample.py.
+"""
+import argparse
+import copy
+import time
+
+import numpy as np
+import torch
+import torch.nn as nn
+from torch.nn.parallel import DistributedDataParallel as DDP
+from tqdm import tqdm
+
+import data
+from data import UserError
+from mapper import VFM
+from sit import SIT_MODELS, draw_time, interpolate, repa_loss, velocity_loss
+
+
+def parse_args():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    on_gpu = torch.cuda.is_available()
+    p.add_argument("--latents", required=True, help="folder written by vae.py")
+    p.add_argument("--out", required=True, help="folder for sit.pt and metrics.jsonl")
+    p.add_argument("--model", default="SiT-XL/1", choices=SIT_MODELS, help="size / patch (paper: XL/1 on f16, XL/2 on f8)")
+    p.add_argument("--qk-norm", type=int, default=0, choices=(0, 1))
+    # Optimisation: the paper's values
+    p.add_argument("--steps", type=int, default=400_000, help="optimiser steps (80 ImageNet epochs at 256: 400,000)")
+    p.add_argument("--batch", type=int, default=256, help="images a step, over all processes")
+    p.add_argument("--micro-batch", type=int, help="images per forward pass and process: memory only (default: all)")
+    p.add_argument("--lr", type=float, default=1e-4, help="AdamW, betas 0.9 0.999, no weight decay, constant")
+    p.add_argument("--lr-warmup", type=int, default=0, help="steps of linear warm-up")
+    p.add_argument("--clip", type=float, default=1.0, help="largest gradient norm")
+    p.add_argument("--ema", type=float, default=0.9999, help="decay of the averaged weights")
+    # The flow
+    p.add_argument("--path", default="linear", choices=("linear", "cosine"))
+    p.add_argument("--time", default="uniform", choices=("uniform", "lognormal"), help="distribution of t in training")
+    p.add_argument("--label-dropout", type=float, default=0.1, help="share of images trained without their label")
+    # REPA
+    p.add_argument("--repa", type=float, default=0.5, help="weight of the REPA loss; 0: off")
+    p.add_argument("--data", help="image folder of the latents (for REPA)")
+    p.add_argument("--vfm", default="vit_base_patch14_dinov2.lvd142m", help="any timm model")
+    p.add_argument("--vfm-ckpt", help="local weights of the VFM")
+    p.add_argument("--vfm-layer", type=int, help="block (ViT, default the last) or stage (CNN, default stride 16)")
+    # The run
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--precision", choices=("bf16", "fp32"), help="default: bf16 where it is fast")
+    p.add_argument("--compile", type=int, default=int(on_gpu), choices=(0, 1))
+    p.add_argument("--workers", type=int, default=4 if on_gpu else 0, help="image reading processes (REPA)")
+    p.add_argument("--save-every", type=int, default=5000, help="steps between checkpoints")
+    p.add_argument("--log-every", type=int, default=50, help="steps between lines of metrics.jsonl")
+    return p.parse_args()
+
+
+class SiTLoss(nn.Module):
+    """Velocity loss, plus REPA: (weighted sum, each part)."""
+
+    def __init__(self, model, path, repa):
+        super().__init__()
+        self.model, self.path, self.repa = model, path, repa
+
+    def forward(self, x, y, t, eps, tokens):
+        """x, eps (B, c, h, w); y, t (B,); tokens (B, N, D) of the VFM or None."""
+        x_t, target = interpolate(x, eps, t, self.path)
+        v, projection = self.model(x_t, t, y, features=True) if tokens is not None else (self.model(x_t, t, y), None)
+        parts = {"velocity": velocity_loss(v, target).mean()}
+        total = parts["velocity"]
+        if tokens is not None:
+            parts["repa"] = repa_loss(projection, tokens)
+            total = total + self.repa * parts["repa"]
+        return total, {k: v.detach() for k, v in parts.items()}
+
+
+class PairedImages:
+    """The raw images that belong to the rows of a latent cache: same files, crop and flips (REPA's input)."""
+
+    def __init__(self, latents, root):
+        if not root:
+            raise UserError("--repa needs the raw images: give --data DIR, or switch it off with --repa 0")
+        self.images = data.ImageFolder(root, latents.meta["resolution"], flip=True, split=latents.meta["split"])
+        at = {f: i for i, f in enumerate(self.images.files)}
+        missing = [f for f in latents.files if f not in at]
+        if missing:
+            raise UserError(f"--data {root}: {missing[0]} of the latent cache is not there ({len(missing)} such files)")
+        self.index = np.array([at[f] for f in latents.files])
+
+    def rows(self, rows, flips):
+        return (self.index[rows] + len(self.images.files) * flips).tolist()
+
+
+class Trainer:
+    """Everything a step needs and a checkpoint holds."""
+
+    def __init__(self, args, latents, device, rank, world):
+        self.args, self.latents, self.device, self.rank, self.world = args, latents, device, rank, world
+        n, self.flips, c2, side, _ = latents.moments.shape
+        self.latent_shape = (c2 // 2, side, side)
+        self.num_classes = len(latents.meta["classes"])
+        self.vfm, self.paired = None, None
+        torch.manual_seed(args.seed)  # initial weights only
+        make = SIT_MODELS[args.model]
+        patch = make.keywords["patch_size"]
+        if side % patch:
+            raise UserError(f"--model {args.model}: patch {patch} does not divide the {side} x {side} latent")
+        if args.repa:
+            self.paired = PairedImages(latents, args.data)
+            with data.rank_zero_first():
+                self.vfm = VFM(args.vfm, latents.meta["resolution"], side // patch, args.vfm_ckpt, args.vfm_layer)
+            self.vfm.to(device, memory_format=torch.channels_last)
+            torch.manual_seed(args.seed)
+        self.model = make(input_size=side, in_channels=c2 // 2, num_classes=self.num_classes, qk_norm=bool(args.qk_norm),
+                          z_dim=self.vfm.dim if self.vfm is not None else 0).to(device)
+        self.ema = copy.deepcopy(self.model).requires_grad_(False)
+        self.loss = SiTLoss(self.model, args.path, args.repa)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), args.lr, weight_decay=0.0, fused=device.type != "mps")
+        self.mean, self.std = (s.view(1, -1, 1, 1) for s in (latents.mean, latents.std))
+        self.step, self.seconds = 0, 0.0
+
+    def parallel(self):
+        """Compiled and wrapped handle; the plain module stays for checkpoints and EMA."""
+        self.run = torch.compile(self.loss, disable=not self.args.compile)
+        if self.world > 1:
+            self.run = DDP(self.run, device_ids=[self.device.index] if self.device.type == "cuda" else None)
+
+    def state(self):
+        return dict(config=self.model.config, model=self.model.state_dict(), ema=self.ema.state_dict(),
+                    optimizer=self.optimizer.state_dict(), step=self.step, seconds=self.seconds, args=vars(self.args),
+                    latent_mean=self.latents.mean, latent_std=self.latents.std, classes=self.latents.meta["classes"],
+                    vae=self.latents.meta["vae"], vae_hash=self.latents.meta["vae_hash"], path=self.args.path)
+
+    def load(self, checkpoint):
+        if checkpoint["vae_hash"] != self.latents.meta["vae_hash"]:
+            raise UserError(f"{self.args.out}/sit.pt was trained on latents of VAE {checkpoint['vae_hash']}, {self.args.latents} is of "
+                            f"{self.latents.meta['vae_hash']}; choose another --out")
+        self.model.load_state_dict(checkpoint["model"])
+        self.ema.load_state_dict(checkpoint["ema"])
+        self.optimizer.load_state_dict(checkpoint["optimizer"])
+        self.step, self.seconds = checkpoint["step"], checkpoint["seconds"]
+
+    def draw(self, step):
+        """This rank's part of global batch `step`: latents x, labels y, times t, noise eps, and the rows of raw images."""
+        args, local = self.args, self.args.batch // self.world
+        first = step * args.batch + self.rank * local
+        rows = np.array(data.sample_order(len(self.latents.labels), args.seed, first, local))
+        u, normal, eps_posterior, eps = data.draw_noise(args.seed, range(first, first + local), 3, (1,), self.latent_shape, self.latent_shape)
+        flips = (u[:, 0] < 0.5).numpy().astype(np.int64) if self.flips == 2 else np.zeros(local, np.int64)
+        moments = torch.from_numpy(np.stack([self.latents.moments[r, f] for r, f in zip(rows, flips)])).float()
+        mean, std = moments.chunk(2, dim=1)
+        x = (mean + std * eps_posterior - self.mean) / self.std  # (B, c, h, w), unit variance per channel
+        y = torch.from_numpy(self.latents.labels[rows]).where(u[:, 2] >= args.label_dropout, torch.tensor(self.num_classes))
+        t = draw_time(u[:, 1], normal[:, 0], args.time)
+        return (x, y, t, eps), (self.paired.rows(rows, flips) if self.paired else None)
+
+    def train_step(self, batch, pixels):
+        """One optimiser step; returns the rank's loss parts. batch: (x, y, t, eps); pixels: the raw images or None."""
+        args, local = self.args, len(batch[0])
+        size = args.micro_batch or local
+        for group in self.optimizer.param_groups:
+            group["lr"] = args.lr * min(1.0, (self.step + 1) / args.lr_warmup if args.lr_warmup else 1.0)
+        self.optimizer.zero_grad(set_to_none=True)
+        parts = {}
+        for i in range(0, local, size):
+            part = [b[i:i + size].to(self.device, non_blocking=True) for b in batch]
+            share = len(part[0]) / local
+            with data.autocast(self.device, args.precision), data.sync_if(self.run, i + size >= local):
+                tokens = None
+                if self.vfm is not None:
+                    images = data.to_float(pixels[i:i + size].to(self.device, non_blocking=True))
+                    tokens = self.vfm(images.contiguous(memory_format=torch.channels_last))
+                total, each = self.run(*part, tokens)
+                (total * share).backward()
+            for k, v in each.items():
+                parts[k] = parts.get(k, 0) + v * share
+        parts["grad_norm"] = nn.utils.clip_grad_norm_(self.model.parameters(), args.clip)
+        self.optimizer.step()
+        data.update_ema(self.ema, self.model, self.step, args.ema)
+        self.step += 1
+        return parts
+
+
+def batches(t):
+    """(batch, raw images or None) of every step that is left."""
+    steps = range(t.step, t.args.steps)
+    if t.paired is None:
+        yield from ((t.draw(s)[0], None) for s in steps)
+    else:
+        rows = RawRows(t, steps)
+        for s, (pixels, _, _) in zip(steps, data.load_batches(t.paired.images, rows, t.args.workers, replace=True)):
+            yield t.draw(s)[0], pixels
+
+
+class RawRows:
+    """Rows of raw images of each step, worked out when a reading process asks for them."""
+
+    def __init__(self, trainer, steps):
+        self.trainer, self.steps = trainer, steps
+
+    def __len__(self):
+        return len(self.steps)
+
+    def __getitem__(self, k):
+        return self.trainer.draw(self.steps[k])[1]
+
+
+def main():
+    args = parse_args()
+    device, rank, world = data.setup()
+    args.precision = args.precision or data.fast_precision(device)
+    if args.batch % world:
+        raise UserError(f"--batch {args.batch}: expected a multiple of the {world} processes")
+    latents = data.load_latents(args.latents)
+    if args.batch > len(latents.labels):
+        raise UserError(f"--batch {args.batch} is larger than the {len(latents.labels)} latents of {args.latents}; use a smaller one")
+    out = data.open_out(args.out)
+    path = out / "sit.pt"
+    t = Trainer(args, latents, device, rank, world)
+    checkpoint = data.load_newest(path)
+    if checkpoint is not None:
+        data.same_run(checkpoint, args, path)
+        t.load(checkpoint)
+    if t.step >= args.steps:
+        return print(f"{path}: already at step {t.step}") if rank == 0 else None
+    t.parallel()
+    params = sum(p.numel() for p in t.model.parameters())
+    data.open_out(out, need_bytes=3 * params * 16)
+    if rank == 0:
+        n = len(latents.labels)
+        print(f"{'go on with' if t.step else 'train'} {path}: step {t.step} of {args.steps}, batch {args.batch} on {world} process(es), "
+              f"{device.type} {args.precision}; {n} latents {t.latent_shape}, {t.num_classes} classes, {args.steps * args.batch / n:.1f} epochs, "
+              f"{'with' if t.flips == 2 else 'without'} flips")
+        print(f"{args.model} {params / 1e6:.1f} M, {t.model.grid ** 2} tokens, {args.path} path, {args.time} t"
+              + (f"; REPA {args.repa:g} with {args.vfm} after block {t.model.repa_block}" if t.vfm is not None else "; no REPA"))
+    log = data.Log(out / "metrics.jsonl", t.step, vars(args), rank)
+    stop, since, seen = data.Stop(), time.time(), 0
+    bar = tqdm(total=args.steps, initial=t.step, disable=rank > 0 or None)
+    for batch, pixels in batches(t):
+        parts = data.mean_over_ranks(t.train_step(batch, pixels))
+        data.stop_if_not_finite(t.step, parts, "a smaller --lr, --qk-norm 1 or --precision fp32")
+        seen += args.batch
+        bar.update()
+        logs, saves = (t.step % n == 0 or t.step == args.steps for n in (args.log_every, args.save_every))
+        if logs:
+            now = time.time()
+            t.seconds, rate, since, seen = t.seconds + now - since, seen / (now - since), now, 0
+            log.write(step=t.step, **parts, images_per_s=round(rate, 1), seconds=round(t.seconds, 1))
+            bar.set_postfix({k: f"{v:.4g}" for k, v in parts.items()}, refresh=False)
+        stopping = stop.asked(device)
+        if (saves or stopping) and rank == 0:
+            data.save_checkpoint(path, t.state())
+        if stopping:
+            raise UserError(f"stopped by a signal; saved at step {t.step}; run the same command to go on")
+    bar.close()
+    if rank == 0:
+        print(f"{path}: step {t.step}, " + ", ".join(f"{k} {v:.4g}" for k, v in parts.items()) + f", {t.seconds:.0f} s")
+
+
+if __name__ == "__main__":
+    data.run_script(main)

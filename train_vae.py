@@ -1,0 +1,389 @@
+"""Stage 1: fine-tune (or pre-train) a VAE, with or without alignment. Eq. (3): L = lambda_align L_align + L_VAE.
+
+    python train_vae.py --data images --init vavae/vae.pt --out out/send                                # one process
+    torchrun --nproc_per_node=8 train_vae.py --data images --init vavae/vae.pt --out out/send           # one node
+    python train_vae.py --data out/avatars --preset demo --lambda-align 0 --lpips 0 --gan 0 --batch 64 --steps 20 --out out/tiny
+
+The control of every claim is the same command with --lambda-align 0. Rerunning a command goes on where it stopped.
+Random numbers depend on (seed, step, place in the global batch), so the checkpoint needs no generator state, and the
+number of processes and --micro-batch change memory and speed only.
+
+Which loss moves what (the VFM and LPIPS are frozen; before --mapper-warmup L_align moves the mapper alone):
+
+    loss            encoder   decoder   mapper   discriminator
+    L_rec, L_LPIPS     x         x
+    L_KL               x
+    L_GAN              x         x
+    L_align            x                   x
+    L_disc                                              x
+"""
+import argparse
+import copy
+import math
+import time
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel as DDP
+from tqdm import tqdm
+
+import data
+from data import UserError
+from mapper import VFM, Mapper, add_noise, align_loss
+from vae import VAE_CONFIGS, AutoencoderKL
+
+
+def parse_args():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    on_gpu = torch.cuda.is_available()
+    p.add_argument("--data", required=True, help="image folder")
+    p.add_argument("--out", required=True, help="folder for vae.pt and metrics.jsonl")
+    p.add_argument("--split", choices=data.SPLITS, help="only the images that attributes.csv puts there (default: all)")
+    p.add_argument("--init", help="checkpoint to fine-tune; its architecture is kept")
+    p.add_argument("--preset", choices=VAE_CONFIGS, help="architecture for training from scratch (without --init)")
+    p.add_argument("--resolution", type=int, help="crop in pixels (default: the VAE's)")
+    p.add_argument("--flip", type=int, default=1, choices=(0, 1), help="mirror images are data too")
+    # Optimisation: the paper's values
+    p.add_argument("--steps", type=int, default=100_000, help="optimiser steps (80 ImageNet epochs at 1024: 100,000)")
+    p.add_argument("--batch", type=int, default=1024, help="images a step, over all processes")
+    p.add_argument("--micro-batch", type=int, help="images per forward pass and process: memory only (default: all)")
+    p.add_argument("--lr", type=float, default=3e-4, help="AdamW, betas 0.9 0.999, no weight decay")
+    p.add_argument("--lr-warmup", type=int, default=0, help="steps of linear warm-up; then constant")
+    p.add_argument("--lr-decay", type=int, default=0, choices=(0, 1), help="1: half a cosine down to zero at --steps")
+    p.add_argument("--clip", type=float, default=1.0, help="largest gradient norm")
+    p.add_argument("--ema", type=float, default=0.9999, help="decay of the averaged weights")
+    # L_VAE: REPA-E's weights
+    p.add_argument("--rec", choices=("l1", "mse"), default="l1", help="weight 1; the paper writes MSE, REPA-E trains L1")
+    p.add_argument("--lpips", type=float, default=1.0, help="weight of LPIPS (VGG); 0: off")
+    p.add_argument("--lpips-ckpt", help="local torchvision VGG16 weights instead of the download")
+    p.add_argument("--gan", type=float, default=0.1, help="weight of the hinge GAN; 0: no discriminator")
+    p.add_argument("--gan-start", type=int, default=0, help="first step with the GAN")
+    p.add_argument("--kl", type=float, default=1e-6, help="weight of the KL, summed over the latent")
+    # L_align
+    p.add_argument("--lambda-align", type=float, default=1.0, help="weight of the alignment; 0: the control arm")
+    p.add_argument("--vfm", default="vit_base_patch14_dinov2.lvd142m", help="any timm model")
+    p.add_argument("--vfm-ckpt", help="local weights of the VFM")
+    p.add_argument("--vfm-layer", type=int, help="block (ViT, default the last) or stage (CNN, default stride 16)")
+    p.add_argument("--grid", type=int, help="tokens a side (default: resolution / 16, or the latent's side if smaller)")
+    p.add_argument("--mapper-depth", type=int, default=1, help="ViT blocks; 0: MLP only")
+    p.add_argument("--mapper-width", type=int, help="default: the VFM's dimension")
+    p.add_argument("--mapper-warmup", type=int, default=0, help="first steps in which L_align trains the mapper alone")
+    p.add_argument("--noise", type=int, default=1, choices=(0, 1), help="eq. (1) on the latent before the mapper")
+    # The run
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--precision", choices=("bf16", "fp32"), help="default: bf16 where it is fast")
+    p.add_argument("--compile", type=int, default=int(on_gpu), choices=(0, 1))
+    p.add_argument("--workers", type=int, default=4 if on_gpu else 0, help="image reading processes")
+    p.add_argument("--save-every", type=int, default=1000, help="steps between checkpoints")
+    p.add_argument("--log-every", type=int, default=50, help="steps between lines of metrics.jsonl")
+    return p.parse_args()
+
+
+class PatchGAN(nn.Module):
+    """PatchGAN of three strided layers (Isola et al. 2017; taming-transformers): (B, 3, H, W) -> logits (B, 1, H/8-2, W/8-2).
+
+    GroupNorm stands where the release has batch norm, whose result would depend on how the batch is split.
+    """
+
+    def __init__(self, ch=64):
+        super().__init__()
+        layers = [nn.Conv2d(3, ch, 4, 2, 1), nn.LeakyReLU(0.2)]
+        for c_in, c_out, stride in ((ch, 2 * ch, 2), (2 * ch, 4 * ch, 2), (4 * ch, 8 * ch, 1)):
+            layers += [nn.Conv2d(c_in, c_out, 4, stride, 1, bias=False), nn.GroupNorm(32, c_out), nn.LeakyReLU(0.2)]
+        self.main = nn.Sequential(*layers, nn.Conv2d(8 * ch, 1, 4, 1, 1))
+        for m in self.modules():
+            if isinstance(m, nn.Conv2d):
+                nn.init.normal_(m.weight, 0, 0.02)
+
+    def forward(self, x):
+        return self.main(x).float()
+
+
+class DiscriminatorLoss(nn.Module):
+    """Hinge loss of the discriminator: mean relu(1 - D(x)) and relu(1 + D(x_rec)), halved (LDM)."""
+
+    def __init__(self, discriminator):
+        super().__init__()
+        self.discriminator = discriminator
+
+    def forward(self, x, x_rec):
+        return 0.5 * (F.relu(1 - self.discriminator(x)).mean() + F.relu(1 + self.discriminator(x_rec)).mean())
+
+
+class VAELoss(nn.Module):
+    """Eq. (3) in one forward pass: images -> (weighted sum, each part, reconstruction, latent)."""
+
+    def __init__(self, vae, mapper, weights, rec):
+        super().__init__()
+        self.vae, self.mapper, self.weights, self.rec = vae, mapper, weights, rec
+
+    def forward(self, x, noise, tokens, latent_mean, latent_std, encoder_aligns, judge, lpips):
+        """x (B, 3, H, W); noise: a (B,), eps of the posterior and of eq. (1), (B, c, h, w) each; tokens (B, N, D) of the
+        VFM or None; judge: the frozen discriminator or None; lpips: the frozen metric or None."""
+        a, eps_posterior, eps_align = noise
+        posterior = self.vae.encode(x)
+        z = posterior.sample(eps_posterior)
+        x_rec = self.vae.decode(z)
+        parts = {"rec": F.l1_loss(x_rec, x) if self.rec == "l1" else F.mse_loss(x_rec, x), "kl": posterior.kl()}
+        if lpips is not None:
+            parts["lpips"] = lpips(x_rec, x).mean()
+        if judge is not None:
+            parts["gan"] = -judge(x_rec).mean()
+        if self.mapper is not None:
+            z_aligned = (z if encoder_aligns else z.detach()) - latent_mean.view(1, -1, 1, 1)
+            z_aligned = z_aligned / latent_std.view(1, -1, 1, 1)
+            z_t = z_aligned if a is None else add_noise(z_aligned, a=a, eps=eps_align)
+            parts["align"] = align_loss(self.mapper(z_t), tokens)
+        total = sum(self.weights[k] * v for k, v in parts.items())
+        return total, {k: v.detach() for k, v in parts.items()}, x_rec.detach(), z.detach()
+
+
+class LatentStats:
+    """Running per-channel mean and variance of z, from all ranks and micro-batches: what the mapper's input is
+    normalised with. (REPA-E's BatchNorm2d without affine, eps 1e-4; running values keep the result independent of how
+    the batch is split.)"""
+
+    def __init__(self, channels, device):
+        self.mean, self.var = torch.zeros(channels, device=device), torch.ones(channels, device=device)
+        self.sums = torch.zeros(3, channels, device=device, dtype=torch.float64 if device.type != "mps" else torch.float32)
+
+    @property
+    def std(self):
+        return (self.var + 1e-4).sqrt()
+
+    def add(self, z):  # (B, c, h, w)
+        z = z.to(self.sums.dtype)
+        self.sums += torch.stack([torch.full_like(self.sums[0], z.numel() / z.shape[1]), z.sum((0, 2, 3)), z.square().sum((0, 2, 3))])
+
+    def update(self, momentum):
+        count, total, squares = data.all_reduce(self.sums)
+        mean = total / count
+        self.mean.lerp_(mean.float(), momentum)
+        self.var.lerp_((squares / count - mean.square()).float(), momentum)
+        self.sums.zero_()
+
+
+def build_lpips(ckpt, device):
+    """LPIPS with VGG16 (Zhang et al. 2018, the lpips package), frozen. Raises UserError when VGG16 cannot be had."""
+    import lpips
+    try:
+        net = lpips.LPIPS(net="vgg", pnet_rand=ckpt is not None, verbose=False)
+    except OSError as e:
+        raise UserError(f"LPIPS needs torchvision's VGG16 weights, which cannot be fetched ({e}); give a local file with "
+                        "--lpips-ckpt (vgg16-397923af.pth), or switch LPIPS off with --lpips 0")
+    if ckpt is not None:
+        state = {k: v for k, v in data.load_checkpoint(ckpt).items() if k.startswith("features.")}
+        slices = {f"slice{i}.{k}": v for i in range(1, 6) for k, v in
+                  ((k, state.get(f"features.{k}")) for k in getattr(net.net, f"slice{i}").state_dict()) if v is not None}
+        data.load_weights(net.net, slices, ckpt)
+    return net.to(device).eval().requires_grad_(False)
+
+
+def learning_rate(args, step):
+    """Linear warm-up, then constant, or half a cosine down to zero at the last step."""
+    warm = min(1.0, (step + 1) / args.lr_warmup) if args.lr_warmup else 1.0
+    return args.lr * warm * (0.5 + 0.5 * math.cos(math.pi * step / args.steps) if args.lr_decay else 1.0)
+
+
+class Trainer:
+    """Everything a step needs and a checkpoint holds."""
+
+    def __init__(self, args, device, rank, world):
+        self.args, self.device, self.rank, self.world = args, device, rank, world
+        init = data.load_checkpoint(args.init) if args.init else None
+        if init is not None and not {"config", "ema"} <= set(init):
+            raise UserError(f"{args.init}: not a checkpoint of train_vae.py (expected the entries config, ema)")
+        if (init is None) == (args.preset is None):
+            raise UserError("give either --init CKPT (fine-tune) or --preset NAME (from scratch)")
+        torch.manual_seed(args.seed)  # initial weights only
+        self.vae = AutoencoderKL(**(init["config"] if init else VAE_CONFIGS[args.preset]))
+        if init:
+            data.load_weights(self.vae, init["ema"], args.init)
+        self.size = args.resolution or self.vae.config["resolution"]
+        if self.size % self.vae.factor:
+            raise UserError(f"--resolution {self.size}: expected a multiple of {self.vae.factor}, the VAE's downsampling factor")
+        side, c = self.size // self.vae.factor, self.vae.config["z_channels"]
+        self.latent_shape = (c, side, side)
+        self.vfm = self.mapper = self.lpips = self.discriminator = None
+        if args.lambda_align:
+            grid = args.grid or min(side, max(1, self.size // 16) if self.size >= 256 else side)
+            with data.rank_zero_first():
+                self.vfm = VFM(args.vfm, self.size, grid, args.vfm_ckpt, args.vfm_layer)
+            torch.manual_seed(args.seed + 1)
+            self.mapper = Mapper(c, side, grid, self.vfm.dim, args.mapper_depth, args.mapper_width)
+            self.vfm.to(device, memory_format=torch.channels_last)
+        if args.lpips:
+            with data.rank_zero_first():
+                self.lpips = build_lpips(args.lpips_ckpt, device)
+        if args.gan:
+            torch.manual_seed(args.seed + 2)
+            self.discriminator = PatchGAN()
+        self.ema = copy.deepcopy(self.vae).to(device).requires_grad_(False)
+        weights = dict(rec=1.0, kl=args.kl, lpips=args.lpips, gan=args.gan, align=args.lambda_align)
+        self.loss = VAELoss(self.vae, self.mapper, weights, args.rec).to(device, memory_format=torch.channels_last)
+        self.optimizer = torch.optim.AdamW(self.loss.parameters(), args.lr, weight_decay=0.0, fused=device.type != "mps")
+        if self.discriminator is not None:
+            self.disc_loss = DiscriminatorLoss(self.discriminator).to(device, memory_format=torch.channels_last)
+            self.disc_optimizer = torch.optim.AdamW(self.discriminator.parameters(), args.lr, weight_decay=0.0, fused=device.type != "mps")
+        self.stats = LatentStats(c, device)
+        self.step, self.seconds = 0, 0.0
+
+    def parallel(self):
+        """Compiled and wrapped handles; the plain modules stay for checkpoints and EMA."""
+        self.run = torch.compile(self.loss, disable=not self.args.compile)
+        self.run_disc = self.disc_loss if self.discriminator is not None else None
+        if self.world > 1:
+            ids = [self.device.index] if self.device.type == "cuda" else None
+            self.run = DDP(self.run, device_ids=ids)
+            self.run_disc = self.run_disc and DDP(self.run_disc, device_ids=ids)
+
+    def state(self):
+        modules = dict(vae=self.vae, ema=self.ema, mapper=self.mapper, discriminator=self.discriminator, optimizer=self.optimizer,
+                       disc_optimizer=self.discriminator and self.disc_optimizer)
+        return dict({k: v and v.state_dict() for k, v in modules.items()}, config=self.vae.config, args=vars(self.args),
+                    mapper_config=self.mapper and self.mapper.config, step=self.step, seconds=self.seconds,
+                    latent_mean=self.stats.mean, latent_var=self.stats.var)
+
+    def load(self, checkpoint):
+        self.vae.load_state_dict(checkpoint["vae"])
+        self.ema.load_state_dict(checkpoint["ema"])
+        self.optimizer.load_state_dict(checkpoint["optimizer"])
+        if self.mapper is not None:
+            self.mapper.load_state_dict(checkpoint["mapper"])
+        if self.discriminator is not None:
+            self.discriminator.load_state_dict(checkpoint["discriminator"])
+            self.disc_optimizer.load_state_dict(checkpoint["disc_optimizer"])
+        self.stats.mean.copy_(checkpoint["latent_mean"])
+        self.stats.var.copy_(checkpoint["latent_var"])
+        self.step, self.seconds = checkpoint["step"], checkpoint["seconds"]
+
+    @torch.no_grad()
+    def first_stats(self, batches):
+        """Latent statistics of the first global batch, before the first step needs them."""
+        for x, noise, _ in batches:
+            with data.autocast(self.device, self.args.precision):
+                self.stats.add(self.vae.encode(x).sample(noise[1]))
+        self.stats.update(momentum=1.0)
+
+    def micro_batches(self, pixels):
+        """The rank's images (B, 3, S, S) uint8 -> list of (x, noise, share of the rank's batch)."""
+        args, local = self.args, len(pixels)
+        first = self.step * args.batch + self.rank * local  # place of the rank's first image in the stream of samples
+        out = []
+        for i in range(0, local, args.micro_batch or local):
+            part = pixels[i:i + (args.micro_batch or local)]
+            a, *eps = data.draw_noise(args.seed, range(first + i, first + i + len(part)), 1, self.latent_shape, self.latent_shape)
+            noise = [(a[:, 0] if args.noise else None), *eps]
+            noise = [n if n is None else n.to(self.device, non_blocking=True) for n in noise]
+            x = data.to_float(part.to(self.device, non_blocking=True)).contiguous(memory_format=torch.channels_last)
+            out.append((x, noise, len(part) / local))
+        return out
+
+    def train_step(self, pixels):
+        """One optimiser step of the VAE and the mapper, then one of the discriminator; returns the rank's loss parts."""
+        args, batches = self.args, self.micro_batches(pixels)
+        if self.mapper is not None and self.step == 0:
+            self.first_stats(batches)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(args, self.step)
+        judge = self.discriminator if self.discriminator is not None and self.step >= args.gan_start else None
+        if judge is not None:
+            judge.requires_grad_(False)
+        self.optimizer.zero_grad(set_to_none=True)
+        parts, fakes = {}, []
+        for i, (x, noise, share) in enumerate(batches):
+            with data.autocast(self.device, args.precision), data.sync_if(self.run, i == len(batches) - 1):
+                tokens = self.vfm(x) if self.vfm is not None else None
+                total, each, x_rec, z = self.run(x, noise, tokens, self.stats.mean, self.stats.std,
+                                                 self.step >= args.mapper_warmup, judge, self.lpips)
+                (total * share).backward()
+            for k, v in each.items():
+                parts[k] = parts.get(k, 0) + v * share
+            self.stats.add(z)
+            fakes.append(x_rec)
+        parts["grad_norm"] = nn.utils.clip_grad_norm_(self.loss.parameters(), args.clip)
+        if judge is not None:
+            parts["disc"] = self.disc_step(batches, fakes)
+        self.optimizer.step()
+        self.stats.update(momentum=0.1)
+        data.update_ema(self.ema, self.vae, self.step, args.ema)
+        self.step += 1
+        return parts
+
+    def disc_step(self, batches, fakes):
+        self.discriminator.requires_grad_(True)
+        self.disc_optimizer.zero_grad(set_to_none=True)
+        loss = 0
+        for i, ((x, _, share), fake) in enumerate(zip(batches, fakes)):
+            with data.autocast(self.device, self.args.precision), data.sync_if(self.run_disc, i == len(batches) - 1):
+                part = self.run_disc(x, fake) * share
+                part.backward()
+            loss = loss + part.detach()
+        nn.utils.clip_grad_norm_(self.discriminator.parameters(), self.args.clip)
+        self.disc_optimizer.step()
+        return loss
+
+
+def plan(t, images, path):
+    """What will happen, before it happens."""
+    args, millions = t.args, lambda m: sum(p.numel() for p in m.parameters()) / 1e6
+    print(f"{'go on with' if t.step else 'train'} {path}: step {t.step} of {args.steps}, batch {args.batch} on {t.world} process(es), "
+          f"{t.device.type} {args.precision}; {len(images.files)} images of {t.size} x {t.size}, "
+          f"{args.steps * args.batch / len(images.files):.1f} epochs")
+    print(f"VAE {millions(t.vae):.2f} M, latent {t.latent_shape}"
+          + (f"; mapper {millions(t.mapper):.2f} M, depth {args.mapper_depth}, noise {'on' if args.noise else 'off'}; {args.vfm} at "
+             f"{t.vfm.size} x {t.vfm.size}, {t.vfm.grid} x {t.vfm.grid} tokens of {t.vfm.dim}, lambda {args.lambda_align:g}"
+             if t.mapper is not None else "; no alignment")
+          + (f"; discriminator {millions(t.discriminator):.2f} M" if t.discriminator is not None else ""))
+
+
+def main():
+    args = parse_args()
+    device, rank, world = data.setup()
+    args.precision = args.precision or data.fast_precision(device)
+    if args.batch % world:
+        raise UserError(f"--batch {args.batch}: expected a multiple of the {world} processes")
+    out = data.open_out(args.out)
+    path = out / "vae.pt"
+    t = Trainer(args, device, rank, world)
+    images = data.ImageFolder(args.data, t.size, flip=bool(args.flip), split=args.split)
+    data.check_folder(images, args.batch)
+    checkpoint = data.load_newest(path)
+    if checkpoint is not None:
+        data.same_run(checkpoint, args, path)
+        t.load(checkpoint)
+    if t.step >= args.steps:
+        return print(f"{path}: already at step {t.step}") if rank == 0 else None
+    t.parallel()
+    data.open_out(out, need_bytes=3 * sum(p.numel() for p in t.loss.parameters()) * 16)
+    if rank == 0:
+        plan(t, images, path)
+    log = data.Log(out / "metrics.jsonl", t.step, vars(args), rank)
+    stop, local, since, seen = data.Stop(), args.batch // world, time.time(), 0
+    rows = [data.sample_order(len(images), args.seed, s * args.batch + rank * local, local) for s in range(t.step, args.steps)]
+    bar = tqdm(total=args.steps, initial=t.step, disable=rank > 0 or None)
+    for pixels, _, _ in data.load_batches(images, rows, args.workers, replace=True):
+        parts = t.train_step(pixels)
+        seen += args.batch
+        bar.update()
+        logs, saves = (t.step % n == 0 or t.step == args.steps for n in (args.log_every, args.save_every))
+        parts = data.mean_over_ranks(parts)
+        data.stop_if_not_finite(t.step, parts, "a smaller --lr, or --precision fp32")
+        if logs:
+            now = time.time()
+            t.seconds, rate, since, seen = t.seconds + now - since, seen / (now - since), now, 0
+            log.write(step=t.step, **parts, lr=learning_rate(args, t.step - 1), images_per_s=round(rate, 1), seconds=round(t.seconds, 1))
+            bar.set_postfix({k: f"{v:.4g}" for k, v in parts.items()}, refresh=False)
+        stopping = stop.asked(device)
+        if (saves or stopping) and rank == 0:
+            data.save_checkpoint(path, t.state())
+        if stopping:
+            raise UserError(f"stopped by a signal; saved at step {t.step}; run the same command to go on")
+    bar.close()
+    if rank == 0:
+        print(f"{path}: step {t.step}, " + ", ".join(f"{k} {v:.4g}" for k, v in parts.items()) + f", {t.seconds:.0f} s")
+
+
+if __name__ == "__main__":
+    data.run_script(main)

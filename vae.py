@@ -1,0 +1,331 @@
+"""The autoencoder; as a script, stage 2: images -> latent moments on disk.
+
+    python vae.py --vae out/send/vae.pt --data images --out latents --flip            # one process
+    torchrun --nproc_per_node=8 vae.py --vae out/send/vae.pt --data images --out latents --flip
+    python vae.py --vae out/demo/send/vae.pt --data out/demo/avatars --out out/demo/send/latents --split train   # tiny
+
+The network is the KL autoencoder of latent diffusion (Rombach et al. 2022, arXiv 2112.10752) with the parameter names
+of its release, so one class is SD-VAE (f8d4), VA-VAE and IN-VAE (f16d32), and the demo's 64 x 64 model.
+"""
+import argparse
+import json
+import os
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import data
+from data import UserError
+
+# name -> constructor arguments of AutoencoderKL. The factor f is 2 ** (len(ch_mult) - 1), d is z_channels.
+VAE_CONFIGS = {
+    "f8d4": dict(z_channels=4, ch=128, ch_mult=(1, 2, 4, 4), num_res_blocks=2, attn_resolutions=(), resolution=256),
+    "f16d16": dict(z_channels=16, ch=128, ch_mult=(1, 1, 2, 2, 4), num_res_blocks=2, attn_resolutions=(16,), resolution=256),
+    "f16d32": dict(z_channels=32, ch=128, ch_mult=(1, 1, 2, 2, 4), num_res_blocks=2, attn_resolutions=(16,), resolution=256),
+    "f16d64": dict(z_channels=64, ch=128, ch_mult=(1, 1, 2, 2, 4), num_res_blocks=2, attn_resolutions=(16,), resolution=256),
+    "demo": dict(z_channels=16, ch=16, ch_mult=(1, 2, 4, 4), num_res_blocks=1, attn_resolutions=(), resolution=64),
+}
+
+
+class GroupNorm(nn.GroupNorm):
+    """LDM's 32 groups; narrow models (below 128 channels) keep 4 channels a group, since a group of one erases its mean."""
+
+    def __init__(self, channels):
+        super().__init__(min(32, channels // 4), channels, eps=1e-6)
+
+    def forward(self, x):  # PyTorch's CPU backward is 50 times slower on channels-last tensors than two copies are
+        if x.device.type == "cpu":
+            return super().forward(x.contiguous()).contiguous(memory_format=torch.channels_last)
+        return super().forward(x)
+
+
+class ResnetBlock(nn.Module):
+    def __init__(self, c_in, c_out):
+        super().__init__()
+        self.norm1 = GroupNorm(c_in)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.norm2 = GroupNorm(c_out)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
+        if c_in != c_out:
+            self.nin_shortcut = nn.Conv2d(c_in, c_out, 1)
+
+    def forward(self, x):  # (B, c_in, H, W) -> (B, c_out, H, W)
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+
+
+class AttnBlock(nn.Module):
+    """Single-head self-attention over positions; q, k, v, proj_out are 1 x 1 convolutions, as in the LDM release."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.norm = GroupNorm(c)
+        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(c, c, 1) for _ in range(4))
+
+    def forward(self, x):  # (B, c, H, W) -> same
+        h = self.norm(x)
+        q, k, v = (f(h).flatten(2).transpose(1, 2).unsqueeze(1) for f in (self.q, self.k, self.v))  # (B, 1, HW, c)
+        h = F.scaled_dot_product_attention(q, k, v).squeeze(1).transpose(1, 2).reshape(x.shape)  # (B, c, H, W)
+        return x + self.proj_out(h)
+
+
+class Downsample(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.conv = nn.Conv2d(c, c, 3, stride=2)
+
+    def forward(self, x):  # (B, c, H, W) -> (B, c, H/2, W/2); LDM pads right and bottom only
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.conv = nn.Conv2d(c, c, 3, padding=1)
+
+    def forward(self, x):  # (B, c, H, W) -> (B, c, 2H, 2W)
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+def level(c_in, c_out, blocks, attention):
+    """One resolution of the encoder or decoder: `blocks` residual blocks, each followed by attention if asked for."""
+    m = nn.Module()
+    m.block = nn.ModuleList(ResnetBlock(c_in if i == 0 else c_out, c_out) for i in range(blocks))
+    m.attn = nn.ModuleList(AttnBlock(c_out) for _ in range(blocks if attention else 0))
+    return m
+
+
+def run_level(m, h):
+    for i, block in enumerate(m.block):
+        h = block(h)
+        if len(m.attn):
+            h = m.attn[i](h)
+    return h
+
+
+def middle(c):
+    m = nn.Module()
+    m.block_1, m.attn_1, m.block_2 = ResnetBlock(c, c), AttnBlock(c), ResnetBlock(c, c)
+    return m
+
+
+class Encoder(nn.Module):
+    def __init__(self, z_channels, ch, ch_mult, num_res_blocks, attn_resolutions, resolution):
+        super().__init__()
+        widths = [ch] + [ch * m for m in ch_mult]
+        self.conv_in = nn.Conv2d(3, ch, 3, padding=1)
+        self.down = nn.ModuleList()
+        for i in range(len(ch_mult)):
+            m = level(widths[i], widths[i + 1], num_res_blocks, resolution // 2 ** i in attn_resolutions)
+            if i < len(ch_mult) - 1:
+                m.downsample = Downsample(widths[i + 1])
+            self.down.append(m)
+        self.mid = middle(widths[-1])
+        self.norm_out = GroupNorm(widths[-1])
+        self.conv_out = nn.Conv2d(widths[-1], 2 * z_channels, 3, padding=1)
+
+    def forward(self, x):  # (B, 3, H, W) -> (B, 2c, H/f, W/f)
+        h = self.conv_in(x)
+        for m in self.down:
+            h = run_level(m, h)
+            if hasattr(m, "downsample"):
+                h = m.downsample(h)
+        h = self.mid.block_2(self.mid.attn_1(self.mid.block_1(h)))
+        return self.conv_out(F.silu(self.norm_out(h)))
+
+
+class Decoder(nn.Module):
+    def __init__(self, z_channels, ch, ch_mult, num_res_blocks, attn_resolutions, resolution):
+        super().__init__()
+        widths = [ch * m for m in ch_mult]
+        widths.append(widths[-1])  # the deepest level is entered at its own width
+        self.conv_in = nn.Conv2d(z_channels, widths[-1], 3, padding=1)
+        self.mid = middle(widths[-1])
+        self.up = nn.ModuleList()  # up[i] works at resolution / 2**i, so the forward pass runs the list backwards
+        for i in range(len(ch_mult)):
+            m = level(widths[i + 1], widths[i], num_res_blocks + 1, resolution // 2 ** i in attn_resolutions)
+            if i > 0:
+                m.upsample = Upsample(widths[i])
+            self.up.append(m)
+        self.norm_out = GroupNorm(widths[0])
+        self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
+
+    def forward(self, z):  # (B, c, h, w) -> (B, 3, f*h, f*w)
+        h = self.conv_in(z)
+        h = self.mid.block_2(self.mid.attn_1(self.mid.block_1(h)))
+        for m in reversed(self.up):
+            h = run_level(m, h)
+            if hasattr(m, "upsample"):
+                h = m.upsample(h)
+        return self.conv_out(F.silu(self.norm_out(h)))
+
+
+@dataclass
+class Posterior:
+    """q(z|x) = N(mean, std^2), both (B, c, h, w) float32."""
+    mean: torch.Tensor
+    std: torch.Tensor
+
+    def sample(self, eps=None):
+        """z = mean + std * eps; eps (B, c, h, w) standard normal, drawn here when not given."""
+        return self.mean + self.std * (torch.randn_like(self.mean) if eps is None else eps)
+
+    def kl(self):
+        """KL(q || N(0, I)) summed over the latent, averaged over the batch -> scalar (LDM's convention)."""
+        var = self.std.square()
+        return 0.5 * (self.mean.square() + var - 1 - var.log()).sum((1, 2, 3)).mean()
+
+
+class AutoencoderKL(nn.Module):
+    """x (B, 3, H, W) in [-1, 1] -> encode(x): Posterior of (B, z_channels, H/f, W/f); decode(z) -> (B, 3, H, W).
+
+    Raises ValueError for an image size that the factor f = 2 ** (len(ch_mult) - 1) does not divide.
+    Source: arXiv 2112.10752, appendix G; names and shapes of the release.
+    """
+
+    def __init__(self, z_channels, ch, ch_mult, num_res_blocks, attn_resolutions, resolution):
+        super().__init__()
+        self.config = dict(z_channels=z_channels, ch=ch, ch_mult=tuple(ch_mult), num_res_blocks=num_res_blocks,
+                           attn_resolutions=tuple(attn_resolutions), resolution=resolution)
+        self.encoder = Encoder(**self.config)
+        self.decoder = Decoder(**self.config)
+        self.quant_conv = nn.Conv2d(2 * z_channels, 2 * z_channels, 1)
+        self.post_quant_conv = nn.Conv2d(z_channels, z_channels, 1)
+        self.factor = 2 ** (len(ch_mult) - 1)
+
+    def encode(self, x):
+        if x.shape[-1] % self.factor or x.shape[-2] % self.factor:
+            raise ValueError(f"image {x.shape[-2]} x {x.shape[-1]}: expected a multiple of {self.factor}")
+        mean, logvar = self.quant_conv(self.encoder(x)).float().chunk(2, dim=1)
+        return Posterior(mean, torch.exp(0.5 * logvar.clamp(-30, 20)))
+
+    def decode(self, z):
+        return self.decoder(self.post_quant_conv(z)).float()
+
+
+def load_vae(path, weights="ema"):
+    """Checkpoint of train_vae.py -> AutoencoderKL in evaluation mode (weights: "ema" or "model"). Raises UserError."""
+    checkpoint = data.load_checkpoint(path)
+    if not isinstance(checkpoint, dict) or not {"config", "vae", "ema"} <= set(checkpoint):
+        raise UserError(f"{path}: not a checkpoint of train_vae.py (expected the entries config, vae, ema)")
+    vae = AutoencoderKL(**checkpoint["config"])
+    data.load_weights(vae, checkpoint["vae" if weights == "model" else "ema"], path)
+    return vae.eval().requires_grad_(False)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stage 2: images -> moments.npy, labels.npy, files.txt, stats.npz, meta.json
+
+def parse_args():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--vae", required=True, help="checkpoint of train_vae.py")
+    p.add_argument("--data", required=True, help="image folder")
+    p.add_argument("--out", required=True, help="folder for the latents")
+    p.add_argument("--split", choices=data.SPLITS, help="only the images that attributes.csv puts there (default: all)")
+    p.add_argument("--resolution", type=int, help="crop in pixels (default: the VAE's)")
+    p.add_argument("--flip", action="store_true", help="store the mirror image's moments too (F = 2)")
+    p.add_argument("--weights", choices=("ema", "model"), default="ema")
+    p.add_argument("--micro-batch", type=int, default=64, help="images per forward pass: memory only")
+    p.add_argument("--precision", choices=("bf16", "fp32"), help="default: bf16 where it is fast")
+    p.add_argument("--workers", type=int, default=4 if torch.cuda.is_available() else 0, help="image reading processes")
+    return p.parse_args()
+
+
+@torch.no_grad()
+def encode_folder(vae, images, moments, args, device, rank, world):
+    """Write this rank's rows of the memmap `moments`; return per-channel sums for the statistics and the bad rows."""
+    rows = split_by_batch(data.split_rows(len(images.files), rank, world), args.micro_batch)
+    sums = torch.zeros(3, vae.config["z_channels"], dtype=torch.float64)  # count, sum of z, sum of E[z^2]
+    readable = np.zeros(len(images.files), np.int64)
+    for pixels, _, kept in tqdm(data.load_batches(images, rows, args.workers), "encode", len(rows), disable=rank > 0 or None):
+        x = data.to_float(pixels.to(device)).contiguous(memory_format=torch.channels_last)
+        for f in range(moments.shape[1]):
+            with data.autocast(device, args.precision):
+                q = vae.encode(x.flip(-1) if f else x)
+            stored = torch.cat([q.mean, q.std], 1).half().cpu()  # (B, 2c, h, w)
+            if not stored.isfinite().all():
+                raise UserError(f"{args.vae}: moments of {images.files[kept[0]]} and its batch exceed float16 or are not finite")
+            moments[kept, f] = stored.numpy()
+            mean, std = stored.double().chunk(2, dim=1)
+            # z = mean + std eps, so E[z] = E[mean] and E[z^2] = E[mean^2 + std^2]: exact, without sampling
+            sums += torch.stack([torch.ones_like(mean).sum((0, 2, 3)), mean.sum((0, 2, 3)), (mean ** 2 + std ** 2).sum((0, 2, 3))])
+        readable[kept] = 1
+    return sums, readable
+
+
+def split_by_batch(rows, size):
+    return [list(rows[i:i + size]) for i in range(0, len(rows), size)]
+
+
+def drop_rows(path, kept):
+    """Rewrite the array at `path` with the rows `kept` alone: what is left when unreadable images are taken out."""
+    whole = np.load(path, mmap_mode="r")
+    part = np.lib.format.open_memmap(f"{path}.part", "w+", whole.dtype, (len(kept), *whole.shape[1:]))
+    for i in range(0, len(kept), 1024):
+        part[i:i + 1024] = whole[kept[i:i + 1024]]
+    part.flush()
+    os.replace(f"{path}.part", path)
+
+
+def main():
+    args = parse_args()
+    device, rank, world = data.setup()
+    args.precision = args.precision or data.fast_precision(device)
+    begin = time.time()
+    vae = load_vae(args.vae, args.weights)
+    vae_hash = data.weights_hash(vae.state_dict())
+    vae = vae.to(device, memory_format=torch.channels_last)
+    c, size = vae.config["z_channels"], args.resolution or vae.config["resolution"]
+    if size % vae.factor:
+        raise UserError(f"--resolution {size}: expected a multiple of {vae.factor}, the VAE's downsampling factor")
+    images = data.ImageFolder(args.data, size, split=args.split)
+    data.check_folder(images)
+    n, side = len(images.files), size // vae.factor
+    shape = (n, 2 if args.flip else 1, 2 * c, side, side)
+    settings = dict(vae=args.vae, vae_hash=vae_hash, data=args.data, split=args.split, resolution=size, flip=args.flip,
+                    crop="ADM centre", weights=args.weights, classes=images.classes)
+    out = data.open_out(args.out)
+    if (out / "meta.json").exists():
+        found = json.loads((out / "meta.json").read_text())
+        different = [k for k in settings if found.get(k) != settings[k]]
+        if different:
+            raise UserError(f"{out} holds latents with {different[0]} {found.get(different[0])}, this command says "
+                            f"{settings[different[0]]}; choose another --out or delete it")
+        return print(f"{out}: already encoded ({found['n']} images)") if rank == 0 else None
+    data.open_out(out, need_bytes=2 * int(np.prod(shape)))
+    if rank == 0:
+        flips = "with their mirror images" if args.flip else "without mirror images"
+        print(f"{n} images, {len(images.classes)} classes, {flips} -> moments {shape} float16, "
+              f"{2 * np.prod(shape) / 2**20:.0f} MiB, on {device.type} in {args.precision}, {world} process(es)")
+        np.lib.format.open_memmap(out / "moments.npy", "w+", np.float16, shape)
+    data.barrier()
+    moments = np.load(out / "moments.npy", mmap_mode="r+")
+    sums, readable = encode_folder(vae, images, moments, args, device, rank, world)
+    moments.flush()
+    sums, readable = data.all_reduce(sums.to(device)).cpu(), data.all_reduce(torch.from_numpy(readable).to(device)).cpu().numpy()
+    if rank:
+        return
+    kept = np.flatnonzero(readable)
+    if len(kept) < n:
+        drop_rows(out / "moments.npy", kept)
+    mean = (sums[1] / sums[0]).numpy()
+    std = (sums[2] / sums[0] - sums[1].div(sums[0]) ** 2).clamp_min(0).sqrt().numpy()
+    if not std.min() > 1e-6:
+        raise UserError(f"{args.vae}: latent channel {std.argmin()} is constant (std {std.min():.2g}) over {args.data}; the VAE has collapsed")
+    np.save(out / "labels.npy", np.asarray(images.labels, np.int64)[kept])
+    (out / "files.txt").write_text("".join(images.files[i] + "\n" for i in kept))
+    np.savez(out / "stats.npz", mean=mean, std=std)
+    seconds = time.time() - begin
+    data.write_json(out / "meta.json", dict(settings, n=len(kept), skipped=n - len(kept), shape=[len(kept), *shape[1:]], seconds=round(seconds, 1)))
+    print(f"{out}: {len(kept)} images in {seconds:.0f} s ({len(kept) * shape[1] / seconds:.0f} images/s), "
+          f"latent std {std.min():.3g} to {std.max():.3g}")
+
+
+if __name__ == "__main__":
+    data.run_script(main)
