@@ -627,13 +627,28 @@ def split_rows(n, rank, world):
     return range(n * rank // world, n * (rank + 1) // world)
 
 
+@functools.lru_cache(maxsize=2)
+def epoch_order(n, seed, epoch):
+    return np.random.Generator(np.random.Philox(key=(seed << 64) + epoch)).permutation(n)
+
+
 def sample_order(n, seed, start, count):
     """Rows of positions start .. start+count-1 in an endless stream of epochs, each a permutation of range(n) drawn
     from (seed, epoch): the data position is the step alone, whatever the number of processes."""
-    epochs = {}
-    for e in range(start // n, (start + count - 1) // n + 1):
-        epochs[e] = np.random.Generator(np.random.Philox(key=(seed << 64) + e)).permutation(n)
-    return [int(epochs[p // n][p % n]) for p in range(start, start + count)]
+    return [int(epoch_order(n, seed, p // n)[p % n]) for p in range(start, start + count)]
+
+
+class StepRows:
+    """Rows of this rank in each step from `first` to `last`, worked out when a reading process asks for them."""
+
+    def __init__(self, n, args, first, rank, world):
+        self.n, self.args, self.first, self.rank, self.local = n, args, first, rank, args.batch // world
+
+    def __len__(self):
+        return self.args.steps - self.first
+
+    def __getitem__(self, k):
+        return sample_order(self.n, self.args.seed, (self.first + k) * self.args.batch + self.rank * self.local, self.local)
 
 
 def draw_noise(seed, rows, uniforms, *shapes):

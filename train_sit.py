@@ -143,19 +143,23 @@ class Trainer:
         self.optimizer.load_state_dict(checkpoint["optimizer"])
         self.step, self.seconds = checkpoint["step"], checkpoint["seconds"]
 
-    def draw(self, step):
-        """This rank's part of global batch `step`: latents x, labels y, times t, noise eps, and the rows of raw images."""
-        args, local = self.args, self.args.batch // self.world
-        first = step * args.batch + self.rank * local
-        rows = np.array(data.sample_order(len(self.latents.labels), args.seed, first, local))
-        u, normal, eps_posterior, eps = data.draw_noise(args.seed, range(first, first + local), 3, (1,), self.latent_shape, self.latent_shape)
+    def choose(self, step):
+        """This rank's part of global batch `step`: the places in the stream of samples, the rows, their flips, uniforms (B, 3)."""
+        local = self.args.batch // self.world
+        first = step * self.args.batch + self.rank * local
+        places = range(first, first + local)
+        u = data.draw_noise(self.args.seed, places, 3)[0]
         flips = (u[:, 0] < 0.5).numpy().astype(np.int64) if self.flips == 2 else np.zeros(local, np.int64)
-        moments = torch.from_numpy(np.stack([self.latents.moments[r, f] for r, f in zip(rows, flips)])).float()
-        mean, std = moments.chunk(2, dim=1)
-        x = (mean + std * eps_posterior - self.mean) / self.std  # (B, c, h, w), unit variance per channel
-        y = torch.from_numpy(self.latents.labels[rows]).where(u[:, 2] >= args.label_dropout, torch.tensor(self.num_classes))
-        t = draw_time(u[:, 1], normal[:, 0], args.time)
-        return (x, y, t, eps), (self.paired.rows(rows, flips) if self.paired else None)
+        return places, np.array(data.sample_order(len(self.latents.labels), self.args.seed, first, local)), flips, u
+
+    def draw(self, step):
+        """Latents x (B, c, h, w), labels y, times t (B,) and noise eps of this rank at `step`."""
+        places, rows, flips, u = self.choose(step)
+        _, normal, eps_posterior, eps = data.draw_noise(self.args.seed, places, 3, (1,), self.latent_shape, self.latent_shape)
+        mean, std = torch.from_numpy(np.stack([self.latents.moments[r, f] for r, f in zip(rows, flips)])).float().chunk(2, dim=1)
+        x = (mean + std * eps_posterior - self.mean) / self.std  # unit variance per channel
+        y = torch.from_numpy(self.latents.labels[rows]).where(u[:, 2] >= self.args.label_dropout, torch.tensor(self.num_classes))
+        return x, y, draw_time(u[:, 1], normal[:, 0], self.args.time), eps
 
     def train_step(self, batch, pixels):
         """One optimiser step; returns the rank's loss parts. batch: (x, y, t, eps); pixels: the raw images or None."""
@@ -184,19 +188,8 @@ class Trainer:
         return parts
 
 
-def batches(t):
-    """(batch, raw images or None) of every step that is left."""
-    steps = range(t.step, t.args.steps)
-    if t.paired is None:
-        yield from ((t.draw(s)[0], None) for s in steps)
-    else:
-        rows = RawRows(t, steps)
-        for s, (pixels, _, _) in zip(steps, data.load_batches(t.paired.images, rows, t.args.workers, replace=True)):
-            yield t.draw(s)[0], pixels
-
-
 class RawRows:
-    """Rows of raw images of each step, worked out when a reading process asks for them."""
+    """Raw images of each step that is left, worked out when a reading process asks for them."""
 
     def __init__(self, trainer, steps):
         self.trainer, self.steps = trainer, steps
@@ -205,7 +198,18 @@ class RawRows:
         return len(self.steps)
 
     def __getitem__(self, k):
-        return self.trainer.draw(self.steps[k])[1]
+        _, rows, flips, _ = self.trainer.choose(self.steps[k])
+        return self.trainer.paired.rows(rows, flips)
+
+
+def batches(t):
+    """(latents, labels, times, noise) and raw images (or None) of every step that is left."""
+    steps = range(t.step, t.args.steps)
+    if t.paired is None:
+        yield from ((t.draw(s), None) for s in steps)
+    else:
+        loader = data.load_batches(t.paired.images, RawRows(t, steps), t.args.workers, replace=True)
+        yield from ((t.draw(s), pixels) for s, (pixels, _, _) in zip(steps, loader))
 
 
 def main():

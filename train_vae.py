@@ -68,6 +68,7 @@ def parse_args():
     p.add_argument("--grid", type=int, help="tokens a side (default: resolution / 16, or the latent's side if smaller)")
     p.add_argument("--mapper-depth", type=int, default=1, help="ViT blocks; 0: MLP only")
     p.add_argument("--mapper-width", type=int, help="default: the VFM's dimension")
+    p.add_argument("--mapper-mlp", type=int, default=2048, help="width of the mapper's projector")
     p.add_argument("--mapper-warmup", type=int, default=0, help="first steps in which L_align trains the mapper alone")
     p.add_argument("--noise", type=int, default=1, choices=(0, 1), help="eq. (1) on the latent before the mapper")
     # The run
@@ -118,9 +119,9 @@ class VAELoss(nn.Module):
         super().__init__()
         self.vae, self.mapper, self.weights, self.rec = vae, mapper, weights, rec
 
-    def forward(self, x, noise, tokens, latent_mean, latent_std, encoder_aligns, judge, lpips):
+    def forward(self, x, noise, tokens, stats, encoder_aligns, judge, lpips):
         """x (B, 3, H, W); noise: a (B,), eps of the posterior and of eq. (1), (B, c, h, w) each; tokens (B, N, D) of the
-        VFM or None; judge: the frozen discriminator or None; lpips: the frozen metric or None."""
+        VFM or None; stats: LatentStats; judge: the frozen discriminator or None; lpips: the frozen metric or None."""
         a, eps_posterior, eps_align = noise
         posterior = self.vae.encode(x)
         z = posterior.sample(eps_posterior)
@@ -131,36 +132,51 @@ class VAELoss(nn.Module):
         if judge is not None:
             parts["gan"] = -judge(x_rec).mean()
         if self.mapper is not None:
-            z_aligned = (z if encoder_aligns else z.detach()) - latent_mean.view(1, -1, 1, 1)
-            z_aligned = z_aligned / latent_std.view(1, -1, 1, 1)
-            z_t = z_aligned if a is None else add_noise(z_aligned, a=a, eps=eps_align)
+            z_n = stats.normalise(z if encoder_aligns else z.detach())
+            z_t = z_n if a is None else add_noise(z_n, a=a, eps=eps_align)
             parts["align"] = align_loss(self.mapper(z_t), tokens)
         total = sum(self.weights[k] * v for k, v in parts.items())
         return total, {k: v.detach() for k, v in parts.items()}, x_rec.detach(), z.detach()
 
 
 class LatentStats:
-    """Running per-channel mean and variance of z, from all ranks and micro-batches: what the mapper's input is
-    normalised with. (REPA-E's BatchNorm2d without affine, eps 1e-4; running values keep the result independent of how
-    the batch is split.)"""
+    """Per-channel normalisation of z before the mapper: REPA-E's BatchNorm2d(affine=False, eps=1e-4), made independent of
+    how the batch is split into processes and micro-batches.
+
+    Values come from running statistics of the global batches. The gradient is batch norm's,
+    (g - mean(g) - z_n mean(g z_n)) / std, with running means too: without these two terms the encoder escapes the noise
+    of eq. (1) by scaling z up, step after step (seen: a factor of 4 in 250 steps at lambda 3).
+    """
+
+    NAMES = ("mean", "var", "grad_mean", "grad_scale")
 
     def __init__(self, channels, device):
-        self.mean, self.var = torch.zeros(channels, device=device), torch.ones(channels, device=device)
-        self.sums = torch.zeros(3, channels, device=device, dtype=torch.float64 if device.type != "mps" else torch.float32)
+        self.mean, self.var, self.grad_mean, self.grad_scale = (torch.full((channels,), v, device=device) for v in (0.0, 1.0, 0.0, 0.0))
+        self.sums = torch.zeros(5, channels, device=device, dtype=torch.float64 if device.type != "mps" else torch.float32)
 
-    @property
-    def std(self):
-        return (self.var + 1e-4).sqrt()
+    def normalise(self, z):  # (B, c, h, w) -> same, zero mean and unit variance per channel
+        mean, std, grad_mean, grad_scale = (v.view(1, -1, 1, 1) for v in (self.mean, (self.var + 1e-4).sqrt(), self.grad_mean, self.grad_scale))
+        z_n = (z - mean) / std
+        if z_n.requires_grad:
+            value = z_n.detach()
+
+            def batch_norm_gradient(g):
+                self.sums[3] += g.sum((0, 2, 3))
+                self.sums[4] += (g * value).sum((0, 2, 3))
+                return g - grad_mean - grad_scale * value
+            z_n.register_hook(batch_norm_gradient)
+        return z_n
 
     def add(self, z):  # (B, c, h, w)
         z = z.to(self.sums.dtype)
-        self.sums += torch.stack([torch.full_like(self.sums[0], z.numel() / z.shape[1]), z.sum((0, 2, 3)), z.square().sum((0, 2, 3))])
+        self.sums[:3] += torch.stack([torch.full_like(self.sums[0], z.numel() / z.shape[1]), z.sum((0, 2, 3)), z.square().sum((0, 2, 3))])
 
     def update(self, momentum):
-        count, total, squares = data.all_reduce(self.sums)
-        mean = total / count
-        self.mean.lerp_(mean.float(), momentum)
-        self.var.lerp_((squares / count - mean.square()).float(), momentum)
+        """Once a step: fold the sums over all processes and micro-batches into the running means."""
+        count, *sums = data.all_reduce(self.sums)
+        mean, square, grad_mean, grad_scale = (s / count for s in sums)
+        for name, new in zip(self.NAMES, (mean, square - mean.square(), grad_mean, grad_scale)):
+            getattr(self, name).lerp_(new.to(self.mean.dtype), momentum)
         self.sums.zero_()
 
 
@@ -211,7 +227,7 @@ class Trainer:
             with data.rank_zero_first():
                 self.vfm = VFM(args.vfm, self.size, grid, args.vfm_ckpt, args.vfm_layer)
             torch.manual_seed(args.seed + 1)
-            self.mapper = Mapper(c, side, grid, self.vfm.dim, args.mapper_depth, args.mapper_width)
+            self.mapper = Mapper(c, side, grid, self.vfm.dim, args.mapper_depth, args.mapper_width, mlp_width=args.mapper_mlp)
             self.vfm.to(device, memory_format=torch.channels_last)
         if args.lpips:
             with data.rank_zero_first():
@@ -230,8 +246,11 @@ class Trainer:
         self.step, self.seconds = 0, 0.0
 
     def parallel(self):
-        """Compiled and wrapped handles; the plain modules stay for checkpoints and EMA."""
-        self.run = torch.compile(self.loss, disable=not self.args.compile)
+        """Compile the networks in place (names of parameters stay), then wrap: plain modules remain for checkpoints and EMA."""
+        for module in (self.vae.encoder, self.vae.decoder, self.mapper, self.discriminator, self.vfm):
+            if self.args.compile and module is not None:
+                module.compile()
+        self.run = self.loss
         self.run_disc = self.disc_loss if self.discriminator is not None else None
         if self.world > 1:
             ids = [self.device.index] if self.device.type == "cuda" else None
@@ -243,7 +262,7 @@ class Trainer:
                        disc_optimizer=self.discriminator and self.disc_optimizer)
         return dict({k: v and v.state_dict() for k, v in modules.items()}, config=self.vae.config, args=vars(self.args),
                     mapper_config=self.mapper and self.mapper.config, step=self.step, seconds=self.seconds,
-                    latent_mean=self.stats.mean, latent_var=self.stats.var)
+                    latent_stats={k: getattr(self.stats, k) for k in LatentStats.NAMES})
 
     def load(self, checkpoint):
         self.vae.load_state_dict(checkpoint["vae"])
@@ -254,8 +273,8 @@ class Trainer:
         if self.discriminator is not None:
             self.discriminator.load_state_dict(checkpoint["discriminator"])
             self.disc_optimizer.load_state_dict(checkpoint["disc_optimizer"])
-        self.stats.mean.copy_(checkpoint["latent_mean"])
-        self.stats.var.copy_(checkpoint["latent_var"])
+        for name in LatentStats.NAMES:
+            getattr(self.stats, name).copy_(checkpoint["latent_stats"][name])
         self.step, self.seconds = checkpoint["step"], checkpoint["seconds"]
 
     @torch.no_grad()
@@ -295,8 +314,7 @@ class Trainer:
         for i, (x, noise, share) in enumerate(batches):
             with data.autocast(self.device, args.precision), data.sync_if(self.run, i == len(batches) - 1):
                 tokens = self.vfm(x) if self.vfm is not None else None
-                total, each, x_rec, z = self.run(x, noise, tokens, self.stats.mean, self.stats.std,
-                                                 self.step >= args.mapper_warmup, judge, self.lpips)
+                total, each, x_rec, z = self.run(x, noise, tokens, self.stats, self.step >= args.mapper_warmup, judge, self.lpips)
                 (total * share).backward()
             for k, v in each.items():
                 parts[k] = parts.get(k, 0) + v * share
@@ -360,8 +378,8 @@ def main():
     if rank == 0:
         plan(t, images, path)
     log = data.Log(out / "metrics.jsonl", t.step, vars(args), rank)
-    stop, local, since, seen = data.Stop(), args.batch // world, time.time(), 0
-    rows = [data.sample_order(len(images), args.seed, s * args.batch + rank * local, local) for s in range(t.step, args.steps)]
+    stop, since, seen = data.Stop(), time.time(), 0
+    rows = data.StepRows(len(images), args, t.step, rank, world)
     bar = tqdm(total=args.steps, initial=t.step, disable=rank > 0 or None)
     for pixels, _, _ in data.load_batches(images, rows, args.workers, replace=True):
         parts = t.train_step(pixels)

