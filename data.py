@@ -445,8 +445,8 @@ def draw_options(style, rng):
 
     s = AVATAR_STYLES[style]
     flip = rng.random() < 0.5
-    opts = {"flip": "horizontal" if flip else "none", "scale": s["zoom"] * uniform(0.75, 1.15),
-            "rotate": uniform(-15, 15), "translateX": uniform(-12, 12), "translateY": uniform(-12, 12), **s["fixed"]}
+    opts = {"flip": "horizontal" if flip else "none", "scale": s["zoom"] * uniform(0.9, 1.1),
+            "rotate": uniform(-6, 6), "translateX": uniform(-5, 5), "translateY": uniform(-5, 5), **s["fixed"]}
     true = {"flipped"} if flip else set()
     for part, families in AVATAR_COLORS.items():
         family = pick(list(families))
@@ -616,9 +616,11 @@ def mean_over_ranks(parts):
 
 
 def all_reduce(x, op=None):
-    """Sum (or `op`) of a tensor over all ranks, in place; returns it."""
+    """Sum (or `op`) of a tensor over all ranks, in place; returns it. CPU tensors may come with any backend."""
     if dist.is_initialized():
-        dist.all_reduce(x, op or dist.ReduceOp.SUM)
+        moved = x.cuda() if dist.get_backend() == "nccl" else x
+        dist.all_reduce(moved, op or dist.ReduceOp.SUM)
+        x.copy_(moved)
     return x
 
 
@@ -729,7 +731,7 @@ def load_newest(path):
 
 
 # Flags that may change between the first and the second half of a run without changing what it computes.
-FREE_FLAGS = {"steps", "micro_batch", "workers", "save_every", "log_every", "compile"}
+FREE_FLAGS = {"out", "steps", "micro_batch", "workers", "save_every", "log_every", "compile"}
 
 
 def same_run(checkpoint, args, path):
@@ -792,10 +794,8 @@ class Stop:
         for s in (signal.SIGTERM, signal.SIGINT):
             signal.signal(s, lambda *_: self.flag.fill_(1))
 
-    def asked(self, device):
-        if not dist.is_initialized():
-            return bool(self.flag)
-        return bool(all_reduce(self.flag.to(device, copy=True), dist.ReduceOp.MAX))
+    def asked(self):
+        return bool(all_reduce(self.flag.clone(), dist.ReduceOp.MAX))
 
 
 def stop_if_not_finite(step, parts, advice):

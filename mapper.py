@@ -127,8 +127,9 @@ class VFM(nn.Module):
 
     @torch.no_grad()
     def forward(self, x):
-        x = F.interpolate(x, (self.size, self.size), mode="bicubic", antialias=x.shape[-1] > self.size) if x.shape[-1] != self.size else x
-        x = ((x.clamp(-1, 1) + 1) / 2 - self.mean) / self.std
+        x = ((x + 1) / 2 - self.mean) / self.std
+        if x.shape[-1] != self.size:
+            x = F.interpolate(x, (self.size, self.size), mode="bicubic")  # as REPA: normalised first, no antialiasing
         y = self.net.forward_intermediates(x, indices=[self.layer], norm=True, stop_early=True, output_fmt="NCHW",
                                            intermediates_only=True)[0]  # (B, dim, grid, grid)
         if y.shape[1:] != (self.dim, self.grid, self.grid):

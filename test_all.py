@@ -251,6 +251,8 @@ def test_image_folder(tmp_path):
     assert [images[i][1] for i in range(12)] == [0, 0, 1, 1, 2, 2] * 2
     assert images[3][0].dtype == torch.uint8 and images[3][0].shape == (3, 32, 32)
     assert torch.equal(images[9][0], images[3][0].flip(2)) and not torch.equal(images[9][0], images[3][0])
+    with pytest.raises(IndexError):  # or `for image, label in images` never ends
+        images[12]
 
     flat = data.ImageFolder(write_images(tmp_path / "flat", 3, classes=("",)), 32)
     assert flat.classes == ["all"] and flat.labels == [0, 0, 0]
@@ -630,20 +632,26 @@ def test_vfm_is_frozen():
     assert not y.requires_grad and y.dtype == torch.float32 and data.weights_hash(model.net.state_dict()) == before
 
 
-def test_vfm_errors(tmp_path):
-    """A wrong name, file or layer is taken for another model, or ends in a traceback."""
+@pytest.mark.parametrize("name,ckpt,word", [
+    ("no_such_model", None, "no_such_model"), ("vit_base_patch14_dinov2.no_such_tag", None, "no_such_tag"),
+    ("test_vit", "none.pth", "none.pth"), ("test_vit", "other.pth", "other.pth"), ("test_vit", "text.pth", "text.pth"),
+    ("test_vit", "vae.pt", "vae.pt"), ("test_vit", "tensor.pt", "tensor.pt"), ("vit_base_patch14_dinov2.lvd142m", None, "--vfm-ckpt")])
+def test_vfm_errors(tmp_path, name, ckpt, word):
+    """A wrong name or file is taken for another model, or ends in a traceback; the last needs a hub, which tests have not."""
     torch.save(timm.create_model("test_vit2").state_dict(), tmp_path / "other.pth")
     torch.save({"config": {}, "vae": tiny_vae().state_dict(), "step": 3}, tmp_path / "vae.pt")
     torch.save(torch.zeros(3), tmp_path / "tensor.pt")
     (tmp_path / "text.pth").write_text("no weights")
-    for name, ckpt, words in [("no_such_model", None, "no_such_model"), ("vit_base_patch14_dinov2.no_such_tag", None, "no_such_tag"),
-                              ("test_vit", "none.pth", "none.pth"), ("test_vit", "other.pth", "other.pth"),
-                              ("test_vit", "text.pth", "text.pth"), ("test_vit", "vae.pt", "vae.pt"), ("test_vit", "tensor.pt", "tensor.pt"),
-                              ("vit_base_patch14_dinov2.lvd142m", None, "--vfm-ckpt")]:  # no hub here
-        with pytest.raises(UserError, match=words):
-            mapper.VFM(name, 32, 2, ckpt=ckpt and tmp_path / ckpt)
+    with pytest.raises(UserError, match=word):
+        mapper.VFM(name, 32, 2, ckpt=ckpt and tmp_path / ckpt)
+
+
+def test_vfm_layer():
+    """A layer that the model has not is taken for another; a CNN's stage gives another stride."""
     with pytest.raises(UserError, match="--vfm-layer 9"):
         mapper.VFM("tf_efficientnet_lite0", 32, 4, ckpt=LITE0, layer=9)
+    model = mapper.VFM("tf_efficientnet_lite0", 64, 4, ckpt=LITE0, layer=2)
+    assert model.size == 32 and model(torch.zeros(1, 3, 64, 64)).shape == (1, 16, 40)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1257,7 +1265,8 @@ def test_chain_scores(demo, avatars):
         assert r["fd"] == pytest.approx(expected, rel=1e-3) and r["fd_n"] == 40 and r["fd"] > fd["floor"]
         assert r["probe_f1"] == results[str(demo / arm / "vae.pt")]["f1"]
         model = vae.load_vae(demo / arm / "vae.pt")
-        x = torch.stack([image for image, _ in data.ImageFolder(avatars, 64, split="test")])
+        images = data.ImageFolder(avatars, 64, split="test")
+        x = torch.stack([images[i][0] for i in range(50)])
         with torch.no_grad():
             y = data.to_uint8(model.decode(model.encode(data.to_float(x)).mean))
         assert r["psnr"] == pytest.approx(fid.psnr(x, y).mean().item(), abs=1e-2) and r["ssim"] == pytest.approx(fid.ssim(x, y).mean().item(), abs=1e-3)
@@ -1451,6 +1460,48 @@ def test_an_image_that_cannot_be_read_leaves_no_hole(small, tmp_path):
     torch.testing.assert_close(one.std, two.std, rtol=1e-3, atol=1e-4)
 
 
+def test_a_folder_without_classes(small, tmp_path):
+    """A flat folder, one class, cannot be encoded, trained on or sampled."""
+    images = write_images(tmp_path / "images", 6, classes=("",))
+    do(*encode_command(small, images, tmp_path / "latents"))
+    do("train_sit", "--latents", tmp_path / "latents", *SMALL_SIT, "--repa", 0, "--steps", 1, "--out", tmp_path)
+    do("sample", "--sit", tmp_path / "sit.pt", "--n", 3, "--sampler", "euler", "--steps", 2, "--cfg", 2, *FP32, "--out", tmp_path / "a.npz")
+    assert np.load(tmp_path / "a.npz")["arr_1"].tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("dropout,moved", [(0, [True, True, False]), (1, [False, False, True])])
+def test_label_dropout(dropout, moved, small, tmp_path):
+    """The row of "no class" is not trained, or labels are dropped where they should not be."""
+    do("train_sit", "--latents", small / "latents", *SMALL_SIT, "--repa", 0, "--label-dropout", dropout, "--steps", 5, "--out", tmp_path)
+    torch.manual_seed(0)
+    fresh = sit.SIT_MODELS["SiT-demo/1"](input_size=4, in_channels=16, num_classes=2).state_dict()["y_embedder.embedding_table.weight"]
+    now = data.load_checkpoint(tmp_path / "sit.pt")["model"]["y_embedder.embedding_table.weight"]
+    assert (now != fresh).any(1).tolist() == moved
+
+
+def test_bf16(small, tmp_path):
+    """Under autocast weights, EMA or optimiser leave float32, or the losses are others."""
+    for precision in ("fp32", "bf16"):
+        do("train_vae", "--data", small / "images", *SMALL_VAE, *ALL_LOSSES, *SLOW, "--steps", 2, "--precision", precision, "--out", tmp_path / precision)
+        do("train_sit", "--latents", small / "latents", *SMALL_SIT, "--repa", 0, "--steps", 2, "--precision", precision, "--out", tmp_path / precision / "sit")
+        for name in ("vae.pt", "sit/sit.pt"):
+            assert all(v.dtype == torch.float32 for v in tensors(data.load_checkpoint(tmp_path / precision / name)).values())
+    for part in ("", "sit"):
+        for x, y in zip(metrics(tmp_path / "fp32" / part)[1], metrics(tmp_path / "bf16" / part)[1]):
+            for k in {"rec", "kl", "align", "disc", "velocity"} & x.keys():
+                assert x[k] == pytest.approx(y[k], rel=0.05), k
+
+
+def test_check(tmp_path):
+    """`data.py check` misses a bad file, or counts the good ones wrongly."""
+    images = write_images(tmp_path, 120, size=8)
+    truncate(images / "a/010.png")
+    status, out, err = call("data", "check", images, "--size", 8)
+    assert status == 0 and "119 images in 2 classes, 1 unreadable" in out and "a/010.png" in err
+    truncate(images / "a/012.png")
+    assert_refused(call("data", "check", images, "--size", 8), "2 of 120")
+
+
 def test_lpips_and_gan_train(small, vgg, tmp_path):
     """The full loss of the paper does not run, or gan-start and warm-ups are ignored."""
     do("train_vae", "--data", small / "images", *SMALL_VAE, *ALL_LOSSES, "--lpips", 1, "--lpips-ckpt", vgg[1], "--gan-start", 1, "--steps", 2,
@@ -1557,10 +1608,19 @@ def test_foreign_checkpoints(small, tmp_path):
         assert_refused(call("vae", "--vae", tmp_path / name, "--data", small / "images", "--out", tmp_path / "out"), *words)
         assert_refused(call(*[a for a in vae_command(small / "images", tmp_path / "out", "--init", tmp_path / name) if a not in ("--preset", "demo")]), *words)
     sit_pt, vae_pt, other = small / "sit/sit.pt", small / "vae/vae.pt", small / "other/vae.pt"
-    assert_refused(call("vae", "--vae", sit_pt, "--data", small / "images", "--out", tmp_path / "out"), sit_pt, "train_vae.py")
     assert_refused(call("sample", "--sit", vae_pt, "--n", 2, "--out", tmp_path / "a.npz"), vae_pt)
     assert_refused(call("sample", "--sit", sit_pt, "--vae", other, "--n", 2, "--out", tmp_path / "a.npz"), other, vae_pt)
     assert not (tmp_path / "a.npz").exists()
+
+
+@pytest.mark.parametrize("stage", ["train", "encode", "probe"])
+def test_a_sit_is_no_vae(stage, small, tmp_path):
+    """The checkpoint of another stage ends in a traceback."""
+    sit_pt, images = small / "sit/sit.pt", small / "images"
+    (images / "attributes.csv").write_text("file,split,hat\n")
+    commands = {"train": ("train_vae", "--data", images, "--init", sit_pt, "--lpips", 0, *PLAIN, "--batch", 4, "--out", tmp_path),
+                "encode": ("vae", "--vae", sit_pt, "--data", images, "--out", tmp_path), "probe": ("probe", sit_pt, "--data", images)}
+    assert_refused(call(*commands[stage]), sit_pt, "train_vae.py")
 
 
 def test_latents_of_another_vae(small, tmp_path):
@@ -1592,17 +1652,22 @@ def test_vfm_that_cannot_be_had(small, tmp_path):
     assert_refused(call("train_sit", "--latents", small / "latents", "--data", few, *SMALL_SIT, "--repa", 1, *VFM, "--out", tmp_path / "sit"), "a/008.png")
 
 
-def test_output_that_cannot_be_written(small, tmp_path):
-    """A read-only or impossible output folder is noticed after the work, or ends in a traceback."""
-    (tmp_path / "file").write_text("a file, so that nothing can lie below it")
+@pytest.mark.parametrize("stage", ["avatars", "train_vae", "vae", "train_sit", "sample", "recon json", "recon png", "score", "probe json", "probe csv"])
+def test_output_that_cannot_be_written(stage, small, tmp_path):
+    """A read-only or impossible output folder ends in a traceback. (It lies below a file: nobody can write there.)"""
+    (tmp_path / "file").write_text("no folder")
     below, images, vae_pt = tmp_path / "file/out", small / "images", small / "vae/vae.pt"
-    for command in (vae_command(images, below), encode_command(small, images, below), ("data", "avatars", below, "--n", 5),
-                    ("train_sit", "--latents", small / "latents", *SMALL_SIT, "--repa", 0, "--steps", 2, "--out", below),
-                    ("sample", "--sit", small / "sit/sit.pt", "--n", 2, "--steps", 2, "--out", below / "a.npz"),
-                    ("fid", "recon", "--vae", vae_pt, "--data", images, "--resolution", 32, "--json", below / "a.json"),
-                    ("fid", "recon", "--vae", vae_pt, "--data", images, "--resolution", 32, "--png", below / "a.png"),
-                    ("fid", "score", images, images, "--net", "tf_efficientnet_lite0", "--net-ckpt", LITE0, "--net-size", 32, "--json", below / "a.json")):
-        assert_refused(call(*command), tmp_path / "file")
+    table = [f"{f},{s},{int(f[0] == 'a')}" for s, f in zip(data.SPLITS * 20, data.find_images(images))]
+    (images / "attributes.csv").write_text("\n".join(["file,split,a", *table]) + "\n")
+    recon = ("fid", "recon", "--vae", vae_pt, "--data", images, "--resolution", 32)
+    score = ("fid", "score", images, images, "--net", "tf_efficientnet_lite0", "--net-ckpt", LITE0, "--net-size", 32)
+    linear = ("probe", vae_pt, "--data", images, "--resolution", 32)
+    commands = {"avatars": ("data", "avatars", below, "--n", 5), "train_vae": vae_command(images, below), "vae": encode_command(small, images, below),
+                "train_sit": ("train_sit", "--latents", small / "latents", *SMALL_SIT, "--repa", 0, "--steps", 2, "--out", below),
+                "sample": ("sample", "--sit", small / "sit/sit.pt", "--n", 2, "--steps", 2, "--out", below / "a.npz"),
+                "recon json": (*recon, "--json", below / "a.json"), "recon png": (*recon, "--png", below / "a.png"),
+                "score": (*score, "--json", below / "a.json"), "probe json": (*linear, "--json", below / "a.json"), "probe csv": (*linear, "--csv", below / "a.csv")}
+    assert_refused(call(*commands[stage]), tmp_path / "file")
 
 
 def test_short_disk(small, tmp_path, monkeypatch):

@@ -254,10 +254,11 @@ def main():
             t.seconds, rate, since, seen = t.seconds + now - since, seen / (now - since), now, 0
             log.write(step=t.step, **parts, images_per_s=round(rate, 1), seconds=round(t.seconds, 1))
             bar.set_postfix({k: f"{v:.4g}" for k, v in parts.items()}, refresh=False)
-        stopping = stop.asked(device)
+        stopping = stop.asked()
         if (saves or stopping) and rank == 0:
             data.save_checkpoint(path, t.state())
         if stopping:
+            data.barrier()  # no rank leaves, and takes the others with it, before the checkpoint is on disk
             raise UserError(f"stopped by a signal; saved at step {t.step}; run the same command to go on")
     bar.close()
     if rank == 0:

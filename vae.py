@@ -308,7 +308,7 @@ def main():
     moments = np.load(out / "moments.npy", mmap_mode="r+")
     sums, readable = encode_folder(vae, images, moments, args, device, rank, world)
     moments.flush()
-    sums, readable = data.all_reduce(sums.to(device)).cpu(), data.all_reduce(torch.from_numpy(readable).to(device)).cpu().numpy()
+    sums, readable = data.all_reduce(sums), data.all_reduce(torch.from_numpy(readable)).numpy()
     if rank:
         return
     kept = np.flatnonzero(readable)
