@@ -2,7 +2,7 @@
 
     python data.py avatars out/avatars                      # 12,000 cartoon faces, 64 x 64, with exact attributes
     python data.py avatars out/tiny --n 200 --seed 1        # tiny
-    python data.py check images --size 256                  # read every image, count the bad ones
+    python data.py check images                             # read every image, count the bad ones
 
 The last part of the file is the plumbing that all scripts share: errors, processes, random numbers, checkpoints, logs.
 """
@@ -20,6 +20,7 @@ import shutil
 import signal
 import sys
 import time
+import zipfile
 from collections import Counter
 from dataclasses import dataclass
 from datetime import timedelta
@@ -80,6 +81,18 @@ def read_image(path, size):
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as e:  # what PIL raises on bad files
         raise UnreadableImage(f"{path}: cannot be read as an image ({str(e).splitlines()[0] if str(e) else type(e).__name__})")
     return torch.from_numpy(np.array(center_crop(rgb, size))).permute(2, 0, 1).contiguous()
+
+
+def positive(text):
+    """argparse type of counts: a whole number from 1."""
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
+
+
+def chunks(rows, size):
+    """A sequence of rows -> lists of at most `size` of them, in order."""
+    return [list(rows[i:i + size]) for i in range(0, len(rows), size)]
 
 
 def to_float(images):
@@ -204,10 +217,16 @@ class Batches(torch.utils.data.Dataset):
         return (torch.stack(pixels) if pixels else torch.empty(shape, dtype=torch.uint8)), torch.tensor(labels), rows, bad
 
 
+def ignore_signals(_):
+    """torchrun and Ctrl-C signal the workers too; only the main process, which saves, decides when to stop."""
+    for s in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(s, signal.SIG_IGN)
+
+
 def load_batches(images, batches, workers=0, replace=False):
     """Yield (uint8 (B, 3, S, S), int64 labels (B,), rows) for each list of rows in `batches`, in order."""
     loader = torch.utils.data.DataLoader(Batches(images, batches, replace), batch_size=None, num_workers=workers,
-                                         pin_memory=torch.cuda.is_available())
+                                         pin_memory=torch.cuda.is_available(), worker_init_fn=ignore_signals)
     for pixels, labels, rows, bad in loader:
         images.note_bad(bad)
         yield pixels, labels, rows
@@ -284,7 +303,7 @@ def load_latents(folder):
         stats = np.load(folder / "stats.npz", allow_pickle=False)
         mean, std = (torch.from_numpy(stats[k]).float() for k in ("mean", "std"))
         files = (folder / "files.txt").read_text().splitlines()
-    except (OSError, ValueError, KeyError, EOFError) as e:
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as e:
         raise UserError(f"{folder}: the latent cache is damaged ({e}); delete the folder and {again}")
     if not len(moments) == len(labels) == len(files) == meta["n"]:
         raise UserError(f"{folder}: {len(moments)} moments, {len(labels)} labels, {len(files)} files, meta.json says "
@@ -556,6 +575,7 @@ def run_script(main):
         if dist.is_initialized():
             dist.destroy_process_group()
         return
+    sys.stdout.flush()
     print(f"error: {message}", file=sys.stderr, flush=True)
     os._exit(2) if dist.is_initialized() else sys.exit(2)  # other ranks may wait in a collective: do not wait for them
 
@@ -566,7 +586,6 @@ def setup():
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     else:
         device = torch.device("mps" if torch.backends.mps.is_available() and world == 1 else "cpu")
     if world > 1:
@@ -736,9 +755,12 @@ FREE_FLAGS = {"out", "steps", "micro_batch", "workers", "save_every", "log_every
 
 def same_run(checkpoint, args, path):
     """Refuse to resume `path` under other settings than it was begun with."""
+    if not isinstance(checkpoint, dict) or "args" not in checkpoint:
+        raise UserError(f"{path}: not a checkpoint of this script; choose another --out")
+    fixed = {"steps"} if getattr(args, "lr_decay", 0) else set()  # a schedule that ends at --steps cannot be extended
     for name, value in vars(args).items():
         before = checkpoint["args"].get(name)
-        if name not in FREE_FLAGS and before != value:
+        if name not in FREE_FLAGS - fixed and before != value:
             raise UserError(f"{path} was begun with --{name.replace('_', '-')} {before}, this command says {value}; "
                             "use the same settings to go on, or another --out to begin anew")
 
@@ -776,7 +798,7 @@ class Log:
     def write(self, **record):
         if not self.rank:
             with open(self.path, "a") as f:
-                f.write(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in record.items()}) + "\n")
+                f.write(json.dumps({k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in record.items()}) + "\n")
 
 
 def write_json(path, record):
@@ -822,17 +844,16 @@ def main():
     commands = p.add_subparsers(dest="command", required=True)
     a = commands.add_parser("avatars", help="render the built-in data set")
     a.add_argument("out")
-    a.add_argument("--n", type=int, default=12000, help="images (default 12000)")
-    a.add_argument("--size", type=int, default=64, help="pixels a side (default 64)")
+    a.add_argument("--n", type=positive, default=12000, help="images (default 12000)")
+    a.add_argument("--size", type=positive, default=64, help="pixels a side (default 64)")
     a.add_argument("--seed", type=int, default=0)
     c = commands.add_parser("check", help="read every image of a folder and its attribute table")
     c.add_argument("dir")
-    c.add_argument("--size", type=int, default=64, help="crop, in pixels (default 64)")
     args = p.parse_args()
     if args.command == "avatars":
         return render_avatars(args.out, args.n, args.size, args.seed)
-    images = ImageFolder(args.dir, args.size)
-    rows = [list(range(i, min(i + 64, len(images)))) for i in range(0, len(images), 64)]
+    images = ImageFolder(args.dir, 64)
+    rows = chunks(range(len(images)), 64)
     for _ in tqdm(load_batches(images, rows, workers=os.cpu_count()), total=len(rows), disable=None):
         pass
     print(f"{args.dir}: {len(images) - len(images.bad)} images in {len(images.classes)} classes, {len(images.bad)} unreadable")

@@ -11,6 +11,7 @@ import argparse
 import json
 import platform
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -93,13 +94,13 @@ def load_images(source, split=None):
         except (OSError, ValueError) as e:
             raise UserError(f"{source / first}: cannot be read as an image ({e})")
         images = data.ImageFolder(source, size, split=split)
-        return (lambda rows: next(data.load_batches(images, [rows], replace=True))[0]), len(images.files)
+        return (lambda rows: next(data.load_batches(images, [rows]))[0]), len(images.files)
     try:
         with np.load(source, allow_pickle=False) as z:
             array = z["arr_0"]
     except FileNotFoundError:
         raise UserError(f"{source}: no such file; make it with: python sample.py --sit SIT --out {source}")
-    except (OSError, ValueError, KeyError, EOFError) as e:
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as e:
         raise UserError(f"{source}: expected an .npz with arr_0 ({e})")
     if array.dtype != np.uint8 or array.ndim != 4 or array.shape[-1] != 3:
         raise UserError(f"{source}: arr_0 is {array.dtype} {array.shape}; expected uint8 (N, H, W, 3)")
@@ -123,7 +124,7 @@ def count_name(n):
 def score(args):
     """Fréchet distance of each sample set to the reference, and the floor: two halves of the reference."""
     device, _, _ = data.setup()
-    precision = args.precision or data.fast_precision(device)
+    precision = args.precision
     begin = time.time()
     net = FeatureNet(args.net, args.net_ckpt, args.net_size).to(device, memory_format=torch.channels_last)
     sources = {name: load_images(name, args.split if name == args.reference else None) for name in [args.reference, *args.samples]}
@@ -136,15 +137,19 @@ def score(args):
     halves = np.array_split(reference[order], 2)
     floor = frechet_distance(*statistics(halves[0]), *statistics(halves[1]))
     result = dict(network=net.label, reference=args.reference, split=args.split, n_reference=len(reference),
-                  floor=floor, floor_n=len(halves[1]), precision=precision, weights=data.weights_hash(net.state_dict()), fd={}, n={})
+                  floor=floor, floor_n=len(halves[1]), precision=precision, weights=data.weights_hash(net.state_dict()), fd={}, n={}, fd_real={})
     mu, sigma = statistics(reference)
     print(f"reference {args.reference}" + (f" ({args.split})" if args.split else "") + f": {len(reference)} images; network {net.label}")
     for name in args.samples:
         result["n"][name] = len(features[name])
+        n = result["n"][name]
         result["fd"][name] = frechet_distance(mu, sigma, *statistics(features[name]))
-        print(f"FD({net.label})-{count_name(len(features[name]))}  {result['fd'][name]:8.2f}  {name}")
-        if len(features[name]) < 2048:
-            print(f"  {len(features[name])} images are few: the distance is biased upwards; compare only with equal counts")
+        if n <= len(reference) // 2:  # what as many real images would score
+            result["fd_real"][name] = frechet_distance(*statistics(reference[order[n:]]), *statistics(reference[order[:n]]))
+        print(f"FD({net.label})-{count_name(n)}  {result['fd'][name]:8.2f}  {name}"
+              + (f"  (as many real images: {result['fd_real'][name]:.2f})" if name in result["fd_real"] else ""))
+        if n < 2048:
+            print(f"  {n} images are few: the distance is biased upwards; compare only with equal counts")
     print(f"FD({net.label})-{count_name(len(halves[1]))}  {floor:8.2f}  floor: one half of the reference against the other")
     result["seconds"] = round(time.time() - begin, 1)
     if args.json:
@@ -177,11 +182,11 @@ def ssim(x, y):
 def recon(args):
     """Decode the posterior mean of each image and compare: mean PSNR and SSIM over the images, and a picture."""
     device, _, _ = data.setup()
-    precision = args.precision or data.fast_precision(device)
+    precision = args.precision
     begin = time.time()
     vae = load_vae(args.vae).to(device, memory_format=torch.channels_last)
     images = data.ImageFolder(args.data, args.resolution or vae.config["resolution"], split=args.split)
-    rows = [list(range(i, min(i + 64, len(images)))) for i in range(0, len(images), 64)]
+    rows = data.chunks(range(len(images)), 64)
     values, shown = [], None
     for pixels, _, _ in tqdm(data.load_batches(images, rows), "reconstruct", len(rows), disable=None):
         x = data.to_float(pixels.to(device)).contiguous(memory_format=torch.channels_last)
@@ -193,10 +198,10 @@ def recon(args):
     result = dict(vae=args.vae, data=args.data, split=args.split, n=values.shape[1], psnr=values[0].mean().item(), ssim=values[1].mean().item(),
                   precision=precision, seconds=round(time.time() - begin, 1))
     print(f"{args.vae}: PSNR {result['psnr']:.2f} dB, SSIM {result['ssim']:.4f} over {result['n']} images")
-    if args.json:
-        data.write_json(args.json, result)
     if args.png:
         data.save_grid(torch.cat(shown), args.png, columns=8)
+    if args.json:  # last: it marks the stage as done
+        data.write_json(args.json, result)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -228,18 +233,20 @@ def report(args):
     """Collect what the stages wrote for each arm: RUN/report.json, RUN/report.png, and a table."""
     run = Path(args.run)
     fd, probe = read_json(run / "fd.json"), read_json(run / "probe.json")
+    by_path = lambda d: {Path(k): v for k, v in d.items()}  # out/x, ./out/x and out/x/ are one
+    distance, count, probed = by_path(fd["fd"]), by_path(fd["n"]), by_path(probe["results"])
     pixels = next(n for n in probe["results"] if n.startswith("pixels"))
     arms = {}
     for arm in args.arms:
         quality = read_json(run / arm / "recon.json")
-        found = probe["results"][f"{run}/{arm}/vae.pt"]
+        found = probed[run / arm / "vae.pt"]
         arms[arm] = dict(psnr=quality["psnr"], ssim=quality["ssim"], probe_f1=found["f1"], probe_f1_tuned=found["f1_tuned"],
                          probe_average_precision=found["average_precision"],
-                         fd=fd["fd"][f"{run}/{arm}/samples.npz"], fd_n=fd["n"][f"{run}/{arm}/samples.npz"],
+                         fd=distance[run / arm / "samples.npz"], fd_n=count[run / arm / "samples.npz"],
                          seconds=dict(train_vae=last_seconds(run / arm / "metrics.jsonl"), encode=read_json(run / arm / "latents/meta.json")["seconds"],
                                       train_sit=last_seconds(run / arm / "sit/metrics.jsonl"), sample=read_json(run / arm / "samples.json")["seconds"],
                                       recon=quality["seconds"]))
-    baselines = dict(fd_floor=fd["floor"], fd_floor_n=fd["floor_n"], probe_f1_pixels=probe["results"][pixels]["f1"],
+    baselines = dict(fd_floor=fd["floor"], fd_floor_n=fd["floor_n"], fd_real=max(fd["fd_real"].values(), default=None), probe_f1_pixels=probe["results"][pixels]["f1"],
                      probe_f1_majority=probe["results"]["majority"]["f1"])
     result = dict(arms=arms, baselines=baselines, network=fd["network"], probe_attributes=len(probe["attributes"]),
                   seconds=dict(pretrain=last_seconds(run / "pretrain/metrics.jsonl"), fd=fd["seconds"], probe=probe["seconds"]),
@@ -300,11 +307,13 @@ def main():
     r.add_argument("--png", help="write 32 originals and their reconstructions here")
     for c in (s, r):
         c.add_argument("--json", help="write the scores here")
-        c.add_argument("--precision", choices=("bf16", "fp32"), help="default: bf16 where it is fast")
+        c.add_argument("--precision", choices=("bf16", "fp32"), default="fp32", help="scores are float32 unless told otherwise")
     t = commands.add_parser("report", help="the demo's table and picture")
     t.add_argument("run", help="folder with a subfolder an arm")
     t.add_argument("--arms", nargs="+", default=["control", "send"])
     args = p.parse_args()
+    for path in filter(None, (getattr(args, "json", None), getattr(args, "png", None))):
+        data.open_out(Path(path).parent)
     {"score": score, "recon": recon, "report": report}[args.command](args)
 
 

@@ -101,7 +101,7 @@ class VFM(nn.Module):
 
     def __init__(self, name, image_size, grid, ckpt=None, layer=None):
         super().__init__()
-        self.name, self.grid, self.image_size = name, grid, image_size
+        self.name, self.grid = name, grid
         if not timm.is_model(name.split(".")[0]):
             raise UserError(f"--vfm {name}: timm {timm.__version__} has no such model; timm.list_models() names all")
         spec = timm.create_model(name, pretrained=False)
@@ -138,11 +138,10 @@ class VFM(nn.Module):
 
 
 def pretrained(name, ckpt=None, **kwargs):
-    """timm model with weights from its hub, or from the local file `ckpt`; num_classes=0. Raises UserError."""
-    kwargs["num_classes"] = 0
+    """timm model without its classifier, with weights from the hub or the local file `ckpt`, loaded strictly. Raises UserError."""
     if ckpt is None:
         try:
-            return timm.create_model(name, pretrained=True, **kwargs)
+            return timm.create_model(name, pretrained=True, num_classes=0, **kwargs)
         except (OSError, RuntimeError, ValueError) as e:  # what timm and huggingface_hub raise without a network
             raise UserError(f"--vfm {name}: its weights cannot be fetched ({type(e).__name__}: {str(e).splitlines()[0][:100]}); "
                             "give a local file with --vfm-ckpt")
@@ -150,10 +149,12 @@ def pretrained(name, ckpt=None, **kwargs):
         raise UserError(f"--vfm-ckpt {ckpt}: no such file")
     in_order = state_in_order(timm.create_model(name, pretrained=False), ckpt)
     try:
-        if in_order is None:  # timm's own loading: known foreign names, position embeddings resampled to img_size
-            return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=dict(file=str(ckpt)), **kwargs)
-        model = timm.create_model(name, pretrained=False, **kwargs)
-        model.load_state_dict({k: v for k, v in in_order.items() if k in model.state_dict()})
+        if in_order is None:  # timm's own loading: known foreign names, position embeddings resampled to img_size; strict
+            model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=dict(file=str(ckpt)), **kwargs)
+        else:
+            model = timm.create_model(name, pretrained=False, **kwargs)
+            model.load_state_dict(in_order)
+        model.reset_classifier(0)
         return model
     except (OSError, RuntimeError, ValueError, KeyError) as e:
         raise UserError(f"--vfm-ckpt {ckpt}: does not fit {name} ({' '.join(str(e).split())[:200]})")

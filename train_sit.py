@@ -31,9 +31,9 @@ def parse_args():
     p.add_argument("--model", default="SiT-XL/1", choices=SIT_MODELS, help="size / patch (paper: XL/1 on f16, XL/2 on f8)")
     p.add_argument("--qk-norm", type=int, default=0, choices=(0, 1))
     # Optimisation: the paper's values
-    p.add_argument("--steps", type=int, default=400_000, help="optimiser steps (80 ImageNet epochs at 256: 400,000)")
-    p.add_argument("--batch", type=int, default=256, help="images a step, over all processes")
-    p.add_argument("--micro-batch", type=int, help="images per forward pass and process: memory only (default: all)")
+    p.add_argument("--steps", type=data.positive, default=400_000, help="optimiser steps (80 ImageNet epochs at 256: 400,000)")
+    p.add_argument("--batch", type=data.positive, default=256, help="images a step, over all processes")
+    p.add_argument("--micro-batch", type=data.positive, help="images per forward pass and process: memory only (default: all)")
     p.add_argument("--lr", type=float, default=1e-4, help="AdamW, betas 0.9 0.999, no weight decay, constant")
     p.add_argument("--lr-warmup", type=int, default=0, help="steps of linear warm-up")
     p.add_argument("--clip", type=float, default=1.0, help="largest gradient norm")
@@ -53,8 +53,8 @@ def parse_args():
     p.add_argument("--precision", choices=("bf16", "fp32"), help="default: bf16 where it is fast")
     p.add_argument("--compile", type=int, default=int(on_gpu), choices=(0, 1))
     p.add_argument("--workers", type=int, default=4 if on_gpu else 0, help="image reading processes (REPA)")
-    p.add_argument("--save-every", type=int, default=5000, help="steps between checkpoints")
-    p.add_argument("--log-every", type=int, default=50, help="steps between lines of metrics.jsonl")
+    p.add_argument("--save-every", type=data.positive, default=5000, help="steps between checkpoints")
+    p.add_argument("--log-every", type=data.positive, default=50, help="steps between lines of metrics.jsonl")
     return p.parse_args()
 
 

@@ -42,12 +42,12 @@ def parse_args():
     p.add_argument("--split", choices=data.SPLITS, help="only the images that attributes.csv puts there (default: all)")
     p.add_argument("--init", help="checkpoint to fine-tune; its architecture is kept")
     p.add_argument("--preset", choices=VAE_CONFIGS, help="architecture for training from scratch (without --init)")
-    p.add_argument("--resolution", type=int, help="crop in pixels (default: the VAE's)")
+    p.add_argument("--resolution", type=data.positive, help="crop in pixels (default: the VAE's)")
     p.add_argument("--flip", type=int, default=1, choices=(0, 1), help="mirror images are data too")
     # Optimisation: the paper's values
-    p.add_argument("--steps", type=int, default=100_000, help="optimiser steps (80 ImageNet epochs at 1024: 100,000)")
-    p.add_argument("--batch", type=int, default=1024, help="images a step, over all processes")
-    p.add_argument("--micro-batch", type=int, help="images per forward pass and process: memory only (default: all)")
+    p.add_argument("--steps", type=data.positive, default=100_000, help="optimiser steps (80 ImageNet epochs at 1024: 100,000)")
+    p.add_argument("--batch", type=data.positive, default=1024, help="images a step, over all processes")
+    p.add_argument("--micro-batch", type=data.positive, help="images per forward pass and process: memory only (default: all)")
     p.add_argument("--lr", type=float, default=3e-4, help="AdamW, betas 0.9 0.999, no weight decay")
     p.add_argument("--lr-warmup", type=int, default=0, help="steps of linear warm-up; then constant")
     p.add_argument("--lr-decay", type=int, default=0, choices=(0, 1), help="1: half a cosine down to zero at --steps")
@@ -65,7 +65,7 @@ def parse_args():
     p.add_argument("--vfm", default="vit_base_patch14_dinov2.lvd142m", help="any timm model")
     p.add_argument("--vfm-ckpt", help="local weights of the VFM")
     p.add_argument("--vfm-layer", type=int, help="block (ViT, default the last) or stage (CNN, default stride 16)")
-    p.add_argument("--grid", type=int, help="tokens a side (default: resolution / 16, or the latent's side if smaller)")
+    p.add_argument("--grid", type=int, help="tokens a side (default: resolution / 16; below 256 pixels the latent's side)")
     p.add_argument("--mapper-depth", type=int, default=1, help="ViT blocks; 0: MLP only")
     p.add_argument("--mapper-width", type=int, help="default: the VFM's dimension")
     p.add_argument("--mapper-mlp", type=int, default=2048, help="width of the mapper's projector")
@@ -76,8 +76,8 @@ def parse_args():
     p.add_argument("--precision", choices=("bf16", "fp32"), help="default: bf16 where it is fast")
     p.add_argument("--compile", type=int, default=int(on_gpu), choices=(0, 1))
     p.add_argument("--workers", type=int, default=4 if on_gpu else 0, help="image reading processes")
-    p.add_argument("--save-every", type=int, default=1000, help="steps between checkpoints")
-    p.add_argument("--log-every", type=int, default=50, help="steps between lines of metrics.jsonl")
+    p.add_argument("--save-every", type=data.positive, default=1000, help="steps between checkpoints")
+    p.add_argument("--log-every", type=data.positive, default=50, help="steps between lines of metrics.jsonl")
     return p.parse_args()
 
 
@@ -140,12 +140,12 @@ class VAELoss(nn.Module):
 
 
 class LatentStats:
-    """Per-channel normalisation of z before the mapper: REPA-E's BatchNorm2d(affine=False, eps=1e-4), made independent of
-    how the batch is split into processes and micro-batches.
+    """Per-channel normalisation of z before the mapper, with running statistics (REPA-E's BatchNorm2d(affine=False,
+    eps=1e-4) in evaluation mode), summed over all processes and micro-batches.
 
-    Values come from running statistics of the global batches. The gradient is batch norm's,
-    (g - mean(g) - z_n mean(g z_n)) / std, with running means too: without these two terms the encoder escapes the noise
-    of eq. (1) by scaling z up, step after step (seen: a factor of 4 in 250 steps at lambda 3).
+    Its gradient is a choice of this project: that of batch norm in training mode, (g - mean(g) - z_n mean(g z_n)) / std,
+    with running means too. Without these two terms the encoder escapes the noise of eq. (1) by scaling z up (seen: a
+    factor of 4 in 250 steps of batch 64 at lambda 3).
     """
 
     NAMES = ("mean", "var", "grad_mean", "grad_scale")
@@ -320,9 +320,11 @@ class Trainer:
                 parts[k] = parts.get(k, 0) + v * share
             self.stats.add(z)
             fakes.append(x_rec)
-        parts["grad_norm"] = nn.utils.clip_grad_norm_(self.loss.parameters(), args.clip)
+        parts["grad_norm"] = nn.utils.clip_grad_norm_(self.vae.parameters(), args.clip)
+        if self.mapper is not None:  # apart, so that the mapper's gradient does not shorten the VAE's step
+            parts["mapper_grad_norm"] = nn.utils.clip_grad_norm_(self.mapper.parameters(), args.clip)
         if judge is not None:
-            parts["disc"] = self.disc_step(batches, fakes)
+            parts |= self.disc_step(batches, fakes)
         self.optimizer.step()
         self.stats.update(momentum=0.1)
         data.update_ema(self.ema, self.vae, self.step, args.ema)
@@ -338,9 +340,9 @@ class Trainer:
                 part = self.run_disc(x, fake) * share
                 part.backward()
             loss = loss + part.detach()
-        nn.utils.clip_grad_norm_(self.discriminator.parameters(), self.args.clip)
+        norm = nn.utils.clip_grad_norm_(self.discriminator.parameters(), self.args.clip)
         self.disc_optimizer.step()
-        return loss
+        return {"disc": loss, "disc_grad_norm": norm}
 
 
 def plan(t, images, path):

@@ -51,6 +51,7 @@ class ResnetBlock(nn.Module):
         self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
         self.norm2 = GroupNorm(c_out)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
+        nn.init.zeros_(self.conv2.weight)  # from scratch: begin near the identity, which halves the steps to a given loss here
         if c_in != c_out:
             self.nin_shortcut = nn.Conv2d(c_in, c_out, 1)
 
@@ -67,6 +68,7 @@ class AttnBlock(nn.Module):
         super().__init__()
         self.norm = GroupNorm(c)
         self.q, self.k, self.v, self.proj_out = (nn.Conv2d(c, c, 1) for _ in range(4))
+        nn.init.zeros_(self.proj_out.weight)
 
     def forward(self, x):  # (B, c, H, W) -> same
         h = self.norm(x)
@@ -185,7 +187,7 @@ class Posterior:
 class AutoencoderKL(nn.Module):
     """x (B, 3, H, W) in [-1, 1] -> encode(x): Posterior of (B, z_channels, H/f, W/f); decode(z) -> (B, 3, H, W).
 
-    Raises ValueError for an image size that the factor f = 2 ** (len(ch_mult) - 1) does not divide.
+    Raises UserError for an image size that the factor f = 2 ** (len(ch_mult) - 1) does not divide.
     Source: arXiv 2112.10752, appendix G; names and shapes of the release.
     """
 
@@ -201,7 +203,7 @@ class AutoencoderKL(nn.Module):
 
     def encode(self, x):
         if x.shape[-1] % self.factor or x.shape[-2] % self.factor:
-            raise ValueError(f"image {x.shape[-2]} x {x.shape[-1]}: expected a multiple of {self.factor}")
+            raise UserError(f"image {x.shape[-2]} x {x.shape[-1]}: expected a multiple of {self.factor}")
         mean, logvar = self.quant_conv(self.encoder(x)).float().chunk(2, dim=1)
         return Posterior(mean, torch.exp(0.5 * logvar.clamp(-30, 20)))
 
@@ -209,13 +211,13 @@ class AutoencoderKL(nn.Module):
         return self.decoder(self.post_quant_conv(z)).float()
 
 
-def load_vae(path, weights="ema"):
-    """Checkpoint of train_vae.py -> AutoencoderKL in evaluation mode (weights: "ema" or "model"). Raises UserError."""
+def load_vae(path):
+    """Checkpoint of train_vae.py -> AutoencoderKL with the averaged weights, in evaluation mode. Raises UserError."""
     checkpoint = data.load_checkpoint(path)
     if not isinstance(checkpoint, dict) or not {"config", "vae", "ema"} <= set(checkpoint):
         raise UserError(f"{path}: not a checkpoint of train_vae.py (expected the entries config, vae, ema)")
     vae = AutoencoderKL(**checkpoint["config"])
-    data.load_weights(vae, checkpoint["vae" if weights == "model" else "ema"], path)
+    data.load_weights(vae, checkpoint["ema"], path)
     return vae.eval().requires_grad_(False)
 
 
@@ -230,8 +232,7 @@ def parse_args():
     p.add_argument("--split", choices=data.SPLITS, help="only the images that attributes.csv puts there (default: all)")
     p.add_argument("--resolution", type=int, help="crop in pixels (default: the VAE's)")
     p.add_argument("--flip", action="store_true", help="store the mirror image's moments too (F = 2)")
-    p.add_argument("--weights", choices=("ema", "model"), default="ema")
-    p.add_argument("--micro-batch", type=int, default=64, help="images per forward pass: memory only")
+    p.add_argument("--micro-batch", type=data.positive, default=64, help="images per forward pass: memory only")
     p.add_argument("--precision", choices=("bf16", "fp32"), help="default: bf16 where it is fast")
     p.add_argument("--workers", type=int, default=4 if torch.cuda.is_available() else 0, help="image reading processes")
     return p.parse_args()
@@ -240,7 +241,7 @@ def parse_args():
 @torch.no_grad()
 def encode_folder(vae, images, moments, args, device, rank, world):
     """Write this rank's rows of the memmap `moments`; return per-channel sums for the statistics and the bad rows."""
-    rows = split_by_batch(data.split_rows(len(images.files), rank, world), args.micro_batch)
+    rows = data.chunks(data.split_rows(len(images.files), rank, world), args.micro_batch)
     sums = torch.zeros(3, vae.config["z_channels"], dtype=torch.float64)  # count, sum of z, sum of E[z^2]
     readable = np.zeros(len(images.files), np.int64)
     for pixels, _, kept in tqdm(data.load_batches(images, rows, args.workers), "encode", len(rows), disable=rank > 0 or None):
@@ -259,10 +260,6 @@ def encode_folder(vae, images, moments, args, device, rank, world):
     return sums, readable
 
 
-def split_by_batch(rows, size):
-    return [list(rows[i:i + size]) for i in range(0, len(rows), size)]
-
-
 def drop_rows(path, kept):
     """Rewrite the array at `path` with the rows `kept` alone: what is left when unreadable images are taken out."""
     whole = np.load(path, mmap_mode="r")
@@ -278,7 +275,7 @@ def main():
     device, rank, world = data.setup()
     args.precision = args.precision or data.fast_precision(device)
     begin = time.time()
-    vae = load_vae(args.vae, args.weights)
+    vae = load_vae(args.vae)
     vae_hash = data.weights_hash(vae.state_dict())
     vae = vae.to(device, memory_format=torch.channels_last)
     c, size = vae.config["z_channels"], args.resolution or vae.config["resolution"]
@@ -289,7 +286,7 @@ def main():
     n, side = len(images.files), size // vae.factor
     shape = (n, 2 if args.flip else 1, 2 * c, side, side)
     settings = dict(vae=args.vae, vae_hash=vae_hash, data=args.data, split=args.split, resolution=size, flip=args.flip,
-                    crop="ADM centre", weights=args.weights, classes=images.classes)
+                    crop="ADM centre", classes=images.classes)
     out = data.open_out(args.out)
     if (out / "meta.json").exists():
         found = json.loads((out / "meta.json").read_text())
@@ -312,6 +309,8 @@ def main():
     if rank:
         return
     kept = np.flatnonzero(readable)
+    if n - len(kept) > data.MAX_BAD * n:  # each process has seen its own part alone
+        raise UserError(f"{args.data}: {n - len(kept)} of {n} images are unreadable, more than {data.MAX_BAD:.0%}")
     if len(kept) < n:
         drop_rows(out / "moments.npy", kept)
     mean = (sums[1] / sums[0]).numpy()
