@@ -153,6 +153,8 @@ class ImageFolder(torch.utils.data.Dataset):
 
     def __getitem__(self, i):
         n = len(self.files)
+        if not 0 <= i < len(self):
+            raise IndexError(i)
         image = read_image(self.root / self.files[i % n], self.size)
         return (image.flip(-1) if i >= n else image), self.labels[i % n]
 

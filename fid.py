@@ -15,7 +15,6 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
-import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -24,7 +23,7 @@ from tqdm import tqdm
 
 import data
 from data import UserError
-from mapper import pretrained
+from mapper import empty_model, pretrained
 from vae import load_vae
 
 
@@ -65,8 +64,7 @@ class FeatureNet(nn.Module):
 
     def __init__(self, name, ckpt=None, size=None):
         super().__init__()
-        if not timm.is_model(name.split(".")[0]):
-            raise UserError(f"--net {name}: timm {timm.__version__} has no such model; timm.list_models() names all")
+        empty_model(name)  # refuses unknown names
         self.net = pretrained(name, ckpt)
         config = self.net.pretrained_cfg
         self.size = size or config["input_size"][-1]

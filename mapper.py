@@ -102,9 +102,7 @@ class VFM(nn.Module):
     def __init__(self, name, image_size, grid, ckpt=None, layer=None):
         super().__init__()
         self.name, self.grid = name, grid
-        if not timm.is_model(name.split(".")[0]):
-            raise UserError(f"--vfm {name}: timm {timm.__version__} has no such model; timm.list_models() names all")
-        spec = timm.create_model(name, pretrained=False)
+        spec = empty_model(name)
         stages = [(s["reduction"], s["num_chs"]) for s in getattr(spec.feature_info, "info", spec.feature_info)]
         is_vit = hasattr(spec, "patch_embed") and hasattr(spec, "blocks")
         if layer is None and not is_vit and 16 not in [r for r, _ in stages]:
@@ -137,6 +135,14 @@ class VFM(nn.Module):
         return y.flatten(2).transpose(1, 2).float()  # (B, grid*grid, dim)
 
 
+def empty_model(name):
+    """timm model with random weights. Raises UserError for an unknown name."""
+    try:
+        return timm.create_model(name, pretrained=False)
+    except (RuntimeError, ValueError) as e:
+        raise UserError(f"{name}: timm {timm.__version__} has no such model ({' '.join(str(e).split())[:100]}); timm.list_models() names all")
+
+
 def pretrained(name, ckpt=None, **kwargs):
     """timm model without its classifier, with weights from the hub or the local file `ckpt`, loaded strictly. Raises UserError."""
     if ckpt is None:
@@ -147,7 +153,7 @@ def pretrained(name, ckpt=None, **kwargs):
                             "give a local file with --vfm-ckpt")
     if not Path(ckpt).is_file():
         raise UserError(f"--vfm-ckpt {ckpt}: no such file")
-    in_order = state_in_order(timm.create_model(name, pretrained=False), ckpt)
+    in_order = state_in_order(empty_model(name), ckpt)
     try:
         if in_order is None:  # timm's own loading: known foreign names, position embeddings resampled to img_size; strict
             model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=dict(file=str(ckpt)), **kwargs)
@@ -165,6 +171,8 @@ def state_in_order(model, ckpt):
     if str(ckpt).endswith(".safetensors"):
         return None
     theirs, ours = load_checkpoint(ckpt), model.state_dict()
+    if not isinstance(theirs, dict):
+        raise UserError(f"{ckpt}: holds a {type(theirs).__name__}, expected a dictionary of weights")
     if set(theirs) & set(ours) or [tuple(getattr(v, "shape", ())) for v in theirs.values()] != [tuple(v.shape) for v in ours.values()]:
         return None
     print(f"{ckpt}: no name matches, but all {len(ours)} shapes do, in order: loaded by position")

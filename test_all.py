@@ -758,13 +758,15 @@ def test_losses_by_hand(rec, vgg, tmp_path):
                     gan=-t.discriminator(x_rec).mean(), align=mapper.align_loss(t.mapper(z_t), t.vfm(x)))
     disc = (F.relu(1 - t.discriminator(x)).mean() + F.relu(1 + t.discriminator(x_rec)).mean()) / 2
     weights = dict(rec=1, kl=1e-3, lpips=0.5, gan=0.1, align=2)
-    gradient = torch.autograd.grad(sum(w * expected[k] for k, w in weights.items()), [*t.vae.parameters(), *t.mapper.parameters()])
-    expected.update(disc=disc, grad_norm=torch.cat([g.double().flatten() for g in gradient]).norm())
+    total, norm = sum(w * expected[k] for k, w in weights.items()), lambda gs: torch.cat([g.double().flatten() for g in gs]).norm()
+    by_vae, by_mapper = (torch.autograd.grad(total, m.parameters(), retain_graph=True) for m in (t.vae, t.mapper))
+    by_disc = torch.autograd.grad(disc, t.discriminator.parameters())
+    expected.update(disc=disc, grad_norm=norm(by_vae), mapper_grad_norm=norm(by_mapper), disc_grad_norm=norm(by_disc))
     t.args.micro_batch = 3
     parts = t.train_step(pixels)
     assert parts.keys() == expected.keys()
     for k, v in expected.items():
-        assert parts[k].item() == pytest.approx(v.item(), rel=1e-4, abs=1e-6), k
+        assert parts[k].item() == pytest.approx(v.item(), rel=5e-4 if "norm" in k else 1e-4, abs=1e-6), k
 
 
 def test_latent_stats():
