@@ -535,7 +535,7 @@ def render_avatars(out, n=12000, size=64, seed=0):
         raise UserError(f"{out} exists but is not this data set: found {found}, expected {settings}")
     shutil.rmtree(part, ignore_errors=True)  # left by a run that was killed
     for style in AVATAR_STYLES:
-        (part / style).mkdir(parents=True)
+        open_out(part / style)
     jobs = [(str(part), i, size, seed) for i in range(n)]
     with multiprocessing.get_context("spawn").Pool(max(1, min(os.cpu_count() or 1, n // 100))) as pool:
         rows = list(tqdm(pool.imap(render_avatar, jobs, chunksize=32), "avatars", n, unit="image", disable=None))
@@ -851,10 +851,11 @@ def main():
     a.add_argument("--seed", type=int, default=0)
     c = commands.add_parser("check", help="read every image of a folder and its attribute table")
     c.add_argument("dir")
+    c.add_argument("--size", type=positive, default=64, help="crop, in pixels (default 64)")
     args = p.parse_args()
     if args.command == "avatars":
         return render_avatars(args.out, args.n, args.size, args.seed)
-    images = ImageFolder(args.dir, 64)
+    images = ImageFolder(args.dir, args.size)
     rows = chunks(range(len(images)), 64)
     for _ in tqdm(load_batches(images, rows, workers=os.cpu_count()), total=len(rows), disable=None):
         pass

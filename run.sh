@@ -43,7 +43,7 @@ for ARM in control send; do
     # 3. The same SiT on each, without REPA
     python train_sit.py --latents "$OUT/$ARM/latents" --model SiT-demo/1 --steps 700 --batch 64 --lr 1e-3 --lr-warmup 50 --ema 0.995 --repa 0 --seed "$SEED" --save-every 100 --out "$OUT/$ARM/sit"
     # 4. Samples, from the same noise and labels
-    [ -f "$OUT/$ARM/samples.npz" ] || python sample.py --sit "$OUT/$ARM/sit/sit.pt" --vae "$OUT/$ARM/vae.pt" --n 2000 --sampler heun --steps 5 --cfg 1.5 --interval 0 1 --labels equal --seed "$SEED" --batch 250 --out "$OUT/$ARM/samples.npz"
+    [ -f "$OUT/$ARM/samples.npz" ] || python sample.py --sit "$OUT/$ARM/sit/sit.pt" --vae "$OUT/$ARM/vae.pt" --images 2000 --sampler heun --steps 5 --cfg 1.5 --interval 0 1 --labels equal --seed "$SEED" --batch 250 --out "$OUT/$ARM/samples.npz"
     # 5. Reconstruction
     [ -f "$OUT/$ARM/recon.json" ] || python fid.py recon --vae "$OUT/$ARM/vae.pt" --data "$DATA" --split test --png "$OUT/$ARM/recon.png" --json "$OUT/$ARM/recon.json"
 done

@@ -1,8 +1,8 @@
 """Stage 4: images from noise: NAME.npz for evaluators (arr_0 uint8 NHWC, arr_1 labels), NAME.png for people.
 
-    python sample.py --sit out/sit/sit.pt --vae out/send/vae.pt --n 50000 --out out/samples.npz         # one process
-    torchrun --nproc_per_node=8 sample.py --sit out/sit/sit.pt --vae out/send/vae.pt --n 50000 --out out/samples.npz
-    python sample.py --sit out/demo/send/sit/sit.pt --sampler heun --steps 10 --n 16 --out out/tiny.npz     # tiny
+    python sample.py --sit out/sit/sit.pt --vae out/send/vae.pt --images 50000 --out out/samples.npz         # one process
+    torchrun --nproc_per_node=8 sample.py --sit out/sit/sit.pt --vae out/send/vae.pt --images 50000 --out out/samples.npz
+    python sample.py --sit out/demo/send/sit/sit.pt --sampler heun --steps 10 --images 16 --out out/tiny.npz     # tiny
 
 Image i depends on (seed, i) only, not on the number of processes or the batch. t = 1 is noise, t = 0 is data.
 Guidance acts on all channels: v = v_u + s (v_c - v_u) for t within --interval; s = 1 is off.
@@ -31,7 +31,7 @@ def parse_args():
     p.add_argument("--sit", required=True, help="checkpoint of train_sit.py")
     p.add_argument("--vae", help="checkpoint to decode with (default: the one the latents were made with)")
     p.add_argument("--out", required=True, help="NAME.npz; NAME.png is written beside it")
-    p.add_argument("--n", type=data.positive, default=50_000, help="images")
+    p.add_argument("--images", type=data.positive, default=50_000, help="how many")
     p.add_argument("--sampler", default="sde", choices=("sde", "euler", "heun"), help="sde: Euler-Maruyama, w(t) = 2t (paper)")
     p.add_argument("--steps", type=data.positive, default=250)
     p.add_argument("--cfg", type=float, default=1.0, help="guidance scale s (paper: 2.5)")
@@ -62,8 +62,8 @@ def load_pair(args):
 def choose_labels(args, num_classes):
     """(N,) labels; both orders depend on the seed and the index alone."""
     if args.labels == "equal":
-        return np.arange(args.n) % num_classes
-    u = data.draw_noise(args.seed + LABELS, range(args.n), 1)[0][:, 0].numpy()
+        return np.arange(args.images) % num_classes
+    u = data.draw_noise(args.seed + LABELS, range(args.images), 1)[0][:, 0].numpy()
     return np.minimum((u * num_classes).astype(np.int64), num_classes - 1)
 
 
@@ -107,12 +107,12 @@ def main():
     model, checkpoint, vae = load_pair(args)
     model, vae = model.to(device), vae.to(device, memory_format=torch.channels_last)
     side = model.config["input_size"] * vae.factor
-    shape = (args.n, side, side, 3)
+    shape = (args.images, side, side, 3)
     data.open_out(out.parent, need_bytes=2 * int(np.prod(shape)))
     nfe = {"sde": args.steps, "euler": args.steps, "heun": 2 * args.steps - 1}[args.sampler]
     guidance = f"v = v_u + {args.cfg:g} (v_c - v_u) for t in {list(args.interval)}" if args.cfg != 1 else "no guidance"
     if rank == 0:
-        print(f"{args.n} images of {side} x {side}, {args.labels} labels of {model.num_classes} classes, {args.weights} weights of step "
+        print(f"{args.images} images of {side} x {side}, {args.labels} labels of {model.num_classes} classes, {args.weights} weights of step "
               f"{checkpoint['step']}, {args.sampler} {args.steps} steps (NFE {nfe}), {guidance}, {device.type} {args.precision}")
     labels = choose_labels(args, model.num_classes)
     raw = f"{out}.part"
@@ -120,7 +120,7 @@ def main():
         np.lib.format.open_memmap(raw, "w+", np.uint8, shape)
     data.barrier()
     images = np.load(raw, mmap_mode="r+")
-    rows = data.split_rows(args.n, rank, world)
+    rows = data.split_rows(args.images, rank, world)
     for i in tqdm(range(0, len(rows), args.batch), "sample", disable=rank > 0 or None):
         part = list(rows[i:i + args.batch])
         images[part] = sample_batch(model, vae, checkpoint, args, part, labels[part], device).permute(0, 2, 3, 1).numpy()
@@ -128,13 +128,13 @@ def main():
     data.barrier()
     if rank:
         return
-    shown = min(args.n, 64)
+    shown = min(args.images, 64)
     data.save_grid(torch.from_numpy(images[:shown].copy()).permute(0, 3, 1, 2), out.with_suffix(".png"), columns=8)
     seconds = time.time() - begin
     data.write_json(out.with_suffix(".json"), dict(vars(args), nfe=nfe, step=checkpoint["step"], vae_hash=checkpoint["vae_hash"], seconds=round(seconds, 1)))
     write_npz(out, {"arr_0": np.load(raw, mmap_mode="r"), "arr_1": labels.astype(np.int64)})  # last: it marks the stage as done
     os.remove(raw)
-    print(f"{out}: {args.n} images in {seconds:.0f} s ({args.n / seconds:.1f} images/s)")
+    print(f"{out}: {args.images} images in {seconds:.0f} s ({args.images / seconds:.1f} images/s)")
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from tqdm import tqdm
 import data
 from data import UserError
 from mapper import VFM, Mapper, add_noise, align_loss
-from vae import VAE_CONFIGS, AutoencoderKL
+from vae import VAE_CONFIGS, AutoencoderKL, load_vae
 
 
 def parse_args():
@@ -207,15 +207,10 @@ class Trainer:
 
     def __init__(self, args, device, rank, world):
         self.args, self.device, self.rank, self.world = args, device, rank, world
-        init = data.load_checkpoint(args.init) if args.init else None
-        if init is not None and not {"config", "ema"} <= set(init):
-            raise UserError(f"{args.init}: not a checkpoint of train_vae.py (expected the entries config, ema)")
-        if (init is None) == (args.preset is None):
+        if (args.init is None) == (args.preset is None):
             raise UserError("give either --init CKPT (fine-tune) or --preset NAME (from scratch)")
         torch.manual_seed(args.seed)  # initial weights only
-        self.vae = AutoencoderKL(**(init["config"] if init else VAE_CONFIGS[args.preset]))
-        if init:
-            data.load_weights(self.vae, init["ema"], args.init)
+        self.vae = load_vae(args.init).requires_grad_(True).train() if args.init else AutoencoderKL(**VAE_CONFIGS[args.preset])
         self.size = args.resolution or self.vae.config["resolution"]
         if self.size % self.vae.factor:
             raise UserError(f"--resolution {self.size}: expected a multiple of {self.vae.factor}, the VAE's downsampling factor")

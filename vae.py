@@ -212,9 +212,9 @@ class AutoencoderKL(nn.Module):
 
 
 def load_vae(path):
-    """Checkpoint of train_vae.py -> AutoencoderKL with the averaged weights, in evaluation mode. Raises UserError."""
+    """Checkpoint of train_vae.py -> AutoencoderKL with the averaged weights, in evaluation mode, frozen. Raises UserError."""
     checkpoint = data.load_checkpoint(path)
-    if not isinstance(checkpoint, dict) or not {"config", "vae", "ema"} <= set(checkpoint):
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("vae"), dict):
         raise UserError(f"{path}: not a checkpoint of train_vae.py (expected the entries config, vae, ema)")
     vae = AutoencoderKL(**checkpoint["config"])
     data.load_weights(vae, checkpoint["ema"], path)
