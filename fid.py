@@ -191,7 +191,8 @@ def recon(args):
         with data.autocast(device, precision):
             y = data.to_uint8(vae.decode(vae.encode(x).mean)).cpu()
         values.append(torch.stack([psnr(pixels, y), ssim(pixels, y)]))
-        shown = (pixels[:32], y[:32]) if shown is None else shown
+        first = min(32, len(y) // 8 * 8 or len(y))  # whole rows of eight
+        shown = (pixels[:first], y[:first]) if shown is None else shown
     values = torch.cat(values, 1)
     result = dict(vae=args.vae, data=args.data, split=args.split, n=values.shape[1], psnr=values[0].mean().item(), ssim=values[1].mean().item(),
                   precision=precision, seconds=round(time.time() - begin, 1))
@@ -262,15 +263,16 @@ def report(args):
 
 def draw_report(run, arms):
     """Originals, then each arm's reconstructions of them, then each arm's samples from the same noise and labels."""
-    def strip(path, first, count):  # images first .. first+count-1 of a grid of 8 columns
+    def strip(path, first, count):  # images first .. first+count-1 of a grid of 8 columns; None: from the half
         with Image.open(path) as sheet:
             sheet = sheet.convert("RGB")
         s = sheet.width // 8
+        first = sheet.height // s // 2 * 8 if first is None else first
         out = Image.new("RGB", (8 * s, -(-count // 8) * s), "white")
         out.paste(sheet.crop((0, first // 8 * s, 8 * s, first // 8 * s + out.height)), (0, 0))
         return out
 
-    columns = [[("originals", strip(run / arms[0] / "recon.png", 0, 16))] + [(f"{a}: reconstructions", strip(run / a / "recon.png", 32, 16)) for a in arms]]
+    columns = [[("originals", strip(run / arms[0] / "recon.png", 0, 16))] + [(f"{a}: reconstructions", strip(run / a / "recon.png", None, 16)) for a in arms]]
     columns.append([(f"{a}: samples", strip(run / a / "samples.png", 0, 32)) for a in arms])
     gap, title = 12, 16
     width = sum(c[0][1].width + gap for c in columns) + gap

@@ -150,7 +150,8 @@ class LatentStats:
 
     NAMES = ("mean", "var", "grad_mean", "grad_scale")
 
-    def __init__(self, channels, device):
+    def __init__(self, channels, device, world=1):
+        self.world = world  # a rank's loss is the mean over its own images: its gradients are `world` times the global mean's
         self.mean, self.var, self.grad_mean, self.grad_scale = (torch.full((channels,), v, device=device) for v in (0.0, 1.0, 0.0, 0.0))
         self.sums = torch.zeros(5, channels, device=device, dtype=torch.float64 if device.type != "mps" else torch.float32)
 
@@ -163,7 +164,7 @@ class LatentStats:
             def batch_norm_gradient(g):
                 self.sums[3] += g.sum((0, 2, 3))
                 self.sums[4] += (g * value).sum((0, 2, 3))
-                return g - grad_mean - grad_scale * value
+                return g - self.world * (grad_mean + grad_scale * value)
             z_n.register_hook(batch_norm_gradient)
         return z_n
 
@@ -174,7 +175,7 @@ class LatentStats:
     def update(self, momentum):
         """Once a step: fold the sums over all processes and micro-batches into the running means."""
         count, *sums = data.all_reduce(self.sums)
-        mean, square, grad_mean, grad_scale = (s / count for s in sums)
+        mean, square, grad_mean, grad_scale = sums[0] / count, sums[1] / count, sums[2] / count / self.world, sums[3] / count / self.world
         for name, new in zip(self.NAMES, (mean, square - mean.square(), grad_mean, grad_scale)):
             getattr(self, name).lerp_(new.to(self.mean.dtype), momentum)
         self.sums.zero_()
@@ -237,7 +238,7 @@ class Trainer:
         if self.discriminator is not None:
             self.disc_loss = DiscriminatorLoss(self.discriminator).to(device, memory_format=torch.channels_last)
             self.disc_optimizer = torch.optim.AdamW(self.discriminator.parameters(), args.lr, weight_decay=0.0, fused=device.type != "mps")
-        self.stats = LatentStats(c, device)
+        self.stats = LatentStats(c, device, world)
         self.step, self.seconds = 0, 0.0
 
     def parallel(self):
