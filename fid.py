@@ -185,20 +185,21 @@ def recon(args):
     vae = load_vae(args.vae).to(device, memory_format=torch.channels_last)
     images = data.ImageFolder(args.data, args.resolution or vae.config["resolution"], split=args.split)
     rows = data.chunks(range(len(images)), 64)
-    values, shown = [], None
-    for pixels, _, _ in tqdm(data.load_batches(images, rows), "reconstruct", len(rows), disable=None):
+    chosen = set(np.linspace(0, len(images) - 1, min(32, len(images) // 8 * 8 or len(images))).astype(int).tolist())  # all classes
+    values, originals, copies = [], [], []
+    for pixels, _, kept in tqdm(data.load_batches(images, rows), "reconstruct", len(rows), disable=None):
         x = data.to_float(pixels.to(device)).contiguous(memory_format=torch.channels_last)
         with data.autocast(device, precision):
             y = data.to_uint8(vae.decode(vae.encode(x).mean)).cpu()
         values.append(torch.stack([psnr(pixels, y), ssim(pixels, y)]))
-        first = min(32, len(y) // 8 * 8 or len(y))  # whole rows of eight
-        shown = (pixels[:first], y[:first]) if shown is None else shown
+        at = [i for i, row in enumerate(kept) if row in chosen]
+        originals.append(pixels[at]), copies.append(y[at])
     values = torch.cat(values, 1)
     result = dict(vae=args.vae, data=args.data, split=args.split, n=values.shape[1], psnr=values[0].mean().item(), ssim=values[1].mean().item(),
                   precision=precision, seconds=round(time.time() - begin, 1))
     print(f"{args.vae}: PSNR {result['psnr']:.2f} dB, SSIM {result['ssim']:.4f} over {result['n']} images")
     if args.png:
-        data.save_grid(torch.cat(shown), args.png, columns=8)
+        data.save_grid(torch.cat(originals + copies), args.png, columns=8)
     if args.json:  # last: it marks the stage as done
         data.write_json(args.json, result)
 
