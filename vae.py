@@ -38,7 +38,7 @@ class GroupNorm(nn.GroupNorm):
     def __init__(self, channels):
         super().__init__(min(32, channels // 4), channels, eps=1e-6)
 
-    def forward(self, x):  # PyTorch's CPU backward is 50 times slower on channels-last tensors than two copies are
+    def forward(self, x):  # PyTorch's CPU backward on channels-last tensors is 50 times slower (633, not 12 ms a step): two copies pay
         if x.device.type == "cpu":
             return super().forward(x.contiguous()).contiguous(memory_format=torch.channels_last)
         return super().forward(x)
