@@ -16,10 +16,11 @@ import io
 import json
 import multiprocessing
 import os
+import pickle
 import shutil
 import signal
+import struct
 import sys
-import time
 import zipfile
 from collections import Counter
 from dataclasses import dataclass
@@ -79,7 +80,7 @@ def read_image(path, size):
         with Image.open(path) as image:
             rgb = to_rgb(image)
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as e:  # what PIL raises on bad files
-        raise UnreadableImage(f"{path}: cannot be read as an image ({str(e).splitlines()[0] if str(e) else type(e).__name__})")
+        raise UnreadableImage(f"{path}: cannot be read as an image ({' '.join(str(e).split()) or type(e).__name__})")
     return torch.from_numpy(np.array(center_crop(rgb, size))).permute(2, 0, 1).contiguous()
 
 
@@ -727,6 +728,10 @@ def save_checkpoint(path, state):
     os.replace(temporary, path)
 
 
+# What torch.load raises on torn, flipped, foreign or code-carrying files.
+DAMAGED = (OSError, RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError, AssertionError, struct.error, pickle.UnpicklingError)
+
+
 def load_checkpoint(path):
     """torch.load on the CPU without pickled code. Raises UserError for a missing, torn or foreign file."""
     path = Path(path)
@@ -734,8 +739,8 @@ def load_checkpoint(path):
         raise UserError(f"{path}: no such checkpoint")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e:  # torn zip, pickle of code, text file: torch raises many types, all mean the same here
-        raise UserError(f"{path}: not a readable checkpoint ({type(e).__name__}: {str(e).splitlines()[0][:120]})")
+    except DAMAGED as e:
+        raise UserError(f"{path}: not a readable checkpoint ({type(e).__name__}: {' '.join(str(e).split())[:120]})")
 
 
 def load_newest(path):

@@ -149,7 +149,7 @@ def pretrained(name, ckpt=None, **kwargs):
         try:
             return timm.create_model(name, pretrained=True, num_classes=0, **kwargs)
         except (OSError, RuntimeError, ValueError) as e:  # what timm and huggingface_hub raise without a network
-            raise UserError(f"--vfm {name}: its weights cannot be fetched ({type(e).__name__}: {str(e).splitlines()[0][:100]}); "
+            raise UserError(f"--vfm {name}: its weights cannot be fetched ({type(e).__name__}: {' '.join(str(e).split())[:100]}); "
                             "give a local file with --vfm-ckpt")
     if not Path(ckpt).is_file():
         raise UserError(f"--vfm-ckpt {ckpt}: no such file")

@@ -6,6 +6,8 @@ Time runs from t = 1 (noise) to t = 0 (data), here and everywhere:
 Parameter names are those of the SiT and REPA releases. This file needs torch alone.
 """
 import math
+import pickle
+import struct
 from functools import partial
 
 import torch
@@ -182,7 +184,8 @@ def load_sit(path, weights="ema"):
         model.load_state_dict(checkpoint[weights])
     except FileNotFoundError:
         raise ValueError(f"{path}: no such checkpoint")
-    except Exception as e:  # a torn zip, pickled code, foreign keys: torch raises many types
+    except (OSError, RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError, AssertionError, struct.error,
+            pickle.UnpicklingError) as e:  # torn, flipped or foreign files, code in a pickle, weights that do not fit
         raise ValueError(f"{path}: not a readable checkpoint of train_sit.py ({type(e).__name__}: {' '.join(str(e).split())[:120]})")
     return model.eval().requires_grad_(False), checkpoint
 

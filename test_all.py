@@ -384,6 +384,27 @@ def test_attribute_table(tmp_path):
     assert np.array_equal(table.values, [[1, 0], [np.nan, 1]], equal_nan=True)
 
 
+@pytest.mark.parametrize("legacy", [False, True])
+def test_damaged_checkpoints_end_in_one_error(tmp_path, legacy):
+    """Flipped bytes, a cut, or an empty file end in a traceback instead of a line that names the file."""
+    path = tmp_path / "x.pt"
+    torch.save({"config": {"depth": 1}, "ema": {"w": torch.zeros(50)}}, path, _use_new_zipfile_serialization=not legacy)
+    good, rng = path.read_bytes(), np.random.default_rng(0)
+    refused = 0
+    for i in range(300):
+        damaged = bytearray(good[:rng.integers(len(good))] if i % 3 == 0 else good)
+        for at in rng.integers(len(damaged), size=4) if damaged else ():
+            damaged[at] = rng.integers(256)
+        path.write_bytes(b"" if i == 1 else bytes(damaged))
+        with pytest.raises(ValueError, match="x.pt"):  # never a SiT, even when whole
+            sit.load_sit(path)
+        try:
+            data.load_checkpoint(path)
+        except UserError as e:
+            refused += "x.pt" in str(e)
+    assert refused > 100
+
+
 def test_load_weights_names_the_misfit():
     """Weights of another size load in part, or the error hides which ones and how they differ."""
     state = {"weight": torch.zeros(3, 2), "bias": torch.zeros(3)}

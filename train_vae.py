@@ -144,8 +144,7 @@ class LatentStats:
     eps=1e-4) in evaluation mode), summed over all processes and micro-batches.
 
     Its gradient is a choice of this project: that of batch norm in training mode, (g - mean(g) - z_n mean(g z_n)) / std,
-    with running means too. Without these two terms the encoder escapes the noise of eq. (1) by scaling z up (seen: a
-    factor of 4 in 250 steps of batch 64 at lambda 3).
+    with running means too. Without these two terms the encoder escapes the noise of eq. (1) by scaling z up.
     """
 
     NAMES = ("mean", "var", "grad_mean", "grad_scale")

@@ -51,7 +51,7 @@ class ResnetBlock(nn.Module):
         self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
         self.norm2 = GroupNorm(c_out)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
-        nn.init.zeros_(self.conv2.weight)  # from scratch: begin near the identity (L1 after 200 demo steps: 0.240, not 0.262)
+        nn.init.zeros_(self.conv2.weight)  # from scratch: each block begins near the identity
         if c_in != c_out:
             self.nin_shortcut = nn.Conv2d(c_in, c_out, 1)
 
