@@ -1,7 +1,7 @@
 """Stage 0: images on disk -> tensors; attribute tables; latents on disk; the built-in avatars.
 
     python data.py avatars out/avatars                      # 12,000 cartoon faces, 64 x 64, with exact attributes
-    python data.py avatars out/tiny --n 200 --seed 1        # tiny
+    python data.py avatars out/tiny/avatars --n 200 --seed 1        # tiny
     python data.py check images                             # read every image, count the bad ones
 
 The last part of the file is the plumbing that all scripts share: errors, processes, random numbers, checkpoints, logs.
@@ -14,6 +14,7 @@ import functools
 import hashlib
 import io
 import json
+import math
 import multiprocessing
 import os
 import pickle
@@ -21,6 +22,7 @@ import shutil
 import signal
 import struct
 import sys
+import time
 import zipfile
 from collections import Counter
 from dataclasses import dataclass
@@ -147,7 +149,7 @@ class ImageFolder(torch.utils.data.Dataset):
         self.files = files
         index = {c: i for i, c in enumerate(self.classes)}
         self.labels = [index.get(f.split("/")[0], 0) for f in files]
-        self.bad = {}
+        self.bad, self.max_bad = {}, MAX_BAD
 
     def __len__(self):
         return len(self.files) * (2 if self.flip else 1)
@@ -160,14 +162,14 @@ class ImageFolder(torch.utils.data.Dataset):
         return (image.flip(-1) if i >= n else image), self.labels[i % n]
 
     def note_bad(self, bad):
-        """Name each new unreadable file once; raise UserError when they are more than MAX_BAD of the folder."""
+        """Name each new unreadable file once; raise UserError when they are more than max_bad of the folder."""
         for file, reason in bad:
             if file not in self.bad:
                 self.bad[file] = reason
                 print(f"skipped: {reason}", file=sys.stderr)
-        if len(self.bad) > MAX_BAD * len(self.files):
+        if len(self.bad) > self.max_bad * len(self.files):
             raise UserError(f"{self.root}: {len(self.bad)} of {len(self.files)} images are unreadable, more than "
-                            f"{MAX_BAD:.0%}; the last: {list(self.bad.values())[-1]}; mend or delete them, then run again")
+                            f"{self.max_bad:.0%}; the last: {list(self.bad.values())[-1]}; mend or delete them, then run again")
 
 
 def check_folder(images, batch=1):
@@ -211,7 +213,7 @@ class Batches(torch.utils.data.Dataset):
                     pixel, label = self.images[candidate % len(self.images)]
                 except UnreadableImage as e:
                     bad.append((self.images.files[candidate % len(self.images.files)], str(e)))
-                    if len(bad) > max(1, MAX_BAD * len(self.images.files)) + len(self.batches[k]):
+                    if len(bad) > max(1, self.images.max_bad * len(self.images.files)) + len(self.batches[k]):
                         break  # note_bad will stop the run
                     continue
                 pixels.append(pixel), labels.append(label), rows.append(row)
@@ -468,7 +470,7 @@ def draw_options(style, rng):
     s = AVATAR_STYLES[style]
     flip = rng.random() < 0.5
     opts = {"flip": "horizontal" if flip else "none", "scale": s["zoom"] * uniform(0.9, 1.1),
-            "rotate": uniform(-6, 6), "translateX": uniform(-5, 5), "translateY": uniform(-5, 5), **s["fixed"]}
+            "rotate": uniform(-3, 3), "translateX": uniform(-3, 3), "translateY": uniform(-3, 3), **s["fixed"]}
     true = {"flipped"} if flip else set()
     for part, families in AVATAR_COLORS.items():
         family = pick(list(families))
@@ -525,7 +527,7 @@ def render_avatars(out, n=12000, size=64, seed=0):
     except ImportError as e:
         raise UserError(f"cannot draw avatars ({e}): pip install -r requirements-dev.txt")
     out, part = Path(out), Path(f"{out}.part")
-    settings = {"n": n, "size": size, "seed": seed,
+    settings = {"n": n, "size": size, "seed": seed, "drawing": 2,  # a new number when the same seed draws other images
                 "packages": {p: metadata.version(p) for p in ("dicebear-core", "dicebear-styles", "resvg-py")}}
     if out.exists():
         record = out / "avatars.json"
@@ -534,6 +536,7 @@ def render_avatars(out, n=12000, size=64, seed=0):
         if found == settings and (out / "attributes.csv").is_file():
             return print(f"{out}: already rendered")
         raise UserError(f"{out} exists but is not this data set: found {found}, expected {settings}")
+    begin = time.time()
     shutil.rmtree(part, ignore_errors=True)  # left by a run that was killed
     for style in AVATAR_STYLES:
         open_out(part / style)
@@ -557,6 +560,8 @@ def render_avatars(out, n=12000, size=64, seed=0):
     text = json.dumps({**settings, "styles": styles}, indent=2, ensure_ascii=False)
     (part / "avatars.json").write_text(text + "\n", "utf-8")
     part.rename(out)
+    write_json(f"{out}.time.json", {**settings, "seconds": round(time.time() - begin, 1)})  # beside the folder, which is the same bytes each time
+    print(f"{out}: {n} images, {len(names)} attributes, {time.time() - begin:.0f} s")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -569,7 +574,7 @@ def run_script(main):
     except UserError as e:
         message = str(e)
     except torch.OutOfMemoryError as e:
-        message = f"out of GPU memory ({str(e).splitlines()[0]}); use a smaller --micro-batch: the result stays the same"
+        message = f"out of GPU memory ({str(e).splitlines()[0]}); use a smaller --micro-batch where the script has it: the result stays the same"
     except OSError as e:
         if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG):
             raise
@@ -783,6 +788,12 @@ def load_weights(module, state, source):
     module.load_state_dict(state)
 
 
+def learning_rate(args, step):
+    """args.lr, times a linear warm-up over --lr-warmup steps, times (--lr-decay 1) half a cosine from 1 to 0 over all steps."""
+    warm = min(1.0, (step + 1) / args.lr_warmup) if args.lr_warmup else 1.0
+    return args.lr * warm * (0.5 + 0.5 * math.cos(math.pi * step / args.steps) if args.lr_decay else 1.0)
+
+
 @torch.no_grad()
 def update_ema(ema, model, step, decay):
     """ema <- d ema + (1 - d) model, with d = min(decay, (1 + step) / (10 + step)) so that early averages are not noise."""
@@ -832,7 +843,7 @@ def stop_if_not_finite(step, parts, advice):
     bad = [k for k, v in parts.items() if not np.isfinite(v)]
     if bad:
         shown = ", ".join(f"{k} {v:.4g}" for k, v in parts.items())
-        raise UserError(f"step {step}: {', '.join(bad)} not finite ({shown}); the last checkpoint is intact; try {advice}")
+        raise UserError(f"step {step}: {', '.join(bad)} not finite ({shown}); the last checkpoint is intact; begin anew with another --out and {advice}")
 
 
 def save_grid(images, path, columns):
@@ -861,12 +872,15 @@ def main():
     if args.command == "avatars":
         return render_avatars(args.out, args.n, args.size, args.seed)
     images = ImageFolder(args.dir, args.size)
+    images.max_bad = 1.0  # read them all; judged below
     rows = chunks(range(len(images)), 64)
     for _ in tqdm(load_batches(images, rows, workers=os.cpu_count()), total=len(rows), disable=None):
         pass
     print(f"{args.dir}: {len(images) - len(images.bad)} images in {len(images.classes)} classes, {len(images.bad)} unreadable")
     if (images.root / "attributes.csv").exists():
         print(f"attributes.csv: {len(read_attributes(args.dir).names)} attributes")
+    images.max_bad = MAX_BAD
+    images.note_bad([])
 
 
 if __name__ == "__main__":

@@ -64,8 +64,12 @@ class FeatureNet(nn.Module):
 
     def __init__(self, name, ckpt=None, size=None):
         super().__init__()
-        empty_model(name)  # refuses unknown names
-        self.net = pretrained(name, ckpt)
+        spec, fixed = empty_model(name), {}  # refuses unknown names
+        if size and hasattr(spec, "patch_embed"):  # a ViT is built for one input size
+            fixed = {"img_size": size}
+            if size % spec.patch_embed.patch_size[0]:
+                raise UserError(f"--net-size {size}: {name} needs a multiple of {spec.patch_embed.patch_size[0]}")
+        self.net = pretrained(name, ckpt, "--net", **fixed)
         config = self.net.pretrained_cfg
         self.size = size or config["input_size"][-1]
         self.label = f"{name}@{self.size}"
@@ -168,8 +172,8 @@ def ssim(x, y):
     data range 255, mean over channels and over the positions where the window fits."""
     x, y = x.double(), y.double()
     g = torch.exp(-torch.arange(-5, 6, dtype=torch.float64, device=x.device).square() / (2 * 1.5 ** 2))
-    window = (g[:, None] * g / g.sum() ** 2).expand(3, 1, 11, 11)
-    blur = lambda a: F.conv2d(a, window, groups=3)
+    g = (g / g.sum()).expand(3, 1, 11)
+    blur = lambda a: F.conv2d(F.conv2d(a, g[..., None], groups=3), g[..., None, :], groups=3)
     mx, my = blur(x), blur(y)
     vx, vy, vxy = blur(x * x) - mx ** 2, blur(y * y) - my ** 2, blur(x * y) - mx * my
     c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
@@ -185,7 +189,7 @@ def recon(args):
     vae = load_vae(args.vae).to(device, memory_format=torch.channels_last)
     images = data.ImageFolder(args.data, args.resolution or vae.config["resolution"], split=args.split)
     rows = data.chunks(range(len(images)), 64)
-    chosen = set(np.linspace(0, len(images) - 1, min(32, len(images) // 8 * 8 or len(images))).astype(int).tolist())  # all classes
+    chosen = set(np.linspace(0, len(images) - 1, min(16, len(images) // 8 * 8 or len(images))).astype(int).tolist())  # all classes
     values, originals, copies = [], [], []
     for pixels, _, kept in tqdm(data.load_batches(images, rows), "reconstruct", len(rows), disable=None):
         x = data.to_float(pixels.to(device)).contiguous(memory_format=torch.channels_last)
@@ -199,7 +203,7 @@ def recon(args):
                   precision=precision, seconds=round(time.time() - begin, 1))
     print(f"{args.vae}: PSNR {result['psnr']:.2f} dB, SSIM {result['ssim']:.4f} over {result['n']} images")
     if args.png:
-        data.save_grid(torch.cat(originals + copies), args.png, columns=8)
+        data.save_grid(torch.cat(originals + copies), args.png, columns=min(8, sum(map(len, originals))))
     if args.json:  # last: it marks the stage as done
         data.write_json(args.json, result)
 
@@ -235,7 +239,7 @@ def report(args):
     fd, probe = read_json(run / "fd.json"), read_json(run / "probe.json")
     by_path = lambda d: {Path(k): v for k, v in d.items()}  # out/x, ./out/x and out/x/ are one
     distance, count, probed = by_path(fd["fd"]), by_path(fd["n"]), by_path(probe["results"])
-    pixels = next(n for n in probe["results"] if n.startswith("pixels"))
+    pixels = next(n for n in probe["results"] if n.startswith("pixels"))  # "pixels 18 x 18"
     arms = {}
     for arm in args.arms:
         quality = read_json(run / arm / "recon.json")
@@ -251,12 +255,16 @@ def report(args):
     result = dict(arms=arms, baselines=baselines, network=fd["network"], probe_attributes=len(probe["attributes"]),
                   seconds=dict(pretrain=last_seconds(run / "pretrain/metrics.jsonl"), fd=fd["seconds"], probe=probe["seconds"]),
                   torch=torch.__version__, cpu=cpu_name(), threads=torch.get_num_threads())
+    if (run / "avatars.time.json").exists():  # not when DATA= pointed elsewhere
+        result["seconds"]["avatars"] = read_json(run / "avatars.time.json")["seconds"]
     data.write_json(run / "report.json", result)
     draw_report(run, args.arms)
     print(f"{'':22} {'PSNR':>8} {'probe F1':>9} {'FD':>9}   FD = FD({fd['network']})-{count_name(arms[args.arms[0]]['fd_n'])}, lower is better")
     for arm, a in arms.items():
         print(f"{arm:22} {a['psnr']:8.2f} {a['probe_f1']:9.4f} {a['fd']:9.2f}")
-    print(f"{'raw pixels':22} {'':8} {baselines['probe_f1_pixels']:9.4f}\n{'majority guess':22} {'':8} {baselines['probe_f1_majority']:9.4f}")
+    print(f"{pixels:22} {'':8} {baselines['probe_f1_pixels']:9.4f}\n{'majority guess':22} {'':8} {baselines['probe_f1_majority']:9.4f}")
+    if baselines["fd_real"] is not None:
+        print(f"{'as many real images':22} {'':8} {'':9} {baselines['fd_real']:9.2f}")
     print(f"{'real, half vs half':22} {'':8} {'':9} {baselines['fd_floor']:9.2f}")
     spent = {f"{arm} {k}": v for arm, a in arms.items() for k, v in a["seconds"].items()} | result["seconds"]
     print("seconds: " + ", ".join(f"{k} {v:.0f}" for k, v in spent.items()) + f"\n{run}/report.json, {run}/report.png")
@@ -264,17 +272,12 @@ def report(args):
 
 def draw_report(run, arms):
     """Originals, then each arm's reconstructions of them, then each arm's samples from the same noise and labels."""
-    def strip(path, first, count):  # images first .. first+count-1 of a grid of 8 columns; None: from the half
+    def part(path, top, bottom):  # a share of a picture's height
         with Image.open(path) as sheet:
-            sheet = sheet.convert("RGB")
-        s = sheet.width // 8
-        first = sheet.height // s // 2 * 8 if first is None else first
-        out = Image.new("RGB", (8 * s, -(-count // 8) * s), "white")
-        out.paste(sheet.crop((0, first // 8 * s, 8 * s, first // 8 * s + out.height)), (0, 0))
-        return out
+            return sheet.convert("RGB").crop((0, int(top * sheet.height), sheet.width, int(bottom * sheet.height)))
 
-    columns = [[("originals", strip(run / arms[0] / "recon.png", 0, 16))] + [(f"{a}: reconstructions", strip(run / a / "recon.png", None, 16)) for a in arms]]
-    columns.append([(f"{a}: samples", strip(run / a / "samples.png", 0, 32)) for a in arms])
+    columns = [[("originals", part(run / arms[0] / "recon.png", 0, 0.5))] + [(f"{a}: reconstructions", part(run / a / "recon.png", 0.5, 1)) for a in arms]]
+    columns.append([(f"{a}: samples", part(run / a / "samples.png", 0, 0.5)) for a in arms])
     gap, title = 12, 16
     width = sum(c[0][1].width + gap for c in columns) + gap
     height = max(sum(image.height + title + gap for _, image in c) for c in columns) + gap
@@ -305,7 +308,7 @@ def main():
     r.add_argument("--data", required=True, help="image folder")
     r.add_argument("--split", choices=data.SPLITS)
     r.add_argument("--resolution", type=int, help="crop in pixels (default: the VAE's)")
-    r.add_argument("--png", help="write 32 originals and their reconstructions here")
+    r.add_argument("--png", help="write up to 16 originals and their reconstructions here")
     for c in (s, r):
         c.add_argument("--json", help="write the scores here")
         c.add_argument("--precision", choices=("bf16", "fp32"), default="fp32", help="scores are float32 unless told otherwise")

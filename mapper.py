@@ -143,16 +143,17 @@ def empty_model(name):
         raise UserError(f"{name}: timm {timm.__version__} has no such model ({' '.join(str(e).split())[:100]}); timm.list_models() names all")
 
 
-def pretrained(name, ckpt=None, **kwargs):
-    """timm model without its classifier, with weights from the hub or the local file `ckpt`, loaded strictly. Raises UserError."""
+def pretrained(name, ckpt=None, flag="--vfm", **kwargs):
+    """timm model without its classifier, with weights from the hub or the local file `ckpt`, loaded strictly. Raises UserError,
+    which names the script's `flag`."""
     if ckpt is None:
         try:
             return timm.create_model(name, pretrained=True, num_classes=0, **kwargs)
         except (OSError, RuntimeError, ValueError) as e:  # what timm and huggingface_hub raise without a network
-            raise UserError(f"--vfm {name}: its weights cannot be fetched ({type(e).__name__}: {' '.join(str(e).split())[:100]}); "
-                            "give a local file with --vfm-ckpt")
+            raise UserError(f"{flag} {name}: its weights cannot be fetched ({type(e).__name__}: {' '.join(str(e).split())[:100]}); "
+                            f"give a local file with {flag}-ckpt")
     if not Path(ckpt).is_file():
-        raise UserError(f"--vfm-ckpt {ckpt}: no such file")
+        raise UserError(f"{flag}-ckpt {ckpt}: no such file")
     in_order = state_in_order(empty_model(name), ckpt)
     try:
         if in_order is None:  # timm's own loading: known foreign names, position embeddings resampled to img_size; strict
@@ -163,7 +164,7 @@ def pretrained(name, ckpt=None, **kwargs):
         model.reset_classifier(0)
         return model
     except (OSError, RuntimeError, ValueError, KeyError) as e:
-        raise UserError(f"--vfm-ckpt {ckpt}: does not fit {name} ({' '.join(str(e).split())[:200]})")
+        raise UserError(f"{flag}-ckpt {ckpt}: does not fit {name} ({' '.join(str(e).split())[:200]})")
 
 
 def state_in_order(model, ckpt):

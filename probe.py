@@ -184,7 +184,7 @@ def main():
         start = time.time()
         probe = fit_probe(X[split["train"]], Y[split["train"]], X[split["val"]], Y[split["val"]], progress=True)
         thresholds = tune_thresholds(Y[split["val"]], probe(X[split["val"]]))
-        results[name] = dict(scores(Y[split["test"]], probe(X[split["test"]]), thresholds), dimension=X.shape[1], seconds=round(time.time() - start, 1))
+        results[name] = dict(scores(Y[split["test"]], probe(X[split["test"]]), thresholds), dimension=X.shape[1], strength=probe.strength.tolist(), seconds=round(time.time() - start, 1))
     often = Y[split["train"]].nanmean(0) > 0.5
     guess = torch.where(often, 1.0, -1.0).expand(len(split["test"]), -1)
     results["majority"] = scores(Y[split["test"]], guess, torch.where(often, 0.0, 2.0))
@@ -200,7 +200,7 @@ def main():
             writer.writerows([table.names[a], *(round(r["per_attribute"]["f1"][i], 4) for r in results.values())] for i, a in enumerate(keep))
     if args.json:  # last: it marks the stage as done
         data.write_json(args.json, dict(data=args.data, attributes=[table.names[a] for a in keep], left_out=dropped,
-                                        n={k: len(v) for k, v in split.items()}, results=results, seconds=round(time.time() - begin, 1)))
+                                        n={k: len(v) for k, v in split.items()}, precision=args.precision, results=results, seconds=round(time.time() - begin, 1)))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 # The recipe in plain commands.
 #   bash run.sh           the demo: avatars -> two VAEs -> latents -> two SiTs -> samples -> scores -> report
 #   bash run.sh test      install and run the tests
-# What is done is not done again. SEED=1 OUT=out/demo1 bash run.sh repeats the demo with another seed.
+# What is done is not done again. SEED=1 OUT=out/demo_1 DATA=out/demo/avatars bash run.sh repeats it with another seed on the same images.
 set -euo pipefail
 cd "$(dirname "$0")"
 case "${1:-demo}" in demo | test) ;; *) echo "error: '$1'; expected nothing, or test" >&2; exit 2 ;; esac
@@ -29,28 +29,31 @@ export THP_MEM_ALLOC_ENABLE=1 OMP_WAIT_POLICY=PASSIVE  # large memory pages; thr
 # 0. Images
 [ -d "$DATA" ] || python data.py avatars "$DATA"
 
-# 1. A small VAE from scratch; from this checkpoint both arms are fine-tuned, with equal data order, steps and losses.
+# 1. A small VAE from scratch; from this checkpoint both arms are fine-tuned, with equal data order, steps and losses
+#    (with one seed for both commands, fine-tuning begins with the images that pre-training began with).
 #    Without LPIPS and GAN: their weights and time are beyond a laptop's demo.
-VAE=(python train_vae.py --data "$DATA" --split train --lpips 0 --gan 0 --batch 32 --lr 2e-3 --ema 0.995 --seed "$SEED")
-"${VAE[@]}" --preset demo --steps 700 --lr-warmup 50 --lambda-align 0 --save-every 100 --out "$OUT/pretrain"
-TUNE=(--init "$OUT/pretrain/vae.pt" --steps 500 --lr-decay 1 --save-every 100)
+VAE=(python train_vae.py --data "$DATA" --split train --rec mse --lpips 0 --gan 0 --batch 32 --lr 2e-3 --ema 0.995 --seed "$SEED")
+"${VAE[@]}" --preset demo --steps 600 --lr-warmup 50 --lambda-align 0 --save-every 100 --out "$OUT/pretrain"
+TUNE=(--init "$OUT/pretrain/vae.pt" --steps 400 --lr-decay 1 --save-every 100)
 "${VAE[@]}" "${TUNE[@]}" --lambda-align 0 --out "$OUT/control"
-"${VAE[@]}" "${TUNE[@]}" --lambda-align 8 --vfm tf_efficientnet_lite0 --vfm-ckpt "$CKPT" --mapper-depth 1 --mapper-mlp 256 --noise 1 --out "$OUT/send"
+"${VAE[@]}" "${TUNE[@]}" --lambda-align 1 --vfm tf_efficientnet_lite0 --vfm-ckpt "$CKPT" --grid 8 --mapper-depth 1 --mapper-mlp 256 --noise 1 --out "$OUT/send"
 
+newer() { [ "$1" -nt "$OUT/control/$2" ] && [ "$1" -nt "$OUT/send/$2" ]; }  # a score of what is there now
 for ARM in control send; do
     # 2. Latents
     python vae.py --vae "$OUT/$ARM/vae.pt" --data "$DATA" --split train --out "$OUT/$ARM/latents"
     # 3. The same SiT on each, without REPA
-    python train_sit.py --latents "$OUT/$ARM/latents" --model SiT-demo/1 --steps 700 --batch 64 --lr 1e-3 --lr-warmup 50 --ema 0.995 --repa 0 --seed "$SEED" --save-every 100 --out "$OUT/$ARM/sit"
+    python train_sit.py --latents "$OUT/$ARM/latents" --model SiT-demo/2 --steps 900 --batch 64 --lr 4e-3 --lr-warmup 50 --lr-decay 1 --ema 0.995 --time lognormal --repa 0 --seed "$SEED" --save-every 100 --out "$OUT/$ARM/sit"
     # 4. Samples, from the same noise and labels
-    [ -f "$OUT/$ARM/samples.npz" ] || python sample.py --sit "$OUT/$ARM/sit/sit.pt" --vae "$OUT/$ARM/vae.pt" --images 2000 --sampler heun --steps 5 --cfg 1.5 --interval 0 1 --labels equal --seed "$SEED" --batch 250 --out "$OUT/$ARM/samples.npz"
+    [ "$OUT/$ARM/samples.npz" -nt "$OUT/$ARM/sit/sit.pt" ] || python sample.py --sit "$OUT/$ARM/sit/sit.pt" --vae "$OUT/$ARM/vae.pt" --images 2000 --sampler heun --steps 5 --labels equal --seed "$SEED" --micro-batch 250 --out "$OUT/$ARM/samples.npz"
     # 5. Reconstruction
-    [ -f "$OUT/$ARM/recon.json" ] || python fid.py recon --vae "$OUT/$ARM/vae.pt" --data "$DATA" --split test --png "$OUT/$ARM/recon.png" --json "$OUT/$ARM/recon.json"
+    [ "$OUT/$ARM/recon.json" -nt "$OUT/$ARM/vae.pt" ] || python fid.py recon --vae "$OUT/$ARM/vae.pt" --data "$DATA" --split test --png "$OUT/$ARM/recon.png" --json "$OUT/$ARM/recon.json"
 done
 
 # 5. Fréchet distance to the training images, and between halves of them
-[ -f "$OUT/fd.json" ] || python fid.py score "$DATA" "$OUT/control/samples.npz" "$OUT/send/samples.npz" --split train --net tf_efficientnet_lite0 --net-ckpt "$CKPT" --net-size 96 --json "$OUT/fd.json"
+newer "$OUT/fd.json" samples.npz || python fid.py score "$DATA" "$OUT/control/samples.npz" "$OUT/send/samples.npz" --split train --net tf_efficientnet_lite0 --net-ckpt "$CKPT" --net-size 96 --json "$OUT/fd.json"
 # 6. Linear probe of the attributes
-[ -f "$OUT/probe.json" ] || python probe.py "$OUT/control/vae.pt" "$OUT/send/vae.pt" --data "$DATA" --json "$OUT/probe.json" --csv "$OUT/probe.csv"
+newer "$OUT/probe.json" vae.pt || python probe.py "$OUT/control/vae.pt" "$OUT/send/vae.pt" --data "$DATA" --json "$OUT/probe.json" --csv "$OUT/probe.csv"
 # The table and the picture
 python fid.py report "$OUT" --arms control send
+echo "run.sh: $SECONDS s"

@@ -2,7 +2,7 @@
 
     python sample.py --sit out/sit/sit.pt --vae out/send/vae.pt --images 50000 --out out/samples.npz         # one process
     torchrun --nproc_per_node=8 sample.py --sit out/sit/sit.pt --vae out/send/vae.pt --images 50000 --out out/samples.npz
-    python sample.py --sit out/demo/send/sit/sit.pt --sampler heun --steps 10 --images 16 --out out/tiny.npz     # tiny
+    python sample.py --sit out/demo/send/sit/sit.pt --sampler heun --steps 10 --images 16 --out out/tiny/samples.npz     # tiny
 
 Image i depends on (seed, i) only, not on the number of processes or the batch. t = 1 is noise, t = 0 is data.
 Guidance acts on all channels: v = v_u + s (v_c - v_u) for t within --interval; s = 1 is off.
@@ -39,7 +39,7 @@ def parse_args():
     p.add_argument("--labels", default="random", choices=("random", "equal"), help="classes drawn at random, or in equal counts")
     p.add_argument("--weights", choices=("ema", "model"), default="ema")
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--batch", type=data.positive, default=64, help="images at a time and process: memory only")
+    p.add_argument("--micro-batch", type=data.positive, default=64, help="images at a time and process: memory only")
     p.add_argument("--precision", choices=("bf16", "fp32"), help="default: bf16 where it is fast")
     return p.parse_args()
 
@@ -121,8 +121,8 @@ def main():
     data.barrier()
     images = np.load(raw, mmap_mode="r+")
     rows = data.split_rows(args.images, rank, world)
-    for i in tqdm(range(0, len(rows), args.batch), "sample", disable=rank > 0 or None):
-        part = list(rows[i:i + args.batch])
+    for i in tqdm(range(0, len(rows), args.micro_batch), "sample", disable=rank > 0 or None):
+        part = list(rows[i:i + args.micro_batch])
         images[part] = sample_batch(model, vae, checkpoint, args, part, labels[part], device).permute(0, 2, 3, 1).numpy()
     images.flush()
     data.barrier()

@@ -168,9 +168,9 @@ class SiT(nn.Module):
 
 
 SIZES = {"XL": dict(depth=28, hidden_size=1152, num_heads=16), "L": dict(depth=24, hidden_size=1024, num_heads=16),
-         "B": dict(depth=12, hidden_size=768, num_heads=12), "S": dict(depth=12, hidden_size=384, num_heads=6)}
+         "B": dict(depth=12, hidden_size=768, num_heads=12), "S": dict(depth=12, hidden_size=384, num_heads=6),
+         "demo": dict(depth=6, hidden_size=128, num_heads=2, repa_block=3)}
 SIT_MODELS = {f"SiT-{s}/{p}": partial(SiT, patch_size=p, **SIZES[s]) for s in SIZES for p in (1, 2)}
-SIT_MODELS["SiT-demo/1"] = partial(SiT, depth=6, hidden_size=192, num_heads=3, patch_size=1, repa_block=3)
 
 
 def load_sit(path, weights="ema"):
@@ -209,9 +209,12 @@ def interpolate(x, eps, t, path="linear"):
     return alpha * x + sigma * eps, d_alpha * x + d_sigma * eps
 
 
-def draw_time(u, n, distribution="uniform"):
-    """u ~ U(0,1) (B,), n ~ N(0,1) (B,) -> t (B,): uniform, or lognormal (the sigmoid of a normal; SD3)."""
-    return u if distribution == "uniform" else torch.sigmoid(n)
+def draw_time(u, n, distribution="uniform", path="linear"):
+    """u ~ U(0,1) (B,), n ~ N(0,1) (B,) -> t (B,): uniform, or such that sigma(t) / alpha(t) = exp(n) (REPA's "lognormal";
+    on the linear path t = sigmoid(n), SD3's logit-normal)."""
+    if distribution == "uniform":
+        return u
+    return torch.sigmoid(n) if path == "linear" else torch.atan(n.exp()) * (2 / math.pi)
 
 
 def velocity_loss(v, target):

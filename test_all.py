@@ -478,7 +478,7 @@ def count(module):
     return sum(p.numel() for p in module.parameters())
 
 
-@pytest.mark.parametrize("name,channels,side", [("f8d4", 4, 32), ("f16d16", 16, 16), ("f16d32", 32, 16), ("f16d64", 64, 16), ("demo", 16, 8)])
+@pytest.mark.parametrize("name,channels,side", [("f8d4", 4, 32), ("f16d16", 16, 16), ("f16d32", 32, 16), ("f16d64", 64, 16), ("demo", 4, 16)])
 def test_vae_presets(name, channels, side):
     """A preset has another latent than its name says, or its decoder does not return to the image's size."""
     with torch.device("meta"):
@@ -535,8 +535,8 @@ def test_kl_and_sample():
 
 def test_vae_refuses_sizes():
     """An image that the factor does not divide is cut silently."""
-    with torch.no_grad(), pytest.raises(ValueError, match="multiple of 8"):
-        tiny_vae().encode(torch.zeros(1, 3, 32, 36))
+    with torch.no_grad(), pytest.raises(ValueError, match="multiple of 4"):
+        tiny_vae().encode(torch.zeros(1, 3, 32, 34))
 
 
 def test_posterior_does_not_see_the_batch():
@@ -769,7 +769,7 @@ def test_losses_by_hand(rec, vgg, tmp_path):
     t, pixels = trainer(write_images(tmp_path, 4), "--rec", rec, "--kl", 1e-3, "--gan", 0.1, "--lpips", 0.5, "--lpips-ckpt", vgg[1],
                         "--lambda-align", 2, *VFM, "--seed", 3)
     x = data.to_float(pixels)
-    a, eps, eps_align = data.draw_noise(3, range(4), 1, (16, 4, 4), (16, 4, 4))
+    a, eps, eps_align = data.draw_noise(3, range(4), 1, (4, 8, 8), (4, 8, 8))
     q = t.vae.encode(x)
     z = q.sample(eps)
     x_rec = t.vae.decode(z)
@@ -823,11 +823,11 @@ def test_latent_stats_gradient():
 def test_learning_rate():
     """Warm-up or decay misses its ends."""
     args = SimpleNamespace(lr=0.1, lr_warmup=4, lr_decay=1, steps=100)
-    assert train_vae.learning_rate(args, 0) == pytest.approx(0.025)
-    assert train_vae.learning_rate(args, 50) == pytest.approx(0.05)
-    assert train_vae.learning_rate(args, 100) == pytest.approx(0)
+    assert data.learning_rate(args, 0) == pytest.approx(0.025)
+    assert data.learning_rate(args, 50) == pytest.approx(0.05)
+    assert data.learning_rate(args, 100) == pytest.approx(0)
     args.lr_decay = 0
-    assert train_vae.learning_rate(args, 99) == 0.1
+    assert data.learning_rate(args, 99) == 0.1
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -995,6 +995,9 @@ def test_sit_losses():
     assert torch.equal(sit.draw_time(u, n), u)
     t = sit.draw_time(u, n, "lognormal")
     assert 0 < t.min() and t.max() < 1 and torch.equal(torch.logit(t, eps=1e-6) > 0, n > 0)
+    for path in ("linear", "cosine"):  # REPA's: noise over signal is log-normal
+        alpha, sigma, _, _ = sit.path_coefficients(sit.draw_time(u, n, "lognormal", path).double(), path)
+        torch.testing.assert_close(sigma / alpha, n.double().exp(), rtol=1e-3, atol=0)
 
 
 def test_load_sit(tmp_path):
@@ -1192,7 +1195,7 @@ def demo(avatars, tmp_path_factory):
     for arm, flip, repa, sampler in (("control", (), 0, "heun"), ("send", ("--flip",), 0.5, "sde")):
         sit_pt, latents, vae_pt = out / arm / "sit/sit.pt", out / arm / "latents", out / arm / "vae.pt"
         run("vae", "--vae", vae_pt, "--data", avatars, "--split", "train", "--out", latents, *flip, *FP32)
-        run("train_sit", "--latents", latents, "--data", avatars, "--model", "SiT-demo/1", "--steps", 3, "--batch", 8, "--repa", repa, *VFM,
+        run("train_sit", "--latents", latents, "--data", avatars, "--model", "SiT-demo/2", "--steps", 3, "--batch", 8, "--repa", repa, *VFM,
             "--log-every", 1, *FP32, "--out", out / arm / "sit")
         run("sample", "--sit", sit_pt, "--images", 40, "--sampler", sampler, "--steps", 3, "--cfg", 1.5, "--labels", "equal", "--out", out / arm / "samples.npz", *FP32)
         run("fid", "recon", "--vae", vae_pt, "--data", avatars, "--split", "test", "--png", out / arm / "recon.png", "--json", out / arm / "recon.json", *FP32)
@@ -1223,12 +1226,12 @@ def test_chain_latents(demo, avatars):
     files = data.ImageFolder(avatars, 64, split="train").files
     for arm, flips in (("control", 1), ("send", 2)):
         latents, model = data.load_latents(demo / arm / "latents"), vae.load_vae(demo / arm / "vae.pt")
-        assert latents.moments.shape == (500, flips, 32, 8, 8) and latents.moments.dtype == np.float16
+        assert latents.moments.shape == (500, flips, 8, 16, 16) and latents.moments.dtype == np.float16
         assert latents.files == files and latents.labels.dtype == np.int64
         assert [latents.meta["classes"][y] for y in latents.labels] == [f.split("/")[0] for f in files]
         assert latents.meta["vae_hash"] == data.weights_hash(model.state_dict()) and latents.meta["resolution"] == 64
         stats = np.load(demo / arm / "latents/stats.npz")
-        mean, std = np.split(latents.moments[:].astype(np.float64).swapaxes(0, 2).reshape(32, -1), 2)  # (c, everything else)
+        mean, std = np.split(latents.moments[:].astype(np.float64).swapaxes(0, 2).reshape(8, -1), 2)  # (c, everything else)
         assert stats["mean"].dtype == stats["std"].dtype == np.float64
         np.testing.assert_allclose(stats["mean"], mean.mean(1), rtol=1e-9, atol=1e-12)
         np.testing.assert_allclose(stats["std"], np.sqrt((mean ** 2 + std ** 2).mean(1) - mean.mean(1) ** 2), rtol=1e-9)
@@ -1268,10 +1271,10 @@ def test_chain_samples(demo):
 
 def test_sampling_is_the_latents_inverse(demo, tmp_path):
     """Samples are denormalised with other statistics than the SiT's, or decoded wrongly: redo one with the library."""
-    run("sample", "--sit", demo / "control/sit/sit.pt", "--images", 3, "--sampler", "euler", "--steps", 2, "--seed", 5, "--batch", 2, "--out", tmp_path / "a.npz", *FP32)
+    run("sample", "--sit", demo / "control/sit/sit.pt", "--images", 3, "--sampler", "euler", "--steps", 2, "--seed", 5, "--micro-batch", 2, "--out", tmp_path / "a.npz", *FP32)
     z = np.load(tmp_path / "a.npz")
     model, checkpoint = sit.load_sit(demo / "control/sit/sit.pt")
-    noise = data.draw_noise(5, range(3), 0, (16, 8, 8))[1]
+    noise = data.draw_noise(5, range(3), 0, (4, 16, 16))[1]
     latent = sit.sample_ode(model, noise, torch.from_numpy(z["arr_1"]), 2, method="euler")
     stats = np.load(demo / "control/latents/stats.npz")
     mean, std = (torch.from_numpy(stats[k]).float().view(1, -1, 1, 1) for k in ("mean", "std"))
@@ -1330,7 +1333,7 @@ def test_finished_commands_do_nothing(demo, avatars):
     out = do("train_vae", "--data", avatars, *TRAIN, "--lpips", 0, "--gan", 0, "--preset", "demo", "--lambda-align", 0, "--out", demo / "pretrain")
     assert "already at step 3" in out
     do("vae", "--vae", demo / "send/vae.pt", "--data", avatars, "--split", "train", "--out", demo / "send/latents", "--flip", *FP32)
-    do("train_sit", "--latents", demo / "send/latents", "--data", avatars, "--model", "SiT-demo/1", "--steps", 3, "--batch", 8, "--repa", 0.5, *VFM,
+    do("train_sit", "--latents", demo / "send/latents", "--data", avatars, "--model", "SiT-demo/2", "--steps", 3, "--batch", 8, "--repa", 0.5, *VFM,
        *FP32, "--out", demo / "send/sit")
     do("data", "avatars", avatars, "--n", 600)
     assert {p: p.stat().st_mtime_ns for p in demo.rglob("*") if p.is_file()} == before
@@ -1340,7 +1343,7 @@ def test_finished_commands_do_nothing(demo, avatars):
 # Processes, micro-batches, resume
 
 SMALL_VAE = ("--preset", "demo", "--resolution", 32, "--batch", 4, "--lr", 1e-3, "--lpips", 0, "--kl", 1e-4, "--log-every", 1, "--save-every", 1, *FP32)
-SMALL_SIT = ("--model", "SiT-demo/1", "--batch", 4, "--lr", 1e-3, "--log-every", 1, "--save-every", 1, *FP32)
+SMALL_SIT = ("--model", "SiT-demo/2", "--batch", 4, "--lr", 1e-3, "--log-every", 1, "--save-every", 1, *FP32)
 ALL_LOSSES = ("--gan", 0.1, "--lambda-align", 1, *VFM)
 PLAIN = ("--gan", 0, "--lambda-align", 0)
 SLOW = ("--lr", 1e-4)  # Adam's first steps are lr * sign(gradient): a larger lr blows up the rounding of gradients near zero
@@ -1394,7 +1397,7 @@ def test_two_processes_sample_the_same_images(small, tmp_path):
     """An image depends on the number of processes or the batch. (A level may differ: sums in convolutions are reordered.)"""
     command = ("--sit", small / "sit/sit.pt", "--images", 9, "--steps", 3, "--sampler", "sde", "--cfg", 2, *FP32)
     run("sample", *command, "--out", tmp_path / "two.npz", ranks=2)
-    do("sample", *command, "--batch", 2, "--out", tmp_path / "one.npz")
+    do("sample", *command, "--micro-batch", 2, "--out", tmp_path / "one.npz")
     one, two = np.load(tmp_path / "one.npz"), np.load(tmp_path / "two.npz")
     assert np.array_equal(one["arr_1"], two["arr_1"]) and len(set(one["arr_1"])) == 2
     assert np.abs(one["arr_0"].astype(int) - two["arr_0"]).max() <= 1 and one["arr_0"].std() > 1
@@ -1506,7 +1509,7 @@ def test_label_dropout(dropout, moved, small, tmp_path):
     """The row of "no class" is not trained, or labels are dropped where they should not be."""
     do("train_sit", "--latents", small / "latents", *SMALL_SIT, "--repa", 0, "--label-dropout", dropout, "--steps", 5, "--out", tmp_path)
     torch.manual_seed(0)
-    fresh = sit.SIT_MODELS["SiT-demo/1"](input_size=4, in_channels=16, num_classes=2).state_dict()["y_embedder.embedding_table.weight"]
+    fresh = sit.SIT_MODELS["SiT-demo/2"](input_size=8, in_channels=4, num_classes=2).state_dict()["y_embedder.embedding_table.weight"]
     now = data.load_checkpoint(tmp_path / "sit.pt")["model"]["y_embedder.embedding_table.weight"]
     assert (now != fresh).any(1).tolist() == moved
 
@@ -1524,6 +1527,45 @@ def test_bf16(small, tmp_path):
                 assert x[k] == pytest.approx(y[k], rel=0.05), k
 
 
+def test_another_init_under_the_same_name(small, tmp_path):
+    """A fine-tuning goes on, or counts as done, although --init now holds other weights."""
+    shutil.copy(small / "vae/vae.pt", tmp_path / "init.pt")
+    tune = ("train_vae", "--data", small / "images", "--init", tmp_path / "init.pt", "--resolution", 32, "--batch", 4, "--lpips", 0, *PLAIN, "--steps", 2, *FP32)
+    do(*tune, "--out", tmp_path / "out")
+    do(*tune, "--out", tmp_path / "out")  # the same weights: already there
+    shutil.copy(small / "other/vae.pt", tmp_path / "init.pt")
+    assert_refused(call(*tune, "--out", tmp_path / "out"), "--init-weights", "out/vae.pt")
+
+
+def test_feature_net_of_a_vit(tmp_path):
+    """A ViT at another size than its own ends in a traceback, or its positions are not resampled."""
+    torch.manual_seed(0)
+    torch.save(timm.create_model("vit_tiny_patch16_224").state_dict(), tmp_path / "vit.pt")
+    x = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    net = fid.FeatureNet("vit_tiny_patch16_224", str(tmp_path / "vit.pt"), 96)
+    assert net(x).shape == (2, 192) and net.net.pos_embed.shape[1] == 36 + 1 and net.label == "vit_tiny_patch16_224@96"
+    with pytest.raises(UserError, match="--net-size 100.*multiple of 16"):
+        fid.FeatureNet("vit_tiny_patch16_224", str(tmp_path / "vit.pt"), 100)
+    with pytest.raises(UserError, match="--net-ckpt .*no such file"):
+        fid.FeatureNet("vit_tiny_patch16_224", str(tmp_path / "none.pt"), 96)
+
+
+def test_report_of_few_images(small, tmp_path):
+    """With fewer images than the picture has places, originals and reconstructions are mixed up."""
+    table = ["file,split"] + [f"{f},{'test' if i % 4 == 0 else 'train'}" for i, f in enumerate(data.find_images(small / "images"))]
+    root = tmp_path / "images"
+    shutil.copytree(small / "images", root)
+    for name in ("wide", "few"):
+        (root / "attributes.csv").write_text("\n".join(table if name == "wide" else table[:1] + [r.replace("test", "train") if i % 8 else r for i, r in enumerate(table[1:])]) + "\n")
+        do("fid", "recon", "--vae", small / "vae/vae.pt", "--data", root, "--split", "test", "--resolution", 32, "--png", tmp_path / f"{name}.png", *FP32)
+        sheet = np.asarray(Image.open(tmp_path / f"{name}.png"))
+        first = data.ImageFolder(root, 32, split="test")
+        shown = len(first) if len(first) < 8 else 8
+        assert sheet.shape == (64, 32 * shown, 3)  # one row of originals, one of copies
+        top = np.stack(np.split(sheet[:32], shown, axis=1))
+        assert (top[0] == first[0][0].permute(1, 2, 0).numpy()).all() and (top[-1] == first[len(first) - 1][0].permute(1, 2, 0).numpy()).all()
+
+
 def test_check(tmp_path):
     """`data.py check` misses a bad file, or counts the good ones wrongly."""
     images = write_images(tmp_path, 120, size=8)
@@ -1531,7 +1573,9 @@ def test_check(tmp_path):
     status, out, err = call("data", "check", images, "--size", 8)
     assert status == 0 and "119 images in 2 classes, 1 unreadable" in out and "a/010.png" in err
     truncate(images / "a/012.png")
-    assert_refused(call("data", "check", images, "--size", 8), "2 of 120")
+    truncate(images / "b/111.png")  # past the first per cent: counted too
+    status, out, err = call("data", "check", images, "--size", 8)
+    assert status == 2 and "117 images in 2 classes, 3 unreadable" in out and "3 of 120" in err and "b/111.png" in err
 
 
 def test_lpips_and_gan_train(small, vgg, tmp_path):
@@ -1623,8 +1667,8 @@ def test_bad_numbers(small, tmp_path):
     images, latents = small / "images", small / "latents"
     assert_refused(call(*vae_command(images, tmp_path, "--batch", 41)), "--batch 41", "40")
     assert_refused(call("train_sit", "--latents", latents, *SMALL_SIT, "--repa", 0, "--batch", 41, "--out", tmp_path), "--batch 41", "40")
-    assert_refused(call(*vae_command(images, tmp_path, "--resolution", 36)), "36", "multiple of 8")
-    assert_refused(call(*encode_command(small, images, tmp_path, "--resolution", 36)), "36", "multiple of 8")
+    assert_refused(call(*vae_command(images, tmp_path, "--resolution", 34)), "34", "multiple of 4")
+    assert_refused(call(*encode_command(small, images, tmp_path, "--resolution", 34)), "34", "multiple of 4")
     assert_refused(call("train_sit", "--latents", latents, *SMALL_SIT, "--repa", 0.5, "--out", tmp_path), "--data")
     assert_refused(call("sample", "--sit", small / "sit/sit.pt", "--images", 2, "--out", tmp_path / "a.zip"), ".npz")
     assert_refused(call(*vae_command(images, tmp_path, "--init", small / "vae/vae.pt")), "--init", "--preset")

@@ -2,7 +2,7 @@
 
     python train_sit.py --latents out/latents --data images --out out/sit                               # one process
     torchrun --nproc_per_node=8 train_sit.py --latents out/latents --data images --out out/sit
-    python train_sit.py --latents out/demo/send/latents --model SiT-demo/1 --repa 0 --batch 64 --steps 20 --out out/tiny
+    python train_sit.py --latents out/demo/send/latents --model SiT-demo/2 --repa 0 --batch 64 --steps 20 --out out/tiny/sit
 
 Rerunning a command goes on where it stopped. Random numbers depend on (seed, step, place in the global batch) alone.
 The latents are normalised with the mean and std that vae.py stored; the checkpoint carries both for sample.py.
@@ -34,8 +34,9 @@ def parse_args():
     p.add_argument("--steps", type=data.positive, default=400_000, help="optimiser steps (80 ImageNet epochs at 256: 400,000)")
     p.add_argument("--batch", type=data.positive, default=256, help="images a step, over all processes")
     p.add_argument("--micro-batch", type=data.positive, help="images per forward pass and process: memory only (default: all)")
-    p.add_argument("--lr", type=float, default=1e-4, help="AdamW, betas 0.9 0.999, no weight decay, constant")
+    p.add_argument("--lr", type=float, default=1e-4, help="AdamW, betas 0.9 0.999, no weight decay")
     p.add_argument("--lr-warmup", type=int, default=0, help="steps of linear warm-up")
+    p.add_argument("--lr-decay", type=int, default=0, choices=(0, 1), help="1: half a cosine down to zero at --steps")
     p.add_argument("--clip", type=float, default=1.0, help="largest gradient norm")
     p.add_argument("--ema", type=float, default=0.9999, help="decay of the averaged weights")
     # The flow
@@ -138,7 +139,7 @@ class Trainer:
         if checkpoint["vae_hash"] != self.latents.meta["vae_hash"]:
             raise UserError(f"{self.args.out}/sit.pt was trained on latents of VAE {checkpoint['vae_hash']}, {self.args.latents} is of "
                             f"{self.latents.meta['vae_hash']}; choose another --out")
-        self.model.load_state_dict(checkpoint["model"])
+        data.load_weights(self.model, checkpoint["model"], f"{self.args.out}/sit.pt")
         self.ema.load_state_dict(checkpoint["ema"])
         self.optimizer.load_state_dict(checkpoint["optimizer"])
         self.step, self.seconds = checkpoint["step"], checkpoint["seconds"]
@@ -159,14 +160,14 @@ class Trainer:
         mean, std = torch.from_numpy(np.stack([self.latents.moments[r, f] for r, f in zip(rows, flips)])).float().chunk(2, dim=1)
         x = (mean + std * eps_posterior - self.mean) / self.std  # unit variance per channel
         y = torch.from_numpy(self.latents.labels[rows]).where(u[:, 2] >= self.args.label_dropout, torch.tensor(self.num_classes))
-        return x, y, draw_time(u[:, 1], normal[:, 0], self.args.time), eps
+        return x, y, draw_time(u[:, 1], normal[:, 0], self.args.time, self.args.path), eps
 
     def train_step(self, batch, pixels):
         """One optimiser step; returns the rank's loss parts. batch: (x, y, t, eps); pixels: the raw images or None."""
         args, local = self.args, len(batch[0])
         size = args.micro_batch or local
         for group in self.optimizer.param_groups:
-            group["lr"] = args.lr * min(1.0, (self.step + 1) / args.lr_warmup if args.lr_warmup else 1.0)
+            group["lr"] = data.learning_rate(args, self.step)
         self.optimizer.zero_grad(set_to_none=True)
         parts = {}
         for i in range(0, local, size):
@@ -252,7 +253,7 @@ def main():
         if logs:
             now = time.time()
             t.seconds, rate, since, seen = t.seconds + now - since, seen / (now - since), now, 0
-            log.write(step=t.step, **parts, images_per_s=round(rate, 1), seconds=round(t.seconds, 1))
+            log.write(step=t.step, **parts, lr=data.learning_rate(args, t.step - 1), images_per_s=round(rate, 1), seconds=round(t.seconds, 1))
             bar.set_postfix({k: f"{v:.4g}" for k, v in parts.items()}, refresh=False)
         stopping = stop.asked()
         if (saves or stopping) and rank == 0:

@@ -2,7 +2,7 @@
 
     python train_vae.py --data images --init vavae/vae.pt --out out/send                                # one process
     torchrun --nproc_per_node=8 train_vae.py --data images --init vavae/vae.pt --out out/send           # one node
-    python train_vae.py --data out/avatars --preset demo --lambda-align 0 --lpips 0 --gan 0 --batch 64 --steps 20 --out out/tiny
+    python train_vae.py --data out/tiny/avatars --preset demo --lambda-align 0 --lpips 0 --gan 0 --batch 64 --steps 20 --out out/tiny/vae
 
 The control of every claim is the same command with --lambda-align 0. Rerunning a command goes on where it stopped.
 Random numbers depend on (seed, step, place in the global batch), so the checkpoint needs no generator state, and the
@@ -19,7 +19,6 @@ Which loss moves what (the VFM and LPIPS are frozen; before --mapper-warmup L_al
 """
 import argparse
 import copy
-import math
 import time
 
 import torch
@@ -49,7 +48,7 @@ def parse_args():
     p.add_argument("--batch", type=data.positive, default=1024, help="images a step, over all processes")
     p.add_argument("--micro-batch", type=data.positive, help="images per forward pass and process: memory only (default: all)")
     p.add_argument("--lr", type=float, default=3e-4, help="AdamW, betas 0.9 0.999, no weight decay")
-    p.add_argument("--lr-warmup", type=int, default=0, help="steps of linear warm-up; then constant")
+    p.add_argument("--lr-warmup", type=int, default=0, help="steps of linear warm-up")
     p.add_argument("--lr-decay", type=int, default=0, choices=(0, 1), help="1: half a cosine down to zero at --steps")
     p.add_argument("--clip", type=float, default=1.0, help="largest gradient norm")
     p.add_argument("--ema", type=float, default=0.9999, help="decay of the averaged weights")
@@ -196,12 +195,6 @@ def build_lpips(ckpt, device):
     return net.to(device).eval().requires_grad_(False)
 
 
-def learning_rate(args, step):
-    """Linear warm-up, then constant, or half a cosine down to zero at the last step."""
-    warm = min(1.0, (step + 1) / args.lr_warmup) if args.lr_warmup else 1.0
-    return args.lr * warm * (0.5 + 0.5 * math.cos(math.pi * step / args.steps) if args.lr_decay else 1.0)
-
-
 class Trainer:
     """Everything a step needs and a checkpoint holds."""
 
@@ -211,6 +204,7 @@ class Trainer:
             raise UserError("give either --init CKPT (fine-tune) or --preset NAME (from scratch)")
         torch.manual_seed(args.seed)  # initial weights only
         self.vae = load_vae(args.init).requires_grad_(True).train() if args.init else AutoencoderKL(**VAE_CONFIGS[args.preset])
+        args.init_weights = data.weights_hash(self.vae.state_dict()) if args.init else None  # same_run refuses another file under the same name
         self.size = args.resolution or self.vae.config["resolution"]
         if self.size % self.vae.factor:
             raise UserError(f"--resolution {self.size}: expected a multiple of {self.vae.factor}, the VAE's downsampling factor")
@@ -260,7 +254,7 @@ class Trainer:
                     latent_stats={k: getattr(self.stats, k) for k in LatentStats.NAMES})
 
     def load(self, checkpoint):
-        self.vae.load_state_dict(checkpoint["vae"])
+        data.load_weights(self.vae, checkpoint["vae"], f"{self.args.out}/vae.pt")
         self.ema.load_state_dict(checkpoint["ema"])
         self.optimizer.load_state_dict(checkpoint["optimizer"])
         if self.mapper is not None:
@@ -300,7 +294,7 @@ class Trainer:
         if self.mapper is not None and self.step == 0:
             self.first_stats(batches)
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(args, self.step)
+            group["lr"] = data.learning_rate(args, self.step)
         judge = self.discriminator if self.discriminator is not None and self.step >= args.gan_start else None
         if judge is not None:
             judge.requires_grad_(False)
@@ -388,7 +382,7 @@ def main():
         if logs:
             now = time.time()
             t.seconds, rate, since, seen = t.seconds + now - since, seen / (now - since), now, 0
-            log.write(step=t.step, **parts, lr=learning_rate(args, t.step - 1), images_per_s=round(rate, 1), seconds=round(t.seconds, 1))
+            log.write(step=t.step, **parts, lr=data.learning_rate(args, t.step - 1), images_per_s=round(rate, 1), seconds=round(t.seconds, 1))
             bar.set_postfix({k: f"{v:.4g}" for k, v in parts.items()}, refresh=False)
         stopping = stop.asked()
         if (saves or stopping) and rank == 0:

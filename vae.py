@@ -28,7 +28,7 @@ VAE_CONFIGS = {
     "f16d16": dict(z_channels=16, ch=128, ch_mult=(1, 1, 2, 2, 4), num_res_blocks=2, attn_resolutions=(16,), resolution=256),
     "f16d32": dict(z_channels=32, ch=128, ch_mult=(1, 1, 2, 2, 4), num_res_blocks=2, attn_resolutions=(16,), resolution=256),
     "f16d64": dict(z_channels=64, ch=128, ch_mult=(1, 1, 2, 2, 4), num_res_blocks=2, attn_resolutions=(16,), resolution=256),
-    "demo": dict(z_channels=16, ch=16, ch_mult=(1, 1, 2, 8), num_res_blocks=1, attn_resolutions=(), resolution=64),
+    "demo": dict(z_channels=4, ch=16, ch_mult=(1, 1, 4), num_res_blocks=1, attn_resolutions=(), resolution=64),
 }
 
 
@@ -286,7 +286,7 @@ def main():
     n, side = len(images.files), size // vae.factor
     shape = (n, 2 if args.flip else 1, 2 * c, side, side)
     settings = dict(vae=args.vae, vae_hash=vae_hash, data=args.data, split=args.split, resolution=size, flip=args.flip,
-                    crop="ADM centre", classes=images.classes)
+                    precision=args.precision, crop="ADM centre", classes=images.classes)
     out = data.open_out(args.out)
     if (out / "meta.json").exists():
         found = json.loads((out / "meta.json").read_text())
