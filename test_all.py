@@ -1504,6 +1504,19 @@ def test_a_folder_without_classes(small, tmp_path):
     assert np.load(tmp_path / "a.npz")["arr_1"].tolist() == [0, 0, 0]
 
 
+@pytest.mark.parametrize("schedule,lr", [((), [1e-3, 1e-3]), (("--lr-warmup", 10 ** 9), [1e-12, 2e-12]), (("--lr-decay", 1), [1e-3, 5e-4])])
+def test_sit_schedule(schedule, lr, small, tmp_path):
+    """train_sit.py logs a learning rate and steps with another one."""
+    do("train_sit", "--latents", small / "latents", *SMALL_SIT, "--repa", 0, "--steps", 2, *schedule, "--out", tmp_path)
+    assert [r["lr"] for r in metrics(tmp_path)[1]] == pytest.approx(lr)
+    checkpoint = data.load_checkpoint(tmp_path / "sit.pt")
+    assert checkpoint["optimizer"]["param_groups"][0]["lr"] == pytest.approx(lr[-1])
+    torch.manual_seed(0)
+    fresh = sit.SIT_MODELS["SiT-demo/2"](input_size=8, in_channels=4, num_classes=2).state_dict()
+    moved = max((checkpoint["model"][k] - v).abs().max().item() for k, v in fresh.items())
+    assert 0.5 * sum(lr) < moved < 2 * sum(lr) if lr[0] > 1e-9 else moved < 1e-7  # Adam's first steps: about lr each
+
+
 @pytest.mark.parametrize("dropout,moved", [(0, [True, True, False]), (1, [False, False, True])])
 def test_label_dropout(dropout, moved, small, tmp_path):
     """The row of "no class" is not trained, or labels are dropped where they should not be."""
