@@ -23,17 +23,22 @@ import signal
 import struct
 import sys
 import time
+import weakref
 import zipfile
 from collections import Counter
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib import metadata, resources
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
+import safetensors.torch
 import torch
 import torch.distributed as dist
 from PIL import Image, ImageOps
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -733,17 +738,38 @@ def save_checkpoint(path, state):
     os.replace(temporary, path)
 
 
-# What torch.load raises on torn, flipped, foreign or code-carrying files.
-DAMAGED = (OSError, RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError, AssertionError, struct.error, pickle.UnpicklingError)
+# What the readers raise on torn, flipped, foreign or code-carrying files.
+DAMAGED = (OSError, RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError, AssertionError, struct.error,
+           pickle.UnpicklingError, safetensors.SafetensorError, zipfile.BadZipFile)
+# Classes that other projects pickle beside their weights (settings, Lightning's callbacks); none of them is imported.
+BYSTANDERS = ("argparse.", "lightning.", "omegaconf.", "pytorch_lightning.")
+
+
+class Placeholder(dict):
+    """Stands for an object of another project's class: takes any arguments and state, and does nothing."""
+
+    def __new__(cls, *_, **__):
+        return super().__new__(cls)
+
+    def __init__(self, *_, **__):
+        super().__init__()
+
+    def __setstate__(self, _):
+        pass
 
 
 def load_checkpoint(path):
-    """torch.load on the CPU without pickled code. Raises UserError for a missing, torn or foreign file."""
+    """Tensors of a .safetensors, or of a torch file without running pickled code, on the CPU. Raises UserError for a missing,
+    torn or foreign file."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
+        foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path) if zipfile.is_zipfile(path) else []
+        with torch.serialization.safe_globals([(Placeholder, name) for name in foreign if name.startswith(BYSTANDERS)]):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except DAMAGED as e:
         raise UserError(f"{path}: not a readable checkpoint ({type(e).__name__}: {' '.join(str(e).split())[:120]})")
 
@@ -762,7 +788,7 @@ def load_newest(path):
 
 
 # Flags that may change between the first and the second half of a run without changing what it computes.
-FREE_FLAGS = {"out", "steps", "micro_batch", "workers", "save_every", "log_every", "compile"}
+FREE_FLAGS = {"out", "steps", "micro_batch", "workers", "save_every", "log_every", "compile", "dry_run"}
 
 
 def same_run(checkpoint, args, path):
@@ -781,7 +807,7 @@ def load_weights(module, state, source):
     """Strict load_state_dict; names the first missing, unexpected or misshapen key and both shapes."""
     have = {k: tuple(v.shape) for k, v in state.items()}
     want = {k: tuple(v.shape) for k, v in module.state_dict().items()}
-    wrong = ([f"{k} is missing" for k in want if k not in have] + [f"{k} is unexpected" for k in have if k not in want]
+    wrong = ([f"{k} is missing, expected {want[k]}" for k in want if k not in have] + [f"{k} is unexpected, {have[k]}" for k in have if k not in want]
              + [f"{k} is {have[k]}, expected {want[k]}" for k in want if k in have and have[k] != want[k]])
     if wrong:
         raise UserError(f"{source}: does not fit {type(module).__name__}: {wrong[0]} ({len(wrong)} such entries)")
@@ -817,6 +843,40 @@ class Log:
         if not self.rank:
             with open(self.path, "a") as f:
                 f.write(json.dumps({k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in record.items()}) + "\n")
+
+
+class PeakBytes(TorchDispatchMode):
+    """Counts the bytes of the tensors made inside the context, and their peak; tensors made before it do not count."""
+
+    def __init__(self):
+        super().__init__()
+        self.known, self.now, self.peak = {}, 0, 0
+
+    def free(self, key):
+        self.now -= self.known.pop(key)
+
+    def note(self, tree, counts):
+        for t in tree_leaves(tree):
+            if isinstance(t, torch.Tensor) and t.untyped_storage()._cdata not in self.known:
+                storage = t.untyped_storage()
+                self.known[storage._cdata] = storage.nbytes() * counts
+                self.now += storage.nbytes() * counts
+                weakref.finalize(storage, self.free, storage._cdata)
+        self.peak = max(self.peak, self.now)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.note((args, kwargs), counts=0)
+        out = func(*args, **(kwargs or {}))
+        self.note(out, counts=1)
+        return out
+
+
+def peak_bytes(run):
+    """Bytes that run() would allocate at its peak; with tensors of the "meta" device nothing is computed. Attention counts as
+    the fused kernels hold it: three inputs and one output, no N x N matrix."""
+    with mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", lambda q, k, v, *_, **__: q * k * v), PeakBytes() as counter:
+        run()
+    return counter.peak
 
 
 def write_json(path, record):

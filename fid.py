@@ -15,6 +15,7 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
+import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -59,17 +60,18 @@ class FeatureNet(nn.Module):
     """Pooled features of a timm model before its classifier. uint8 (B, 3, H, W) -> (B, D) float32; frozen.
 
     Images are resized (bicubic, antialiased when shrinking) to `size` (default: the model's own) and normalised with the
-    model's mean and std.
+    model's mean and std. weights=False: random weights, for a plan.
     """
 
-    def __init__(self, name, ckpt=None, size=None):
+    def __init__(self, name, ckpt=None, size=None, weights=True):
         super().__init__()
-        spec, fixed = empty_model(name), {}  # refuses unknown names
+        with torch.device("meta"):
+            spec, fixed = empty_model(name), {}  # refuses unknown names
         if size and hasattr(spec, "patch_embed"):  # a ViT is built for one input size
             fixed = {"img_size": size}
             if size % spec.patch_embed.patch_size[0]:
                 raise UserError(f"--net-size {size}: {name} needs a multiple of {spec.patch_embed.patch_size[0]}")
-        self.net = pretrained(name, ckpt, "--net", **fixed)
+        self.net = pretrained(name, ckpt, "--net", **fixed) if weights else timm.create_model(name, num_classes=0, **fixed)
         config = self.net.pretrained_cfg
         self.size = size or config["input_size"][-1]
         self.label = f"{name}@{self.size}"
@@ -84,15 +86,15 @@ class FeatureNet(nn.Module):
         return self.net(((x - self.mean) / self.std).contiguous(memory_format=torch.channels_last)).float()
 
 
-def load_images(source, split=None):
+def load_images(source, split=None, size=None):
     """A folder, or an .npz with arr_0 uint8 (N, H, W, 3) -> function rows -> uint8 (B, 3, H, W), and N.
-    Images of a folder are read at the size of its first image."""
+    Images of a folder are cropped to `size` (default: the short side of its first image)."""
     source = Path(source)
     if source.suffix != ".npz":
         first = data.find_images(source)[0]
         try:
             with Image.open(source / first) as image:
-                size = min(image.size)
+                size = size or min(image.size)
         except (OSError, ValueError) as e:
             raise UserError(f"{source / first}: cannot be read as an image ({e})")
         images = data.ImageFolder(source, size, split=split)
@@ -128,11 +130,16 @@ def score(args):
     device, _, _ = data.setup()
     precision = args.precision
     begin = time.time()
-    net = FeatureNet(args.net, args.net_ckpt, args.net_size).to(device, memory_format=torch.channels_last)
-    sources = {name: load_images(name, args.split if name == args.reference else None) for name in [args.reference, *args.samples]}
+    net = FeatureNet(args.net, args.net_ckpt, args.net_size, weights=not args.dry_run)
+    sources = {name: load_images(name, args.split if name == args.reference else None, args.resolution) for name in [args.reference, *args.samples]}
     for name, (_, n) in sources.items():
         if n < 4:
             raise UserError(f"{name}: {n} images; a covariance needs more")
+    if args.dry_run:
+        total, dim = sum(n for _, n in sources.values()), net.net.num_features
+        return print(f"FD({net.label}) on {', '.join(f'{n} images of {name}' for name, (_, n) in sources.items())}; network "
+                     f"{sum(p.numel() for p in net.parameters()) / 1e6:.1f} M, {dim} features, about {(total * 4 + max(n for _, n in sources.values()) * 16) * dim / 2**30:.2f} GiB of main memory")
+    net = net.to(device, memory_format=torch.channels_last)
     features = {name: extract(net, *source, device, precision, name) for name, source in sources.items()}
     reference = features[args.reference]
     order = np.random.Generator(np.random.Philox(key=0)).permutation(len(reference))
@@ -188,6 +195,9 @@ def recon(args):
     begin = time.time()
     vae = load_vae(args.vae).to(device, memory_format=torch.channels_last)
     images = data.ImageFolder(args.data, args.resolution or vae.config["resolution"], split=args.split)
+    if args.dry_run:
+        return print(f"{args.vae}: reconstruct {len(images)} images of {images.size} x {images.size}, latent {vae.config['z_channels']} x "
+                     f"{images.size // vae.factor} x {images.size // vae.factor}, {sum(p.numel() for p in vae.parameters()) / 1e6:.1f} M")
     rows = data.chunks(range(len(images)), 64)
     chosen = set(np.linspace(0, len(images) - 1, min(16, len(images) // 8 * 8 or len(images))).astype(int).tolist())  # all classes
     values, originals, copies = [], [], []
@@ -300,6 +310,7 @@ def main():
     s.add_argument("reference", help="image folder or .npz")
     s.add_argument("samples", nargs="+", help=".npz or image folders")
     s.add_argument("--split", choices=data.SPLITS, help="the reference's images that attributes.csv puts there")
+    s.add_argument("--resolution", type=data.positive, help="crop of image folders in pixels (default: the short side of the first image)")
     s.add_argument("--net", default="vit_base_patch14_dinov2.lvd142m", help="any timm model")
     s.add_argument("--net-ckpt", help="local weights of the network")
     s.add_argument("--net-size", type=int, help="input size in pixels (default: the model's own)")
@@ -310,6 +321,7 @@ def main():
     r.add_argument("--resolution", type=int, help="crop in pixels (default: the VAE's)")
     r.add_argument("--png", help="write up to 16 originals and their reconstructions here")
     for c in (s, r):
+        c.add_argument("--dry-run", action="store_true", help="print the plan (images, network, memory), and end")
         c.add_argument("--json", help="write the scores here")
         c.add_argument("--precision", choices=("bf16", "fp32"), default="fp32", help="scores are float32 unless told otherwise")
     t = commands.add_parser("report", help="the demo's table and picture")

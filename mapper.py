@@ -87,6 +87,28 @@ class Mapper(nn.Module):
         return self.projector(self.norm(h))  # (B, N, vfm_dim)
 
 
+class LinearMapper(nn.Module):
+    """The rival's mapper (VA-VAE, arXiv 2501.01423): one linear map a token, without bias. Shapes and errors as Mapper."""
+
+    def __init__(self, z_channels, latent_size, grid, vfm_dim):
+        super().__init__()
+        if latent_size % grid:
+            raise UserError(f"the VFM's {grid} x {grid} tokens do not divide the {latent_size} x {latent_size} latent")
+        self.config = dict(z_channels=z_channels, latent_size=latent_size, grid=grid, vfm_dim=vfm_dim)
+        self.proj = nn.Conv2d(z_channels, vfm_dim, latent_size // grid, stride=latent_size // grid, bias=False)
+
+    def forward(self, z):
+        return self.proj(z).flatten(2).transpose(1, 2)  # (B, N, vfm_dim)
+
+
+def vavae_loss(pred, target, cos_margin=0.5, distance_margin=0.25):
+    """VA-VAE's marginal cosine and marginal distance-matrix losses, summed: pred, target (B, N, D) -> scalar, in float32.
+    A token counts while its cosine is below 1 - cos_margin, a pair while its two similarities differ by distance_margin."""
+    pred, target = (F.normalize(v.float(), dim=-1) for v in (pred, target))
+    cosine = F.relu(1 - cos_margin - (pred * target).sum(-1)).mean()
+    return cosine + F.relu((pred @ pred.mT - target @ target.mT).abs() - distance_margin).mean()  # (B, N, N)
+
+
 class VFM(nn.Module):
     """A frozen vision foundation model from timm. x (B, 3, H, W) in [-1, 1] -> tokens (B, grid*grid, dim), float32.
 
@@ -96,13 +118,14 @@ class VFM(nn.Module):
     ckpt   local .pth/.pt/.bin/.safetensors instead of timm's download.
     The input is resized (bicubic) to grid * patch or grid * stride pixels, which gives grid x grid tokens, and
     normalised with the model's own mean and std. Raises UserError for an unknown name, a missing file, weights that do
-    not fit, or a failed download. Never falls back to another model.
+    not fit, or a failed download. Never falls back to another model. weights=False: random weights, for a plan.
     """
 
-    def __init__(self, name, image_size, grid, ckpt=None, layer=None):
+    def __init__(self, name, image_size, grid, ckpt=None, layer=None, weights=True):
         super().__init__()
         self.name, self.grid = name, grid
-        spec = empty_model(name)
+        with torch.device("meta"):
+            spec = empty_model(name)
         stages = [(s["reduction"], s["num_chs"]) for s in getattr(spec.feature_info, "info", spec.feature_info)]
         is_vit = hasattr(spec, "patch_embed") and hasattr(spec, "blocks")
         if layer is None and not is_vit and 16 not in [r for r, _ in stages]:
@@ -114,7 +137,8 @@ class VFM(nn.Module):
         self.layer = layer % len(stages)
         stride, self.dim = stages[self.layer]
         self.size = grid * stride
-        self.net = pretrained(name, ckpt, img_size=self.size) if is_vit else pretrained(name, ckpt)
+        fixed = {"img_size": self.size} if is_vit else {}  # position embeddings are resampled to it
+        self.net = pretrained(name, ckpt, **fixed) if weights else timm.create_model(name, num_classes=0, **fixed)
         config = self.net.pretrained_cfg
         self.register_buffer("mean", torch.tensor(config["mean"]).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(config["std"]).view(1, 3, 1, 1), persistent=False)

@@ -154,6 +154,7 @@ def parse_args():
     p.add_argument("--json", help="write all scores here")
     p.add_argument("--csv", help="write F1 of every attribute here")
     p.add_argument("--precision", choices=("bf16", "fp32"), help="default: bf16 where it is fast")
+    p.add_argument("--dry-run", action="store_true", help="print the plan (images, attributes, memory), and end")
     return p.parse_args()
 
 
@@ -172,6 +173,10 @@ def main():
     if dropped:
         print(f"left out, constant in a split: {', '.join(dropped)}")
     images = data.ImageFolder(args.data, args.resolution or configs[0]["resolution"])
+    if args.dry_run:
+        sizes = [c["z_channels"] * (images.size // 2 ** (len(c["ch_mult"]) - 1)) ** 2 for c in configs]
+        return print(f"{len(keep)} attributes, {len(table.files)} images of {images.size} x {images.size}; features "
+                     f"{', '.join(map(str, sizes))}, about {len(images) * 4 * (sum(sizes) + 2 * max(sizes)) / 2**30:.2f} GiB of main memory")
     at = {f: i for i, f in enumerate(images.files)}
     Y = torch.full((len(images.files), len(keep)), np.nan)
     Y[[at[f] for f in table.files]] = torch.from_numpy(table.values[:, keep])

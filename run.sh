@@ -2,23 +2,105 @@
 # The recipe in plain commands.
 #   bash run.sh           the demo: avatars -> two VAEs -> latents -> two SiTs -> samples -> scores -> report
 #   bash run.sh test      install and run the tests
+#   bash run.sh imagenet DIR [main|table1|...|table6|rival|all]     the paper's experiments on DIR/train and DIR/val (GPUs)
 # What is done is not done again. SEED=1 OUT=out/demo_1 DATA=out/demo/avatars bash run.sh repeats it with another seed on the same images.
 set -euo pipefail
 cd "$(dirname "$0")"
-case "${1:-demo}" in demo | test) ;; *) echo "error: '$1'; expected nothing, or test" >&2; exit 2 ;; esac
+case "${1:-demo}" in
+demo | test) ;;
+imagenet)
+    [ -d "${2:-}/train" ] && [ -d "${2:-}/val" ] || { echo "error: '${2:-}'; expected: bash run.sh imagenet DIR, with the folders train/ and val/ in DIR, a folder a class in each" >&2; exit 2; }
+    case "${3:-main}" in main | table[1-6] | rival | all) ;; *) echo "error: '$3'; expected main, table1 to table6, rival or all" >&2; exit 2 ;; esac ;;
+*) echo "error: '$1'; expected nothing, test, or imagenet DIR" >&2; exit 2 ;;
+esac
 
-# An environment: the active one, or .venv made here.
-if [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]; then
-    [ -x .venv/bin/python ] || python3 -m venv .venv
-    . .venv/bin/activate
-fi
-# Installs what is missing; the mark saves the look-up when the lists have not changed.
-mark="$(python -c 'import sys; print(sys.prefix)')/.send-vae-requirements"
-if ! cat requirements.txt requirements-dev.txt | cmp -s - "$mark"; then
-    python -m pip install -q -r requirements.txt -r requirements-dev.txt
-    cat requirements.txt requirements-dev.txt > "$mark"
+if [ -z "${SHOW:-}" ]; then
+    # An environment: the active one, or .venv made here.
+    if [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]; then
+        [ -x .venv/bin/python ] || python3 -m venv .venv
+        . .venv/bin/activate
+    fi
+    # Installs what is missing; the mark saves the look-up when the lists have not changed. SKIP_INSTALL=1 takes the environment as it is.
+    mark="$(python -c 'import sys; print(sys.prefix)')/.send-vae-requirements"
+    if [ -z "${SKIP_INSTALL:-}" ] && ! cat requirements.txt requirements-dev.txt | cmp -s - "$mark"; then
+        python -m pip install -q -r requirements.txt -r requirements-dev.txt
+        cat requirements.txt requirements-dev.txt > "$mark"
+    fi
 fi
 if [ "${1:-demo}" = test ]; then exec python -m pytest -q test_all.py; fi
+
+# ImageNet, the paper's settings. INIT=weights is the folder of the VAEs to start from (README says where they come from), GPUS their number,
+# SHOW=1 prints the commands and runs none. VAE_FLAGS, ENCODE_FLAGS, SIT_FLAGS, SAMPLE_FLAGS, SCORE_FLAGS, RECON_FLAGS are added to the commands.
+ROOT=${2:-}
+launch() {
+    local start=(python)
+    [ "${GPUS:-1}" -le 1 ] || start=(torchrun "--nproc_per_node=$GPUS")
+    case "$1" in fid.py) start=(python) ;; esac
+    if [ -n "${SHOW:-}" ]; then echo "${start[*]} $*"; else "${start[@]}" "$@"; fi
+}
+# arm NAME VAE RESOLUTION SIT [flags of train_vae.py]: fine-tune the VAE (NAME base-*: leave it as it is), encode, train a SiT with REPA,
+# sample 50,000 images, score
+arm() {
+    local dir=$OUT/$1 vae=$INIT/$2 size=$3 model=$4 sit=$OUT/$1/${4/\//-} guided
+    for vae in "$INIT/$2" "$INIT/$2".{safetensors,ckpt,pt}; do [ ! -e "$vae" ] || break; done
+    [ -e "$vae" ] || [ -n "${SHOW:-}" ] || { echo "error: $vae (or .ckpt, .safetensors, a diffusers folder) is not there; README says where the initial VAEs come from" >&2; exit 2; }
+    shift 4
+    case "$dir" in */base-*) ;; *)
+        launch train_vae.py --data "$ROOT/train" --init "$vae" --resolution "$size" --batch 1024 --micro-batch $((size > 256 ? 4 : 16)) --steps 100000 --lr 3e-4 "$@" ${VAE_FLAGS:-} --out "$dir"
+        vae=$dir/vae.pt ;;
+    esac
+    launch vae.py --vae "$vae" --data "$ROOT/train" --resolution "$size" --flip ${ENCODE_FLAGS:-} --out "$dir/latents"
+    launch train_sit.py --latents "$dir/latents" --data "$ROOT/train" --model "$model" --repa 0.5 --batch 256 --micro-batch 32 --steps 400000 ${SIT_FLAGS:-} --out "$sit"
+    for guided in "" "--cfg 2.5 --interval 0 0.75"; do
+        [ -z "$guided" ] || [ "$model" = SiT-XL/1 ] || continue  # the ablations are without guidance
+        local samples=$sit/samples${guided:+-cfg}.npz
+        [ "$samples" -nt "$sit/sit.pt" ] || launch sample.py --sit "$sit/sit.pt" --vae "$vae" --images 50000 --sampler sde --steps 250 $guided ${SAMPLE_FLAGS:-} --out "$samples"
+        [ "$samples.json" -nt "$samples" ] || launch fid.py score "$ROOT/val" "$samples" --resolution "$size" --net vit_large_patch14_dinov2.lvd142m --net-size 224 ${SCORE_FLAGS:-} --json "$samples.json"
+    done
+    [ "$dir/recon.json" -nt "$vae" ] || launch fid.py recon --vae "$vae" --data "$ROOT/val" --resolution "$size" ${RECON_FLAGS:-} --json "$dir/recon.json"
+}
+imagenet() {
+    local table vfm n
+    case "$1" in
+    main)  # Send-VAE and its matched control
+        arm send-vavae vavae 256 SiT-XL/1 --align send --vfm vit_base_patch14_dinov2.lvd142m
+        arm control-vavae vavae 256 SiT-XL/1 --align none ;;
+    table1)  # and the tokenizers of VA-VAE and REPA-E as they are
+        imagenet main
+        arm base-vavae vavae 256 SiT-XL/1
+        arm base-e2evavae e2e-vavae 256 SiT-XL/1 ;;
+    table2)  # depth of the mapper, without noise
+        arm control-vavae vavae 256 SiT-B/1 --align none
+        for n in 0 1 2; do arm "send-vavae-depth$n-clean" vavae 256 SiT-B/1 --align send --mapper-depth "$n" --noise 0; done ;;
+    table3)  # noise
+        arm control-vavae vavae 256 SiT-B/1 --align none
+        arm send-vavae-depth1-clean vavae 256 SiT-B/1 --align send --mapper-depth 1 --noise 0
+        arm send-vavae vavae 256 SiT-B/1 --align send --vfm vit_base_patch14_dinov2.lvd142m ;;
+    table4)  # vision foundation model; the first line is the paper's "none"
+        arm base-vavae vavae 256 SiT-B/1
+        arm control-vavae vavae 256 SiT-B/1 --align none
+        for vfm in vit_large_patch16_224.mae vit_large_patch14_clip_224.openai vit_huge_patch14_gap_224.in1k_ijepa vit_base_patch16_siglip_256.webli vit_base_patch16_dinov3.lvd1689m; do
+            arm "send-vavae-$vfm" vavae 256 SiT-B/1 --align send --vfm "$vfm"
+        done
+        arm send-vavae vavae 256 SiT-B/1 --align send --vfm vit_base_patch14_dinov2.lvd142m ;;
+    table5)  # latent channels
+        for n in 16 32 64; do trio "f16d$n" "f16d$n" 256 SiT-B/1; done ;;
+    table6)  # initial VAE and resolution
+        trio sdvae sdvae 256 SiT-B/2
+        trio sdvae sdvae-512 512 SiT-B/2
+        trio f16d32 f16d32 256 SiT-B/1
+        trio vavae vavae 256 SiT-B/1 ;;
+    rival)  # not in the paper: VA-VAE's own alignment, fine-tuned as long
+        arm vavae-vavae vavae 256 SiT-B/1 --align vavae --vfm vit_base_patch14_dinov2.lvd142m ;;
+    all) for table in table1 table2 table3 table4 table5 table6 rival; do imagenet "$table"; done ;;
+    esac
+}
+trio() {  # the VAE as it is, its control, and Send-VAE
+    arm "base-$2" "$1" "$3" "$4"
+    arm "control-$2" "$1" "$3" "$4" --align none
+    arm "send-$2" "$1" "$3" "$4" --align send --vfm vit_base_patch14_dinov2.lvd142m
+}
+if [ "${1:-}" = imagenet ]; then OUT=${OUT:-out/imagenet} INIT=${INIT:-weights}; imagenet "${3:-main}"; exit; fi
 
 OUT=${OUT:-out/demo} SEED=${SEED:-0}
 DATA=${DATA:-$OUT/avatars}

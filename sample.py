@@ -3,9 +3,11 @@
     python sample.py --sit out/sit/sit.pt --vae out/send/vae.pt --images 50000 --out out/samples.npz         # one process
     torchrun --nproc_per_node=8 sample.py --sit out/sit/sit.pt --vae out/send/vae.pt --images 50000 --out out/samples.npz
     python sample.py --sit out/demo/send/sit/sit.pt --sampler heun --steps 10 --images 16 --out out/tiny/samples.npz     # tiny
+    python sample.py --sit sit-repae-vavae.pt --cfg 2.5 --out out/repae.npz                # a released checkpoint of REPA-E
 
 Image i depends on (seed, i) only, not on the number of processes or the batch. t = 1 is noise, t = 0 is data.
-Guidance acts on all channels: v = v_u + s (v_c - v_u) for t within --interval; s = 1 is off.
+Guidance acts on all channels: v = v_u + s (v_c - v_u) for t within --interval; s = 1 is off. With --guide CKPT (AutoGuidance)
+v_u is the velocity of that weaker SiT, which knows the class.
 """
 import argparse
 import os
@@ -20,7 +22,7 @@ from tqdm import tqdm
 import data
 from data import UserError
 from sit import load_sit, sample_ode, sample_sde
-from vae import load_vae
+from vae import AutoencoderKL, load_vae
 
 
 STREAM, LABELS = 2 ** 32, 2 ** 62  # added to the seed: noise of SDE step i, and labels, apart from the first noise
@@ -28,35 +30,90 @@ STREAM, LABELS = 2 ** 32, 2 ** 62  # added to the seed: noise of SDE step i, and
 
 def parse_args():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--sit", required=True, help="checkpoint of train_sit.py")
-    p.add_argument("--vae", help="checkpoint to decode with (default: the one the latents were made with)")
+    p.add_argument("--sit", required=True, help="checkpoint of train_sit.py, REPA, REPA-E or SiT")
+    p.add_argument("--vae", help="VAE to decode with (default: the one the latents were made with)")
+    p.add_argument("--latent-stats", help="for other projects' SiT without statistics: REPA-E's NAME-latents-stats.pt, vae.py's stats.npz, "
+                   "or a scaling factor (0.18215 for SiT and REPA on SD-VAE)")
     p.add_argument("--out", required=True, help="NAME.npz; NAME.png is written beside it")
     p.add_argument("--images", type=data.positive, default=50_000, help="how many")
     p.add_argument("--sampler", default="sde", choices=("sde", "euler", "heun"), help="sde: Euler-Maruyama, w(t) = 2t (paper)")
     p.add_argument("--steps", type=data.positive, default=250)
     p.add_argument("--cfg", type=float, default=1.0, help="guidance scale s (paper: 2.5)")
+    p.add_argument("--guide", help="AutoGuidance: a weaker SiT on the same latents (smaller, or trained for less)")
     p.add_argument("--interval", type=float, nargs=2, default=(0.0, 0.75), metavar=("LOW", "HIGH"), help="times t with guidance (REPA-E: 0 0.75)")
     p.add_argument("--labels", default="random", choices=("random", "equal"), help="classes drawn at random, or in equal counts")
     p.add_argument("--weights", choices=("ema", "model"), default="ema")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--micro-batch", type=data.positive, default=64, help="images at a time and process: memory only")
     p.add_argument("--precision", choices=("bf16", "fp32"), help="default: bf16 where it is fast")
+    p.add_argument("--dry-run", action="store_true", help="print the plan (images, evaluations, memory, disk), and end")
     return p.parse_args()
 
 
-def load_pair(args):
-    """The SiT, its checkpoint, and the VAE whose latents it was trained on; refuses any other VAE."""
+def read_sit(path, weights):
     try:
-        model, checkpoint = load_sit(args.sit, args.weights)
+        return load_sit(path, weights)
     except ValueError as e:
         raise UserError(str(e))
+
+
+def load_pair(args):
+    """The SiT, its checkpoint with statistics of the latents, and the VAE they belong to; refuses any other VAE."""
+    model, checkpoint = read_sit(args.sit, args.weights)
     path = args.vae or checkpoint["vae"]
+    if path is None:
+        raise UserError(f"{args.sit} does not say which VAE made its latents: give --vae")
     vae = load_vae(path)
     found = data.weights_hash(vae.state_dict())
-    if found != checkpoint["vae_hash"]:
+    if checkpoint["vae_hash"] not in (None, found):
         raise UserError(f"--vae {path}: weights {found}, but {args.sit} was trained on latents of {checkpoint['vae_hash']} "
                         f"({checkpoint['vae']}); decode with that file")
-    return model, checkpoint, vae
+    channels = model.config["in_channels"]
+    if channels != vae.config["z_channels"]:
+        raise UserError(f"--vae {path}: {vae.config['z_channels']} latent channels, but {args.sit} has {channels}")
+    if args.latent_stats and checkpoint["vae_hash"] is None:
+        checkpoint["latent_mean"], checkpoint["latent_std"] = read_stats(args.latent_stats, channels)
+    elif args.latent_stats:
+        raise UserError(f"--latent-stats: {args.sit} holds the statistics of its latents; leave the flag out")
+    if checkpoint["latent_mean"] is None:
+        raise UserError(f"{args.sit} does not hold the mean and std of its latents: give --latent-stats (a file, or a scaling factor such as 0.18215)")
+    return model, dict(checkpoint, vae_hash=found), vae
+
+
+def read_stats(text, channels):
+    """REPA-E's latents_scale (1 / std) and latents_bias, vae.py's stats.npz, or a scaling factor -> mean and std, each (c,)."""
+    try:
+        factor = float(text)
+    except ValueError:
+        factor = None
+    try:
+        if factor is not None:
+            mean, std = torch.zeros(channels), torch.full((channels,), 1 / factor)
+        elif text.endswith(".npz"):
+            with np.load(text, allow_pickle=False) as z:
+                mean, std = (torch.from_numpy(z[k]).float() for k in ("mean", "std"))
+        else:
+            stats = data.load_checkpoint(text)
+            mean, std = stats["latents_bias"].float().flatten(), 1 / stats["latents_scale"].float().flatten()
+    except (OSError, KeyError, TypeError, AttributeError, ZeroDivisionError, zipfile.BadZipFile) as e:
+        raise UserError(f"--latent-stats {text}: expected latents_scale and latents_bias, mean and std, or a number ({type(e).__name__}: {e})")
+    if mean.shape != (channels,) or std.shape != (channels,) or not (std > 0).all() or not (mean.isfinite() & std.isfinite()).all():
+        raise UserError(f"--latent-stats {text}: statistics {tuple(mean.shape)} and {tuple(std.shape)}, expected {channels} finite means and {channels} positive stds")
+    return mean, std
+
+
+def load_guide(args, model, checkpoint):
+    """AutoGuidance's weaker model, or None. Raises UserError when it lives on other latents or classes."""
+    if not args.guide:
+        return None
+    guide, other = read_sit(args.guide, args.weights)
+    for key in ("in_channels", "input_size", "num_classes"):
+        if guide.config[key] != model.config[key]:
+            raise UserError(f"--guide {args.guide}: {key} {guide.config[key]}, but {args.sit} has {model.config[key]}; both need the same latents")
+    if other["vae_hash"] not in (None, checkpoint["vae_hash"]) or other["path"] != checkpoint["path"]:
+        raise UserError(f"--guide {args.guide}: trained on latents of VAE {other['vae_hash']}, {other['path']} path; {args.sit} on "
+                        f"{checkpoint['vae_hash']}, {checkpoint['path']}; both need the same")
+    return guide
 
 
 def choose_labels(args, num_classes):
@@ -68,12 +125,12 @@ def choose_labels(args, num_classes):
 
 
 @torch.no_grad()
-def sample_batch(model, vae, checkpoint, args, rows, labels, device):
+def sample_batch(model, vae, guide, checkpoint, args, rows, labels, device):
     """Rows (indices of images) and their labels -> uint8 (B, 3, H, W) on the CPU."""
     shape = (model.config["in_channels"], model.config["input_size"], model.config["input_size"])
     noise = data.draw_noise(args.seed, rows, 0, shape)[1]
     y = torch.from_numpy(labels).to(device)
-    common = dict(steps=args.steps, cfg=args.cfg, interval=args.interval, path=checkpoint["path"])
+    common = dict(steps=args.steps, cfg=args.cfg, interval=args.interval, path=checkpoint["path"], guide=guide)
     with data.autocast(device, args.precision):
         if args.sampler == "sde":
             z = sample_sde(model, noise.to(device), y, draw=lambda i: data.draw_noise(args.seed + (i + 1) * STREAM, rows, 0, shape)[1], **common)
@@ -84,6 +141,14 @@ def sample_batch(model, vae, checkpoint, args, rows, labels, device):
     if not x.isfinite().all():
         raise UserError(f"{args.sit}: samples {rows[0]} to {rows[-1]} are not finite; train longer, or use --precision fp32")
     return data.to_uint8(x).cpu()
+
+
+def decode_memory(model, vae, batch):
+    """Estimated bytes at the peak of decoding a batch (more than the SiT needs) in float32, weights of both included."""
+    side = model.config["input_size"]
+    with torch.device("meta"), torch.no_grad():
+        copy, z = AutoencoderKL(**vae.config), torch.empty(batch, vae.config["z_channels"], side, side)
+        return 4 * sum(p.numel() for m in (model, vae) for p in m.parameters()) + data.peak_bytes(lambda: copy.decode(z))
 
 
 def write_npz(path, arrays):
@@ -105,15 +170,21 @@ def main():
         raise UserError(f"--out {args.out}: expected a name ending in .npz")
     begin = time.time()
     model, checkpoint, vae = load_pair(args)
+    guide = load_guide(args, model, checkpoint)
     model, vae = model.to(device), vae.to(device, memory_format=torch.channels_last)
+    guide = guide and guide.to(device)
     side = model.config["input_size"] * vae.factor
     shape = (args.images, side, side, 3)
-    data.open_out(out.parent, need_bytes=2 * int(np.prod(shape)))
     nfe = {"sde": args.steps, "euler": args.steps, "heun": 2 * args.steps - 1}[args.sampler]
     guidance = f"v = v_u + {args.cfg:g} (v_c - v_u) for t in {list(args.interval)}" if args.cfg != 1 else "no guidance"
+    guidance += f", v_u of {args.guide}" if args.guide and args.cfg != 1 else ""
     if rank == 0:
         print(f"{args.images} images of {side} x {side}, {args.labels} labels of {model.num_classes} classes, {args.weights} weights of step "
               f"{checkpoint['step']}, {args.sampler} {args.steps} steps (NFE {nfe}), {guidance}, {device.type} {args.precision}")
+        print(f"memory about {decode_memory(model, vae, args.micro_batch) / 2**30:.1f} GiB a process (counted in float32), disk {2 * np.prod(shape) / 2**30:.2f} GiB")
+    if args.dry_run:
+        return
+    data.open_out(out.parent, need_bytes=2 * int(np.prod(shape)))
     labels = choose_labels(args, model.num_classes)
     raw = f"{out}.part"
     if rank == 0:
@@ -123,7 +194,7 @@ def main():
     rows = data.split_rows(args.images, rank, world)
     for i in tqdm(range(0, len(rows), args.micro_batch), "sample", disable=rank > 0 or None):
         part = list(rows[i:i + args.micro_batch])
-        images[part] = sample_batch(model, vae, checkpoint, args, part, labels[part], device).permute(0, 2, 3, 1).numpy()
+        images[part] = sample_batch(model, vae, guide, checkpoint, args, part, labels[part], device).permute(0, 2, 3, 1).numpy()
     images.flush()
     data.barrier()
     if rank:

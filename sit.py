@@ -3,8 +3,9 @@
 Time runs from t = 1 (noise) to t = 0 (data), here and everywhere:
     x_t = alpha(t) x + sigma(t) eps        linear: alpha = 1 - t, sigma = t        cosine: alpha = cos(pi t / 2), sigma = sin(pi t / 2)
     v(x_t, t) = alpha'(t) x + sigma'(t) eps, which the model predicts; linear: v = eps - x
-Parameter names are those of the SiT and REPA releases. This file needs torch alone.
+Parameter names are those of the SiT, REPA and REPA-E releases, whose checkpoints load too. This file needs torch alone.
 """
+import argparse
 import math
 import pickle
 import struct
@@ -174,20 +175,69 @@ SIT_MODELS = {f"SiT-{s}/{p}": partial(SiT, patch_size=p, **SIZES[s]) for s in SI
 
 
 def load_sit(path, weights="ema"):
-    """Checkpoint of train_sit.py -> (model in evaluation mode, checkpoint). weights: "ema" or "model".
+    """Checkpoint of train_sit.py, REPA, REPA-E or SiT -> (model in evaluation mode, checkpoint). weights: "ema" or "model".
 
-    Raises ValueError for a missing or torn file, or weights that do not fit its own configuration.
+    checkpoint has config, step, path, and what sample.py decodes with: latent_mean, latent_std (c,), vae, vae_hash; of another
+    project these four are None where its file does not say. Raises ValueError for a missing or torn file, and for weights
+    that do not fit; it names the first such key.
     """
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        model = SiT(**checkpoint["config"])
-        model.load_state_dict(checkpoint[weights])
+        with torch.serialization.safe_globals([argparse.Namespace]):  # REPA and SiT keep their settings in one
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such checkpoint")
     except (OSError, RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError, AssertionError, struct.error,
-            pickle.UnpicklingError) as e:  # torn, flipped or foreign files, code in a pickle, weights that do not fit
-        raise ValueError(f"{path}: not a readable checkpoint of train_sit.py ({type(e).__name__}: {' '.join(str(e).split())[:120]})")
+            pickle.UnpicklingError) as e:  # torn, flipped or foreign files, code in a pickle
+        raise ValueError(f"{path}: not a readable checkpoint ({type(e).__name__}: {' '.join(str(e).split())[:120]})")
+    try:
+        if "config" not in checkpoint:
+            checkpoint = from_release(checkpoint, path, weights)
+        model = SiT(**checkpoint["config"])
+        model.load_state_dict(checkpoint[weights])
+    except (RuntimeError, LookupError, ValueError, TypeError, AttributeError) as e:
+        raise ValueError(f"{path}: not a checkpoint of train_sit.py, REPA, REPA-E or SiT ({type(e).__name__}: {' '.join(str(e).split())[:300]})")
     return model.eval().requires_grad_(False), checkpoint
+
+
+def from_release(file, path, weights):
+    """A file of REPA, REPA-E or SiT -> the entries of our checkpoints. Raises LookupError or ValueError when it is none."""
+    state = dict(file.get(weights, file))  # SiT publishes the bare averaged weights
+    state = {k.removeprefix("module."): v for k, v in state.items()}
+    table, (hidden, channels, patch, _) = state["y_embedder.embedding_table.weight"], state["x_embedder.proj.weight"].shape
+    depth = 1 + max(int(k.split(".")[1]) for k in state if k.startswith("blocks."))
+    heads = next((s["num_heads"] for s in SIZES.values() if (s["depth"], s["hidden_size"]) == (depth, hidden)), None)
+    if heads is None:
+        raise ValueError(f"depth {depth} and width {hidden} are those of no SiT-S, B, L or XL")
+    positions = state.pop("pos_embed")  # a constant, computed here
+    grid = math.isqrt(positions.shape[1])
+    if positions.shape != (1, grid * grid, hidden) or not torch.allclose(positions, sincos_2d(hidden, grid), atol=1e-4):
+        raise ValueError(f"pos_embed {tuple(positions.shape)} is not the fixed sine-cosine table {(1, grid * grid, hidden)}")
+    if state["final_layer.linear.weight"].shape[0] == 2 * patch * patch * channels:
+        state = reverse_time({**state, **without_sigma(state, patch, channels)})
+    last = state.get("projectors.0.4.weight")
+    config = dict(input_size=grid * patch, in_channels=channels, num_classes=len(table) - 1, depth=depth, hidden_size=hidden, num_heads=heads,
+                  patch_size=patch, qk_norm="blocks.0.attn.q_norm.weight" in state, z_dim=0 if last is None else last.shape[0],
+                  projector_dim=2048 if last is None else last.shape[1])
+    bn = {k: state.pop(f"bn.{k}", None) for k in ("running_mean", "running_var", "num_batches_tracked")}  # REPA-E: the latents' statistics
+    known = bn["running_mean"] is not None and bool((bn["running_var"] != 1).any())
+    return {weights: state, "config": config, "step": file.get("steps"), "path": "linear", "vae_hash": None,
+            "vae": str(path) if isinstance(file.get("vae"), dict) else None,  # a joint checkpoint of REPA-E holds its VAE
+            "latent_mean": bn["running_mean"] if known else None, "latent_std": bn["running_var"].sqrt() if known else None}
+
+
+def without_sigma(state, patch, channels):
+    """The last layer without the second half of its channels, which learn_sigma adds and SiT never uses."""
+    keep = torch.arange(2 * patch * patch * channels).view(-1, 2 * channels)[:, :channels].flatten()  # rows (patch, patch, channel)
+    return {k: state[k][keep] for k in ("final_layer.linear.weight", "final_layer.linear.bias")}
+
+
+def reverse_time(state):
+    """SiT's release runs from noise at t = 0 to data at t = 1: v(x, t) = -v_release(x, 1 - t). Exactly the same function, by new
+    weights: cos(w - w t) and sin(w - w t) are rotations of cos(w t) and sin(w t), and the last layer changes its sign."""
+    w = torch.exp(-math.log(10000) * torch.arange(128, dtype=torch.float64) / 128)
+    on_cos, on_sin = state["t_embedder.mlp.0.weight"].double().chunk(2, dim=1)  # (d, 128) each
+    turned = torch.cat([on_cos * w.cos() + on_sin * w.sin(), on_cos * w.sin() - on_sin * w.cos()], 1).float()
+    return {**state, "t_embedder.mlp.0.weight": turned, **{k: -state[k] for k in ("final_layer.linear.weight", "final_layer.linear.bias")}}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -237,21 +287,25 @@ def score_from_velocity(v, x, t, path="linear"):
     return (ratio * v - x) / (sigma ** 2 - ratio * d_sigma * sigma)
 
 
-def guided_velocity(model, x, t, labels, cfg, interval):
+def guided_velocity(model, x, t, labels, cfg, interval, guide=None):
     """v_u + cfg (v_c - v_u) on all channels where interval[0] <= t <= interval[1]; elsewhere, and at cfg = 1, v_c alone
-    (one evaluation instead of two)."""
-    def run(x, y):
-        return model(x.to(torch.float32), t.to(torch.float32).expand(len(x)), y).to(x.dtype)
+    (one evaluation instead of two). v_u is the model's velocity without a class, or (AutoGuidance, Karras et al. 2024,
+    arXiv 2406.02507) that of a weaker model `guide` with the class."""
+    def run(network, x, y):
+        return network(x.to(torch.float32), t.to(torch.float32).expand(len(x)), y).to(x.dtype)
 
     if cfg == 1.0 or not interval[0] <= float(t) <= interval[1]:
-        return run(x, labels)
-    nothing = torch.full_like(labels, model.num_classes)
-    v_c, v_u = run(torch.cat([x, x]), torch.cat([labels, nothing])).chunk(2)
+        return run(model, x, labels)
+    if guide is not None:
+        v_c, v_u = run(model, x, labels), run(guide, x, labels)
+    else:
+        nothing = torch.full_like(labels, model.num_classes)
+        v_c, v_u = run(model, torch.cat([x, x]), torch.cat([labels, nothing])).chunk(2)
     return v_u + cfg * (v_c - v_u)
 
 
 @torch.no_grad()
-def sample_ode(model, noise, labels, steps, cfg=1.0, interval=(0, 1), method="heun", path="linear"):
+def sample_ode(model, noise, labels, steps, cfg=1.0, interval=(0, 1), method="heun", path="linear", guide=None):
     """Probability-flow ODE from t = 1 to 0 in equal steps: noise (B, c, h, w), labels (B,) -> latents (B, c, h, w) float32.
     Evaluations of the model: `steps` for "euler", 2 steps - 1 for "heun" (whose last step is Euler's)."""
     if method not in ("euler", "heun"):
@@ -259,16 +313,16 @@ def sample_ode(model, noise, labels, steps, cfg=1.0, interval=(0, 1), method="he
     x = noise.to(torch.float64 if noise.device.type != "mps" else torch.float32)
     times = torch.linspace(1, 0, steps + 1, dtype=x.dtype, device=x.device)
     for t, t_next in zip(times[:-1], times[1:]):
-        v = guided_velocity(model, x, t, labels, cfg, interval)
+        v = guided_velocity(model, x, t, labels, cfg, interval, guide)
         x_next = x + (t_next - t) * v
         if method == "heun" and t_next > 0:
-            x_next = x + (t_next - t) * (v + guided_velocity(model, x_next, t_next, labels, cfg, interval)) / 2
+            x_next = x + (t_next - t) * (v + guided_velocity(model, x_next, t_next, labels, cfg, interval, guide)) / 2
         x = x_next
     return x.float()
 
 
 @torch.no_grad()
-def sample_sde(model, noise, labels, steps, cfg=1.0, interval=(0, 1), path="linear", draw=None):
+def sample_sde(model, noise, labels, steps, cfg=1.0, interval=(0, 1), path="linear", draw=None, guide=None):
     """Reverse SDE with w(t) = 2t by Euler-Maruyama from t = 1 to 0.04 in steps - 1 steps, then one step to 0 without noise
     (REPA's sampler): noise (B, c, h, w), labels (B,) -> latents (B, c, h, w) float32; `steps` evaluations of the model.
     draw(i) gives the normal noise (B, c, h, w) of step i; torch.randn by default."""
@@ -276,7 +330,7 @@ def sample_sde(model, noise, labels, steps, cfg=1.0, interval=(0, 1), path="line
     draw = draw or (lambda i: torch.randn_like(x))
     times = torch.cat([torch.linspace(1, 0.04, steps, dtype=x.dtype), torch.zeros(1, dtype=x.dtype)]).to(x.device)
     for i, (t, t_next) in enumerate(zip(times[:-1], times[1:])):
-        v = guided_velocity(model, x, t, labels, cfg, interval)
+        v = guided_velocity(model, x, t, labels, cfg, interval, guide)
         w = 2 * t
         drift = v - 0.5 * w * score_from_velocity(v, x, t, path)
         x = x + (t_next - t) * drift

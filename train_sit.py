@@ -10,6 +10,7 @@ The latents are normalised with the mean and std that vae.py stored; the checkpo
 import argparse
 import copy
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -56,6 +57,7 @@ def parse_args():
     p.add_argument("--workers", type=int, default=4 if on_gpu else 0, help="image reading processes (REPA)")
     p.add_argument("--save-every", type=data.positive, default=5000, help="steps between checkpoints")
     p.add_argument("--log-every", type=data.positive, default=50, help="steps between lines of metrics.jsonl")
+    p.add_argument("--dry-run", action="store_true", help="print the plan (parameters, tokens, memory, disk), and end; needs no VFM weights")
     return p.parse_args()
 
 
@@ -112,14 +114,14 @@ class Trainer:
         if args.repa:
             self.paired = PairedImages(latents, args.data)
             with data.rank_zero_first():
-                self.vfm = VFM(args.vfm, latents.meta["resolution"], side // patch, args.vfm_ckpt, args.vfm_layer)
+                self.vfm = VFM(args.vfm, latents.meta["resolution"], side // patch, args.vfm_ckpt, args.vfm_layer, weights=not args.dry_run)
             self.vfm.to(device, memory_format=torch.channels_last)
             torch.manual_seed(args.seed)
         self.model = make(input_size=side, in_channels=c2 // 2, num_classes=self.num_classes, qk_norm=bool(args.qk_norm),
                           z_dim=self.vfm.dim if self.vfm is not None else 0).to(device)
         self.ema = copy.deepcopy(self.model).requires_grad_(False)
         self.loss = SiTLoss(self.model, args.path, args.repa)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), args.lr, weight_decay=0.0, fused=device.type != "mps")
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), args.lr, weight_decay=0.0, fused=device.type in ("cpu", "cuda"))
         self.mean, self.std = (s.view(1, -1, 1, 1) for s in (latents.mean, latents.std))
         self.step, self.seconds = 0, 0.0
 
@@ -188,6 +190,20 @@ class Trainer:
         self.step += 1
         return parts
 
+    def memory(self):
+        """Estimated bytes at the peak of a step in float32, on each process; self must live on the "meta" device."""
+        held = sum(4 * p.numel() for p in self.model.parameters()) * 5  # weight, gradient, two moments, average
+        held += sum(4 * p.numel() for p in self.vfm.parameters()) if self.vfm is not None else 0
+        n, size = self.args.micro_batch or self.args.batch // self.world, self.latents.meta["resolution"]
+
+        def step():
+            x, t = torch.empty(n, *self.latent_shape), torch.empty(n)
+            tokens = self.vfm(torch.empty(n, 3, size, size)) if self.vfm is not None else None
+            self.loss(x, torch.zeros(n, dtype=torch.long), t, x, tokens)[0].backward()
+
+        with torch.device("meta"):
+            return held + data.peak_bytes(step)
+
 
 class RawRows:
     """Raw images of each step that is left, worked out when a reading process asks for them."""
@@ -213,6 +229,19 @@ def batches(t):
         yield from ((t.draw(s), pixels) for s, (pixels, _, _) in zip(steps, loader))
 
 
+def plan(t, path, params, disk):
+    """What will happen, before it happens."""
+    args, n = t.args, len(t.latents.labels)
+    print(f"{'go on with' if t.step else 'train'} {path}: step {t.step} of {args.steps}, batch {args.batch} on {t.world} process(es), "
+          f"{'dry run' if args.dry_run else t.device.type} {args.precision}; {n} latents {t.latent_shape}, {t.num_classes} classes, "
+          f"{args.steps * args.batch / n:.1f} epochs, {'with' if t.flips == 2 else 'without'} flips")
+    print(f"{args.model} {params / 1e6:.1f} M, {t.model.grid ** 2} tokens, {args.path} path, {args.time} t"
+          + (f"; REPA {args.repa:g} with {args.vfm} after block {t.model.repa_block}" if t.vfm is not None else "; no REPA"))
+    if args.dry_run:
+        print(f"memory about {t.memory() / 2**30:.1f} GiB a process with {args.micro_batch or args.batch // t.world} images at a time, counted in "
+              f"float32 (bf16 needs less); disk {disk / 2**30:.1f} GiB for checkpoints")
+
+
 def main():
     args = parse_args()
     device, rank, world = data.setup()
@@ -222,9 +251,13 @@ def main():
     latents = data.load_latents(args.latents)
     if args.batch > len(latents.labels):
         raise UserError(f"--batch {args.batch} is larger than the {len(latents.labels)} latents of {args.latents}; use a smaller one")
-    out = data.open_out(args.out)
+    out = Path(args.out) if args.dry_run else data.open_out(args.out)
     path = out / "sit.pt"
-    t = Trainer(args, latents, device, rank, world)
+    t = Trainer(args, latents, torch.device("meta") if args.dry_run else device, rank, world)
+    params = sum(p.numel() for p in t.model.parameters())
+    disk = 3 * params * 16
+    if args.dry_run:
+        return plan(t, path, params, disk) if rank == 0 else None
     checkpoint = data.load_newest(path)
     if checkpoint is not None:
         data.same_run(checkpoint, args, path)
@@ -232,15 +265,9 @@ def main():
     if t.step >= args.steps:
         return print(f"{path}: already at step {t.step}") if rank == 0 else None
     t.parallel()
-    params = sum(p.numel() for p in t.model.parameters())
-    data.open_out(out, need_bytes=3 * params * 16)
+    data.open_out(out, need_bytes=disk)
     if rank == 0:
-        n = len(latents.labels)
-        print(f"{'go on with' if t.step else 'train'} {path}: step {t.step} of {args.steps}, batch {args.batch} on {world} process(es), "
-              f"{device.type} {args.precision}; {n} latents {t.latent_shape}, {t.num_classes} classes, {args.steps * args.batch / n:.1f} epochs, "
-              f"{'with' if t.flips == 2 else 'without'} flips")
-        print(f"{args.model} {params / 1e6:.1f} M, {t.model.grid ** 2} tokens, {args.path} path, {args.time} t"
-              + (f"; REPA {args.repa:g} with {args.vfm} after block {t.model.repa_block}" if t.vfm is not None else "; no REPA"))
+        plan(t, path, params, disk)
     log = data.Log(out / "metrics.jsonl", t.step, vars(args), rank)
     stop, since, seen = data.Stop(), time.time(), 0
     bar = tqdm(total=args.steps, initial=t.step, disable=rank > 0 or None)

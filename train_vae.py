@@ -4,11 +4,12 @@
     torchrun --nproc_per_node=8 train_vae.py --data images --init vavae/vae.pt --out out/send           # one node
     python train_vae.py --data out/tiny/avatars --preset demo --lambda-align 0 --lpips 0 --gan 0 --batch 64 --steps 20 --out out/tiny/vae
 
-The control of every claim is the same command with --lambda-align 0. Rerunning a command goes on where it stopped.
+The control of every claim is the same command with --align none, the rival's arm with --align vavae. Rerunning a command goes on where it stopped.
 Random numbers depend on (seed, step, place in the global batch), so the checkpoint needs no generator state, and the
 number of processes and --micro-batch change memory and speed only.
 
-Which loss moves what (the VFM and LPIPS are frozen; before --mapper-warmup L_align moves the mapper alone):
+Which loss moves what (the VFM and LPIPS are frozen; before --mapper-warmup L_align moves the mapper alone; L_align is
+Send-VAE's or VA-VAE's):
 
     loss            encoder   decoder   mapper   discriminator
     L_rec, L_LPIPS     x         x
@@ -20,6 +21,8 @@ Which loss moves what (the VFM and LPIPS are frozen; before --mapper-warmup L_al
 import argparse
 import copy
 import time
+import warnings
+from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -29,7 +32,7 @@ from tqdm import tqdm
 
 import data
 from data import UserError
-from mapper import VFM, Mapper, add_noise, align_loss
+from mapper import VFM, LinearMapper, Mapper, add_noise, align_loss, vavae_loss
 from vae import VAE_CONFIGS, AutoencoderKL, load_vae
 
 
@@ -39,7 +42,7 @@ def parse_args():
     p.add_argument("--data", required=True, help="image folder")
     p.add_argument("--out", required=True, help="folder for vae.pt and metrics.jsonl")
     p.add_argument("--split", choices=data.SPLITS, help="only the images that attributes.csv puts there (default: all)")
-    p.add_argument("--init", help="checkpoint to fine-tune; its architecture is kept")
+    p.add_argument("--init", help="VAE to fine-tune (any format of vae.load_vae); its architecture is kept")
     p.add_argument("--preset", choices=VAE_CONFIGS, help="architecture for training from scratch (without --init)")
     p.add_argument("--resolution", type=data.positive, help="crop in pixels (default: the VAE's)")
     p.add_argument("--flip", type=int, default=1, choices=(0, 1), help="mirror images are data too")
@@ -58,9 +61,12 @@ def parse_args():
     p.add_argument("--lpips-ckpt", help="local torchvision VGG16 weights instead of the download")
     p.add_argument("--gan", type=float, default=0.1, help="weight of the hinge GAN; 0: no discriminator")
     p.add_argument("--gan-start", type=int, default=0, help="first step with the GAN")
+    p.add_argument("--gan-adaptive", type=int, default=0, choices=(0, 1), help="1: weigh the GAN by LDM's ratio of gradients too (see gradient_ratio)")
+    p.add_argument("--disc-ckpt", help="pre-trained discriminator of taming, LDM or REPA-E, with its batch norm (default: from scratch, group norm)")
     p.add_argument("--kl", type=float, default=1e-6, help="weight of the KL, summed over the latent")
     # L_align
-    p.add_argument("--lambda-align", type=float, default=1.0, help="weight of the alignment; 0: the control arm")
+    p.add_argument("--align", default="send", choices=("send", "vavae", "none"), help="this paper's, VA-VAE's, or no alignment (the control arm)")
+    p.add_argument("--lambda-align", type=float, help="its weight (default: send 1, vavae 0.1 times the ratio of gradients); 0: none")
     p.add_argument("--vfm", default="vit_base_patch14_dinov2.lvd142m", help="any timm model")
     p.add_argument("--vfm-ckpt", help="local weights of the VFM")
     p.add_argument("--vfm-layer", type=int, help="block (ViT, default the last) or stage (CNN, default stride 16)")
@@ -77,27 +83,47 @@ def parse_args():
     p.add_argument("--workers", type=int, default=4 if on_gpu else 0, help="image reading processes")
     p.add_argument("--save-every", type=data.positive, default=1000, help="steps between checkpoints")
     p.add_argument("--log-every", type=data.positive, default=50, help="steps between lines of metrics.jsonl")
-    return p.parse_args()
+    p.add_argument("--dry-run", action="store_true", help="print the plan (parameters, tokens, memory, disk), and end; needs no VFM or LPIPS weights")
+    args = p.parse_args()
+    if args.lambda_align is None:
+        args.lambda_align = {"send": 1.0, "vavae": 0.1, "none": 0.0}[args.align]
+    args.align = args.align if args.lambda_align else "none"
+    return args
 
 
 class PatchGAN(nn.Module):
-    """PatchGAN of three strided layers (Isola et al. 2017; taming-transformers): (B, 3, H, W) -> logits (B, 1, H/8-2, W/8-2).
+    """PatchGAN of three strided layers (Isola et al. 2017), names as in taming-transformers and LDM:
+    (B, 3, H, W) -> logits (B, 1, H/8-2, W/8-2).
 
-    GroupNorm stands where the release has batch norm, whose result would depend on how the batch is split.
+    norm "batch" is the release's (statistics of the images passed in, so the result depends on the split of the batch);
+    "group" has none, does not, and trains alike.
     """
 
-    def __init__(self, ch=64):
+    def __init__(self, ch=64, norm="batch"):
         super().__init__()
         layers = [nn.Conv2d(3, ch, 4, 2, 1), nn.LeakyReLU(0.2)]
         for c_in, c_out, stride in ((ch, 2 * ch, 2), (2 * ch, 4 * ch, 2), (4 * ch, 8 * ch, 1)):
-            layers += [nn.Conv2d(c_in, c_out, 4, stride, 1, bias=False), nn.GroupNorm(32, c_out), nn.LeakyReLU(0.2)]
+            layers += [nn.Conv2d(c_in, c_out, 4, stride, 1, bias=False), nn.BatchNorm2d(c_out) if norm == "batch" else nn.GroupNorm(32, c_out), nn.LeakyReLU(0.2)]
         self.main = nn.Sequential(*layers, nn.Conv2d(8 * ch, 1, 4, 1, 1))
         for m in self.modules():
             if isinstance(m, nn.Conv2d):
                 nn.init.normal_(m.weight, 0, 0.02)
+            elif isinstance(m, nn.BatchNorm2d):
+                nn.init.normal_(m.weight, 1, 0.02)
 
     def forward(self, x):
         return self.main(x).float()
+
+
+def load_discriminator(discriminator, path):
+    """Weights of taming's, LDM's (inside its .ckpt) or REPA-E's PatchGAN, strictly. Raises UserError."""
+    state = data.load_checkpoint(path)
+    for wrapper in ("state_dict", "discriminator"):  # LDM; our own vae.pt
+        state = state[wrapper] if isinstance(state, dict) and isinstance(state.get(wrapper), dict) else state
+    found = {k[k.index("main."):]: v for k, v in state.items() if k.startswith(("main.", "discriminator.main.", "loss.discriminator.main."))}
+    if not found:
+        raise UserError(f"--disc-ckpt {path}: no discriminator in it (expected tensors named main.0.weight, or loss.discriminator.main.0.weight)")
+    data.load_weights(discriminator, found, f"--disc-ckpt {path}")
 
 
 class DiscriminatorLoss(nn.Module):
@@ -111,12 +137,20 @@ class DiscriminatorLoss(nn.Module):
         return 0.5 * (F.relu(1 - self.discriminator(x)).mean() + F.relu(1 + self.discriminator(x_rec)).mean())
 
 
+def gradient_ratio(reference, loss, weight, most):
+    """LDM's adaptive weight (Esser et al. 2021, eq. 7): |d reference / d weight| / (|d loss / d weight| + 1e-4), at most `most`.
+    The gradients are averaged over processes; micro-batches have a ratio each, so here --micro-batch changes the result."""
+    world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    norms = [data.all_reduce(torch.autograd.grad(v, weight, retain_graph=True)[0].float() / world).norm() for v in (reference, loss)]
+    return (norms[0] / (norms[1] + 1e-4)).clamp(max=most)
+
+
 class VAELoss(nn.Module):
     """Eq. (3) in one forward pass: images -> (weighted sum, each part, reconstruction, latent)."""
 
-    def __init__(self, vae, mapper, weights, rec):
+    def __init__(self, vae, mapper, weights, rec, align="send", gan_adaptive=False):
         super().__init__()
-        self.vae, self.mapper, self.weights, self.rec = vae, mapper, weights, rec
+        self.vae, self.mapper, self.weights, self.rec, self.align, self.gan_adaptive = vae, mapper, weights, rec, align, gan_adaptive
 
     def forward(self, x, noise, tokens, stats, encoder_aligns, judge, lpips):
         """x (B, 3, H, W); noise: a (B,), eps of the posterior and of eq. (1), (B, c, h, w) each; tokens (B, N, D) of the
@@ -130,11 +164,21 @@ class VAELoss(nn.Module):
             parts["lpips"] = lpips(x_rec, x).mean()
         if judge is not None:
             parts["gan"] = -judge(x_rec).mean()
-        if self.mapper is not None:
-            z_n = stats.normalise(z if encoder_aligns else z.detach())
+        aligned = z if encoder_aligns else z.detach()
+        if self.align == "send" and self.mapper is not None:
+            z_n = stats.normalise(aligned)
             z_t = z_n if a is None else add_noise(z_n, a=a, eps=eps_align)
             parts["align"] = align_loss(self.mapper(z_t), tokens)
-        total = sum(self.weights[k] * v for k, v in parts.items())
+        elif self.align == "vavae":  # the latent as it is, without noise
+            parts["align"] = vavae_loss(self.mapper(aligned), tokens)
+        weights, ratios = dict(self.weights), {}
+        likelihood = sum(weights[k] * parts[k] for k in ("rec", "lpips") if k in parts)
+        if self.gan_adaptive and judge is not None:
+            ratios["gan"] = gradient_ratio(likelihood, parts["gan"], self.vae.decoder.conv_out.weight, most=1e4)
+        if self.align == "vavae" and encoder_aligns:
+            ratios["align"] = gradient_ratio(likelihood, parts["align"], self.vae.encoder.conv_out.weight, most=1e8)
+        total = sum(weights[k] * ratios.get(k, 1.0) * v for k, v in parts.items())
+        parts |= {f"{k}_ratio": v for k, v in ratios.items()}
         return total, {k: v.detach() for k, v in parts.items()}, x_rec.detach(), z.detach()
 
 
@@ -179,15 +223,18 @@ class LatentStats:
         self.sums.zero_()
 
 
-def build_lpips(ckpt, device):
-    """LPIPS with VGG16 (Zhang et al. 2018, the lpips package), frozen. Raises UserError when VGG16 cannot be had."""
+def build_lpips(ckpt, device, weights=True):
+    """LPIPS with VGG16 (Zhang et al. 2018, the lpips package), frozen. Raises UserError when VGG16 cannot be had.
+    weights=False: random ones, for a plan."""
     import lpips
     try:
-        net = lpips.LPIPS(net="vgg", pnet_rand=ckpt is not None, verbose=False)
+        with warnings.catch_warnings():  # lpips asks torchvision in an old way
+            warnings.simplefilter("ignore", UserWarning)
+            net = lpips.LPIPS(net="vgg", pnet_rand=ckpt is not None or not weights, verbose=False)
     except OSError as e:
         raise UserError(f"LPIPS needs torchvision's VGG16 weights, which cannot be fetched ({e}); give a local file with "
                         "--lpips-ckpt (vgg16-397923af.pth), or switch LPIPS off with --lpips 0")
-    if ckpt is not None:
+    if ckpt is not None and weights:
         state = {k: v for k, v in data.load_checkpoint(ckpt).items() if k.startswith("features.")}
         slices = {f"slice{i}.{k}": v for i in range(1, 6) for k, v in
                   ((k, state.get(f"features.{k}")) for k in getattr(net.net, f"slice{i}").state_dict()) if v is not None}
@@ -210,32 +257,42 @@ class Trainer:
             raise UserError(f"--resolution {self.size}: expected a multiple of {self.vae.factor}, the VAE's downsampling factor")
         side, c = self.size // self.vae.factor, self.vae.config["z_channels"]
         self.latent_shape = (c, side, side)
+        attention = tuple(self.size // 2 ** i for i, m in enumerate(self.vae.encoder.down) if len(m.attn))
+        self.vae.config |= dict(resolution=self.size, attn_resolutions=attention)  # the same network; its crop is now this one
         self.vfm = self.mapper = self.lpips = self.discriminator = None
-        if args.lambda_align:
+        if args.align != "none":
             grid = args.grid or min(side, max(1, self.size // 16) if self.size >= 256 else side)
             with data.rank_zero_first():
-                self.vfm = VFM(args.vfm, self.size, grid, args.vfm_ckpt, args.vfm_layer)
+                self.vfm = VFM(args.vfm, self.size, grid, args.vfm_ckpt, args.vfm_layer, weights=not args.dry_run)
             torch.manual_seed(args.seed + 1)
-            self.mapper = Mapper(c, side, grid, self.vfm.dim, args.mapper_depth, args.mapper_width, mlp_width=args.mapper_mlp)
+            if args.align == "send":
+                self.mapper = Mapper(c, side, grid, self.vfm.dim, args.mapper_depth, args.mapper_width, mlp_width=args.mapper_mlp)
+            else:
+                self.mapper = LinearMapper(c, side, grid, self.vfm.dim)
             self.vfm.to(device, memory_format=torch.channels_last)
         if args.lpips:
             with data.rank_zero_first():
-                self.lpips = build_lpips(args.lpips_ckpt, device)
+                self.lpips = build_lpips(args.lpips_ckpt, device, weights=not args.dry_run)
         if args.gan:
             torch.manual_seed(args.seed + 2)
-            self.discriminator = PatchGAN()
+            self.discriminator = PatchGAN(norm="batch" if args.disc_ckpt else "group")
+            if args.disc_ckpt:
+                load_discriminator(self.discriminator, args.disc_ckpt)
         self.ema = copy.deepcopy(self.vae).to(device).requires_grad_(False)
         weights = dict(rec=1.0, kl=args.kl, lpips=args.lpips, gan=args.gan, align=args.lambda_align)
-        self.loss = VAELoss(self.vae, self.mapper, weights, args.rec).to(device, memory_format=torch.channels_last)
-        self.optimizer = torch.optim.AdamW(self.loss.parameters(), args.lr, weight_decay=0.0, fused=device.type != "mps")
+        self.loss = VAELoss(self.vae, self.mapper, weights, args.rec, args.align, bool(args.gan_adaptive)).to(device, memory_format=torch.channels_last)
+        fused = device.type in ("cpu", "cuda")
+        self.optimizer = torch.optim.AdamW(self.loss.parameters(), args.lr, weight_decay=0.0, fused=fused)
         if self.discriminator is not None:
             self.disc_loss = DiscriminatorLoss(self.discriminator).to(device, memory_format=torch.channels_last)
-            self.disc_optimizer = torch.optim.AdamW(self.discriminator.parameters(), args.lr, weight_decay=0.0, fused=device.type != "mps")
+            self.disc_optimizer = torch.optim.AdamW(self.discriminator.parameters(), args.lr, weight_decay=0.0, fused=fused)
         self.stats = LatentStats(c, device, world)
         self.step, self.seconds = 0, 0.0
 
     def parallel(self):
         """Compile the networks in place (names of parameters stay), then wrap: plain modules remain for checkpoints and EMA."""
+        if self.args.gan_adaptive or self.args.align == "vavae":
+            torch._functorch.config.donated_buffer = False  # gradient_ratio runs parts of the backward pass twice
         for module in (self.vae.encoder, self.vae.decoder, self.mapper, self.discriminator, self.vfm):
             if self.args.compile and module is not None:
                 module.compile()
@@ -333,18 +390,36 @@ class Trainer:
         self.disc_optimizer.step()
         return {"disc": loss, "disc_grad_norm": norm}
 
+    def memory(self):
+        """Estimated bytes at the peak of a step in float32, on each process; self must live on the "meta" device."""
+        args, modules = self.args, [m for m in (self.loss, self.discriminator, self.vfm, self.lpips) if m is not None]
+        parameters = {id(p): p for m in modules for p in m.parameters()}.values()
+        held = sum(4 * p.numel() * (4 if p.requires_grad else 1) for p in (*parameters, *self.ema.parameters()))  # weight, gradient, two moments
+        n = args.micro_batch or args.batch // self.world
 
-def plan(t, images, path):
+        def step():
+            x, eps = torch.empty(n, 3, self.size, self.size), torch.empty(n, *self.latent_shape)
+            tokens = self.vfm(x) if self.vfm is not None else None
+            self.loss(x, (torch.empty(n), eps, eps), tokens, self.stats, True, self.discriminator, self.lpips)[0].backward()
+
+        with torch.device("meta"):
+            return held + data.peak_bytes(step)
+
+
+def plan(t, images, path, disk):
     """What will happen, before it happens."""
     args, millions = t.args, lambda m: sum(p.numel() for p in m.parameters()) / 1e6
     print(f"{'go on with' if t.step else 'train'} {path}: step {t.step} of {args.steps}, batch {args.batch} on {t.world} process(es), "
-          f"{t.device.type} {args.precision}; {len(images.files)} images of {t.size} x {t.size}, "
+          f"{'dry run' if args.dry_run else t.device.type} {args.precision}; {len(images.files)} images of {t.size} x {t.size}, "
           f"{args.steps * args.batch / len(images.files):.1f} epochs")
     print(f"VAE {millions(t.vae):.2f} M, latent {t.latent_shape}"
-          + (f"; mapper {millions(t.mapper):.2f} M, depth {args.mapper_depth}, noise {'on' if args.noise else 'off'}; {args.vfm} at "
+          + (f"; mapper {millions(t.mapper):.2f} M ({args.align}), depth {args.mapper_depth if args.align == 'send' else 0}, noise {'on' if args.noise and args.align == 'send' else 'off'}; {args.vfm} at "
              f"{t.vfm.size} x {t.vfm.size}, {t.vfm.grid} x {t.vfm.grid} tokens of {t.vfm.dim}, lambda {args.lambda_align:g}"
              if t.mapper is not None else "; no alignment")
           + (f"; discriminator {millions(t.discriminator):.2f} M" if t.discriminator is not None else ""))
+    if args.dry_run:
+        print(f"memory about {t.memory() / 2**30:.1f} GiB a process with {args.micro_batch or args.batch // t.world} images at a time, counted in "
+              f"float32 (bf16 needs less); disk {disk / 2**30:.1f} GiB for checkpoints")
 
 
 def main():
@@ -353,11 +428,14 @@ def main():
     args.precision = args.precision or data.fast_precision(device)
     if args.batch % world:
         raise UserError(f"--batch {args.batch}: expected a multiple of the {world} processes")
-    out = data.open_out(args.out)
+    out = Path(args.out) if args.dry_run else data.open_out(args.out)
     path = out / "vae.pt"
-    t = Trainer(args, device, rank, world)
+    t = Trainer(args, torch.device("meta") if args.dry_run else device, rank, world)
+    disk = 3 * sum(p.numel() for p in t.loss.parameters()) * 16
     images = data.ImageFolder(args.data, t.size, flip=bool(args.flip), split=args.split)
     data.check_folder(images, args.batch)
+    if args.dry_run:
+        return plan(t, images, path, disk) if rank == 0 else None
     checkpoint = data.load_newest(path)
     if checkpoint is not None:
         data.same_run(checkpoint, args, path)
@@ -365,9 +443,9 @@ def main():
     if t.step >= args.steps:
         return print(f"{path}: already at step {t.step}") if rank == 0 else None
     t.parallel()
-    data.open_out(out, need_bytes=3 * sum(p.numel() for p in t.loss.parameters()) * 16)
+    data.open_out(out, need_bytes=disk)
     if rank == 0:
-        plan(t, images, path)
+        plan(t, images, path, disk)
     log = data.Log(out / "metrics.jsonl", t.step, vars(args), rank)
     stop, since, seen = data.Stop(), time.time(), 0
     rows = data.StepRows(len(images), args, t.step, rank, world)

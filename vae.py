@@ -3,17 +3,23 @@
     python vae.py --vae out/send/vae.pt --data images --out latents --flip            # one process
     torchrun --nproc_per_node=8 vae.py --vae out/send/vae.pt --data images --out latents --flip
     python vae.py --vae out/demo/send/vae.pt --data out/demo/avatars --out out/demo/send/latents --split train   # tiny
+    python vae.py export-diffusers --vae out/send/vae.pt --out send_diffusers        # a folder for diffusers' AutoencoderKL
 
 The network is the KL autoencoder of latent diffusion (Rombach et al. 2022, arXiv 2112.10752) with the parameter names
-of its release, so one class is SD-VAE (f8d4), VA-VAE and IN-VAE (f16d32), and the demo's 64 x 64 model.
+of its release, so one class is SD-VAE (f8d4), VA-VAE and IN-VAE (f16d32), and the demo's 64 x 64 model. --vae takes
+checkpoints of train_vae.py, LDM, LightningDiT, REPA-E, and diffusers.
 """
 import argparse
 import json
 import os
+import re
+import statistics
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+import safetensors.torch
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -211,14 +217,119 @@ class AutoencoderKL(nn.Module):
         return self.decoder(self.post_quant_conv(z)).float()
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints, ours and other projects'
+
 def load_vae(path):
-    """Checkpoint of train_vae.py -> AutoencoderKL with the averaged weights, in evaluation mode, frozen. Raises UserError."""
-    checkpoint = data.load_checkpoint(path)
-    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("vae"), dict):
-        raise UserError(f"{path}: not a checkpoint of train_vae.py (expected the entries config, vae, ema)")
-    vae = AutoencoderKL(**checkpoint["config"])
-    data.load_weights(vae, checkpoint["ema"], path)
+    """Weights of a VAE -> AutoencoderKL in evaluation mode, frozen. Raises UserError, which names the first key that does not fit.
+
+    path: a checkpoint of train_vae.py (its averaged weights); a .ckpt, .pt or .safetensors of LDM, Stable Diffusion,
+    LightningDiT (VA-VAE) or REPA-E (VAE alone or joint checkpoint); a diffusers folder or its weights file. Latents are never
+    scaled in here (diffusers' scaling_factor is not used): vae.py measures their mean and std.
+    """
+    path, config = Path(path), None
+    if path.is_dir():
+        path = path / "vae" if (path / "vae").is_dir() else path  # a whole pipeline
+        config = diffusers_config(path / "config.json")
+        path /= "diffusion_pytorch_model." + ("bin" if (path / "diffusion_pytorch_model.bin").exists() else "safetensors")
+    state = data.load_checkpoint(path)
+    if isinstance(state, dict) and "config" in state and isinstance(state.get("vae"), dict):  # ours
+        config, state = state["config"], state["ema"]
+    else:
+        state = bare_weights(state)
+    vae = AutoencoderKL(**(config or infer_config(state, path)))
+    ours = {diffusers_name(k, len(vae.encoder.down)): k for k in vae.state_dict()}
+    data.load_weights(vae, {ours.get(k, k): v for k, v in state.items()}, path)
     return vae.eval().requires_grad_(False)
+
+
+def bare_weights(state):
+    """The autoencoder's tensors alone, out of what other projects wrap around them; attention weights as 1 x 1 convolutions."""
+    for wrapper in ("state_dict", "vae"):  # LDM and LightningDiT; REPA-E's joint checkpoints
+        state = state[wrapper] if isinstance(state, dict) and isinstance(state.get(wrapper), dict) else state
+    state = {k: v for k, v in state.items() if isinstance(v, torch.Tensor)} if isinstance(state, dict) else {}
+    if any(k.startswith("first_stage_model.") for k in state):  # a whole Stable Diffusion checkpoint
+        state = {k.removeprefix("first_stage_model."): v for k, v in state.items() if k.startswith("first_stage_model.")}
+    # losses with their discriminator, LDM's running average, VA-VAE's VFM and its projection: no part of the autoencoder
+    state = {k: v for k, v in state.items() if not k.startswith(("loss.", "model_ema.", "foundation_model.", "linear_proj."))}
+    for old, new in (("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0")):  # diffusers before 0.17
+        state = {k.replace(f".{old}.", f".{new}."): v for k, v in state.items()}
+    return {k: v[:, :, None, None] if v.ndim == 2 else v for k, v in state.items()}
+
+
+def infer_config(state, path):
+    """Constructor arguments from the shapes of a foreign state dict. Each size is what most of its tensors say, so that
+    one missing or misshapen tensor is later refused by its own name."""
+    def size(pattern, dim):
+        shapes = [v.shape for k, v in state.items() if re.fullmatch(pattern, k)]
+        if not shapes:
+            raise UserError(f"{path}: not a VAE (no tensor {pattern.replace(chr(92), '')}); expected a checkpoint of train_vae.py, LDM, LightningDiT, REPA-E or diffusers")
+        return statistics.mode(shape[dim] for shape in shapes)
+
+    block = r"encoder\.down(_blocks)?\.(\d+)\.(block|resnets)\.(\d+)\..*"
+    found = [(int(m[2]), int(m[4])) for m in (re.fullmatch(block, k) for k in state) if m]
+    levels, blocks = 1 + max([i for i, _ in found], default=0), 1 + max([j for _, j in found], default=0)
+    widths = [size(rf"encoder\.down(_blocks)?\.{i}\.(block|resnets)\.\d+\.(norm2|conv1|conv2)\.(weight|bias)", 0) for i in range(levels)]
+    attention = {int(m[2]) for m in (re.match(r"encoder\.down(_blocks)?\.(\d+)\.att", k) for k in state) if m}
+    z_channels = size(r"(encoder\.conv_out|quant_conv)\.(weight|bias)", 0) // 2
+    ch = size(r"encoder\.(conv_in|down(_blocks)?\.0\.(block|resnets)\.0\.norm1)\.(weight|bias)", 0)
+    return foreign_config(path, z_channels, ch, widths, blocks, attention)
+
+
+def diffusers_config(path):
+    """config.json of diffusers' AutoencoderKL -> constructor arguments. Raises UserError for what this file cannot build."""
+    try:
+        config = json.loads(path.read_text())
+        if not isinstance(config, dict):
+            raise ValueError(f"holds a {type(config).__name__}")
+    except (OSError, ValueError) as e:
+        raise UserError(f"{path}: not a readable configuration of diffusers ({e})")
+    widths, n = config.get("block_out_channels", [0]), len(config.get("block_out_channels", [0]))
+    attention = [i for i, kind in enumerate(config.get("down_block_types", [])) if kind == "AttnDownEncoderBlock2D"]
+    kind = {side: [f"{'Attn' if i in attention else ''}{name}" for i in range(n)] for side, name in (("down", "DownEncoderBlock2D"), ("up", "UpDecoderBlock2D"))}
+    needed = dict(_class_name="AutoencoderKL", in_channels=3, out_channels=3, act_fn="silu", norm_num_groups=32, use_quant_conv=True,
+                  use_post_quant_conv=True, mid_block_add_attention=True, down_block_types=kind["down"], up_block_types=kind["up"][::-1])
+    for key, value in needed.items():
+        if config.get(key, value) != value:
+            raise UserError(f"{path}: {key} is {config[key]}, expected {value}; this file builds the autoencoder of latent diffusion alone")
+    return foreign_config(path, config.get("latent_channels", 4), widths[0], widths, config.get("layers_per_block", 1), attention)
+
+
+def foreign_config(path, z_channels, ch, widths, blocks, attention):
+    """Constructor arguments at 256 pixels. Raises UserError for widths whose 32 groups (LDM's) are not those of GroupNorm above."""
+    if ch < 128 or any(w % ch for w in widths):
+        raise UserError(f"{path}: widths {widths}: expected multiples of the first, and that 128 or more, as in LDM's releases")
+    return dict(z_channels=z_channels, ch=ch, ch_mult=[w // ch for w in widths], num_res_blocks=blocks,
+                attn_resolutions=[256 // 2 ** i for i in sorted(attention)], resolution=256)
+
+
+def diffusers_name(name, levels):
+    """Our (LDM's) parameter name -> that of diffusers' AutoencoderKL, whose decoder counts its levels from the latent up."""
+    name = re.sub(r"up\.(\d+)", lambda m: f"up_blocks.{levels - 1 - int(m[1])}", name)
+    name = re.sub(r"mid\.block_(\d)", lambda m: f"mid_block.resnets.{int(m[1]) - 1}", name)
+    if "attn" in name:
+        for ours, theirs in ((".norm.", ".group_norm."), (".q.", ".to_q."), (".k.", ".to_k."), (".v.", ".to_v."), (".proj_out.", ".to_out.0.")):
+            name = name.replace(ours, theirs)
+    for ours, theirs in (("mid.attn_1", "mid_block.attentions.0"), ("down.", "down_blocks."), (".block.", ".resnets."), (".attn.", ".attentions."),
+                         ("norm_out", "conv_norm_out"), ("nin_shortcut", "conv_shortcut"), (".downsample.", ".downsamplers.0."), (".upsample.", ".upsamplers.0.")):
+        name = name.replace(ours, theirs)
+    return name
+
+
+def export_diffusers(vae, folder):
+    """Write a folder that diffusers' AutoencoderKL.from_pretrained opens. Raises UserError for a model that it cannot express."""
+    c, levels = vae.config, len(vae.encoder.down)
+    if c["ch"] < 128:
+        raise UserError(f"--vae: first width {c['ch']}; diffusers' 32 groups need 128 or more (the demo's small VAE cannot be exported)")
+    kinds = ["Attn" if len(m.attn) else "" for m in vae.encoder.down]
+    config = dict(_class_name="AutoencoderKL", in_channels=3, out_channels=3, act_fn="silu", norm_num_groups=32,
+                  down_block_types=[f"{k}DownEncoderBlock2D" for k in kinds], up_block_types=[f"{k}UpDecoderBlock2D" for k in kinds[::-1]],
+                  block_out_channels=[c["ch"] * m for m in c["ch_mult"]], layers_per_block=c["num_res_blocks"],
+                  latent_channels=c["z_channels"], sample_size=c["resolution"], scaling_factor=1.0)
+    state = {diffusers_name(k, levels): v[:, :, 0, 0] if ".attn" in k and v.ndim == 4 else v for k, v in vae.state_dict().items()}
+    folder = data.open_out(folder, need_bytes=4 * sum(v.numel() for v in state.values()))
+    safetensors.torch.save_file({k: v.contiguous() for k, v in state.items()}, folder / "diffusion_pytorch_model.safetensors")
+    data.write_json(folder / "config.json", config)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -226,16 +337,30 @@ def load_vae(path):
 
 def parse_args():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--vae", required=True, help="checkpoint of train_vae.py")
-    p.add_argument("--data", required=True, help="image folder")
-    p.add_argument("--out", required=True, help="folder for the latents")
+    p.add_argument("command", nargs="?", default="encode", choices=("encode", "export-diffusers"), help="encode (default): latents; "
+                   "export-diffusers: the VAE as a diffusers folder (--vae and --out only)")
+    p.add_argument("--vae", required=True, help="checkpoint of train_vae.py, LDM, LightningDiT, REPA-E or diffusers")
+    p.add_argument("--data", help="image folder (encode)")
+    p.add_argument("--out", required=True, help="folder for the latents, or for diffusers")
     p.add_argument("--split", choices=data.SPLITS, help="only the images that attributes.csv puts there (default: all)")
     p.add_argument("--resolution", type=int, help="crop in pixels (default: the VAE's)")
     p.add_argument("--flip", action="store_true", help="store the mirror image's moments too (F = 2)")
     p.add_argument("--micro-batch", type=data.positive, default=64, help="images per forward pass: memory only")
     p.add_argument("--precision", choices=("bf16", "fp32"), help="default: bf16 where it is fast")
     p.add_argument("--workers", type=int, default=4 if torch.cuda.is_available() else 0, help="image reading processes")
-    return p.parse_args()
+    p.add_argument("--dry-run", action="store_true", help="print the plan (images, disk, memory), and end")
+    args = p.parse_args()
+    if args.command == "encode" and not args.data:
+        p.error("the following arguments are required: --data")
+    return args
+
+
+def encode_memory(vae, size, batch):
+    """Estimated bytes at the peak of one forward pass of the encoder in float32, weights included."""
+    with torch.device("meta"):
+        copy, x = AutoencoderKL(**vae.config), torch.empty(batch, 3, size, size)
+    with torch.no_grad():
+        return 4 * sum(p.numel() for p in vae.parameters()) + data.peak_bytes(lambda: copy.encode(x))
 
 
 @torch.no_grad()
@@ -276,6 +401,9 @@ def main():
     args.precision = args.precision or data.fast_precision(device)
     begin = time.time()
     vae = load_vae(args.vae)
+    if args.command == "export-diffusers":
+        export_diffusers(vae, args.out)
+        return print(f"{args.out}: open it with diffusers.AutoencoderKL.from_pretrained('{args.out}'); its latents are not normalised (scaling_factor 1)")
     vae_hash = data.weights_hash(vae.state_dict())
     vae = vae.to(device, memory_format=torch.channels_last)
     c, size = vae.config["z_channels"], args.resolution or vae.config["resolution"]
@@ -285,6 +413,12 @@ def main():
     data.check_folder(images)
     n, side = len(images.files), size // vae.factor
     shape = (n, 2 if args.flip else 1, 2 * c, side, side)
+    if rank == 0:
+        flips = "with their mirror images" if args.flip else "without mirror images"
+        print(f"{n} images, {len(images.classes)} classes, {flips} -> moments {shape} float16, {2 * np.prod(shape) / 2**20:.0f} MiB of disk; "
+              f"{device.type} in {args.precision}, {world} process(es), about {encode_memory(vae, size, args.micro_batch) / 2**30:.1f} GiB of memory each (counted in float32)")
+    if args.dry_run:
+        return
     settings = dict(vae=args.vae, vae_hash=vae_hash, data=args.data, split=args.split, resolution=size, flip=args.flip,
                     precision=args.precision, crop="ADM centre", classes=images.classes)
     out = data.open_out(args.out)
@@ -297,9 +431,6 @@ def main():
         return print(f"{out}: already encoded ({found['n']} images)") if rank == 0 else None
     data.open_out(out, need_bytes=2 * int(np.prod(shape)))
     if rank == 0:
-        flips = "with their mirror images" if args.flip else "without mirror images"
-        print(f"{n} images, {len(images.classes)} classes, {flips} -> moments {shape} float16, "
-              f"{2 * np.prod(shape) / 2**20:.0f} MiB, on {device.type} in {args.precision}, {world} process(es)")
         np.lib.format.open_memmap(out / "moments.npy", "w+", np.float16, shape)
     data.barrier()
     moments = np.load(out / "moments.npy", mmap_mode="r+")
