@@ -579,7 +579,7 @@ def run_script(main):
     except UserError as e:
         message = str(e)
     except torch.OutOfMemoryError as e:
-        message = f"out of GPU memory ({str(e).splitlines()[0]}); use a smaller --micro-batch where the script has it: the result stays the same"
+        message = f"out of GPU memory ({str(e).splitlines()[0]}); use a smaller --micro-batch where the script has it: the result stays the same (except with --disc-ckpt)"
     except OSError as e:
         if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG):
             raise
@@ -741,18 +741,16 @@ def save_checkpoint(path, state):
 # What the readers raise on torn, flipped, foreign or code-carrying files.
 DAMAGED = (OSError, RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError, AssertionError, struct.error,
            pickle.UnpicklingError, safetensors.SafetensorError, zipfile.BadZipFile)
-# Classes that other projects pickle beside their weights (settings, Lightning's callbacks); none of them is imported.
-BYSTANDERS = ("argparse.", "lightning.", "omegaconf.", "pytorch_lightning.")
+# What other projects pickle beside their weights (settings, Lightning's callbacks, counters): read as nothing, never imported.
+BYSTANDERS = ("argparse.", "builtins.dict", "builtins.float", "builtins.int", "builtins.list", "builtins.str", "collections.", "ldm.", "lightning.",
+              "numpy.", "omegaconf.", "pathlib.", "pytorch_lightning.", "typing.")
 
 
-class Placeholder(dict):
+class Placeholder:
     """Stands for an object of another project's class: takes any arguments and state, and does nothing."""
 
-    def __new__(cls, *_, **__):
-        return super().__new__(cls)
-
     def __init__(self, *_, **__):
-        super().__init__()
+        pass
 
     def __setstate__(self, _):
         pass
@@ -767,11 +765,16 @@ def load_checkpoint(path):
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
-        foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path) if zipfile.is_zipfile(path) else []
+        foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path) if zipfile.is_zipfile(path) else ["argparse.Namespace"]
+        strange = [name for name in foreign if not name.startswith(BYSTANDERS)]
+        if strange:
+            raise UserError(f"{path}: not a readable checkpoint: it holds {strange[0]}, which is no weight; pickled code is never run")
         with torch.serialization.safe_globals([(Placeholder, name) for name in foreign if name.startswith(BYSTANDERS)]):
             return torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
     except DAMAGED as e:
-        raise UserError(f"{path}: not a readable checkpoint ({type(e).__name__}: {' '.join(str(e).split())[:120]})")
+        raise UserError(f"{path}: not a readable checkpoint ({type(e).__name__}: {' '.join(str(e).split())[-120:]})")
 
 
 def load_newest(path):
@@ -788,7 +791,7 @@ def load_newest(path):
 
 
 # Flags that may change between the first and the second half of a run without changing what it computes.
-FREE_FLAGS = {"out", "steps", "micro_batch", "workers", "save_every", "log_every", "compile", "dry_run"}
+FREE_FLAGS = {"out", "steps", "micro_batch", "workers", "save_every", "log_every", "compile", "dry_run", "eval_every", "eval_stats", "eval_images"}
 
 
 def same_run(checkpoint, args, path):
@@ -796,7 +799,10 @@ def same_run(checkpoint, args, path):
     if not isinstance(checkpoint, dict) or "args" not in checkpoint:
         raise UserError(f"{path}: not a checkpoint of this script; choose another --out")
     fixed = {"steps"} if getattr(args, "lr_decay", 0) else set()  # a schedule that ends at --steps cannot be extended
+    fixed |= {"micro_batch"} if getattr(args, "disc_ckpt", None) else set()  # batch norm sees the split
     for name, value in vars(args).items():
+        if name not in checkpoint["args"] and (not value or name == "align"):
+            continue  # a flag that is younger than the run; lambda tells the arms apart
         before = checkpoint["args"].get(name)
         if name not in FREE_FLAGS - fixed and before != value:
             raise UserError(f"{path} was begun with --{name.replace('_', '-')} {before}, this command says {value}; "

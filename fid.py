@@ -1,17 +1,24 @@
-"""Stage 5: scores. Fréchet distance between sets of images, reconstruction quality, and the demo's report.
+"""Stage 5: scores. FID, sFID, IS, precision, recall of samples; rFID, PSNR, SSIM, LPIPS of reconstructions; the demo's report.
 
+    python fid.py score ref/VIRTUAL_imagenet256_labeled.npz out/samples.npz                 # as ADM's evaluator, without TensorFlow
     python fid.py score out/demo/avatars out/demo/send/samples.npz --split train --net tf_efficientnet_lite0 --net-ckpt W.pth
-    python fid.py recon --vae out/demo/send/vae.pt --data out/demo/avatars --split test
+    python fid.py recon --vae out/demo/send/vae.pt --data out/demo/avatars --split test --net none --lpips 0
     python fid.py report out/demo --arms control send
+    python fid.py bench                                                                     # speed, on random weights and images
 
-A Fréchet distance is printed with its network's name, input size and the number of images, as FD(name@size)-2k: two
-such numbers compare only when all of these agree. It is called FID for the Inception network of 2015 alone.
+A source is an image folder, an .npz with arr_0 (uint8 NHWC), an .npz of statistics (mu, sigma, mu_s, sigma_s: ADM's reference
+files, or ours of --save-stats), or ADM's files that hold both. A Fréchet distance is printed with its network's name, input
+size and number of images, as FD(name@size)-2k: two such numbers compare only when all of these agree. It is called FID for
+the Inception network of 2015 alone.
 """
 import argparse
 import json
 import platform
 import time
+import warnings
 import zipfile
+import zlib
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +26,7 @@ import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+import torchvision
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
@@ -27,9 +35,151 @@ from data import UserError
 from mapper import empty_model, pretrained
 from vae import load_vae
 
+INCEPTION_URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
+
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Fréchet distance
+# Networks: uint8 (B, 3, H, W) -> pooled features (B, D) float32
+
+class FIDInception(nn.Module):
+    """The Inception network of 2015-12-05 with which FID is defined. uint8 (B, 3, H, W) -> pool_3 (B, 2048) float32; frozen.
+
+    torchvision's Inception v3 with what differs in FID's graph: average pools that leave the padding out, a max pool in the
+    last block, 1008 classes; TensorFlow 1's bilinear resize to 299 (no half-pixel centres, no antialiasing), (x - 128) / 128.
+    half_pixel=True resizes and scales as pytorch-fid does. ckpt: local pt_inception-2015-12-05 weights instead of the
+    download. Raises UserError when the weights cannot be had or do not fit. weights=False: random ones, for a plan or a bench.
+    """
+
+    def __init__(self, ckpt=None, half_pixel=False, weights=True):
+        super().__init__()
+        self.half_pixel, self.label, self.dim, self.seen = half_pixel, "inception", 2048, {}
+        with warnings.catch_warnings():  # torchvision announces a slower start for random weights
+            warnings.simplefilter("ignore")
+            self.net = torchvision.models.inception_v3(weights=None, num_classes=1008, aux_logits=False, init_weights=False)
+        for name, block in self.net.named_children():
+            if name in ("Mixed_5b", "Mixed_5c", "Mixed_5d", "Mixed_6b", "Mixed_6c", "Mixed_6d", "Mixed_6e", "Mixed_7b"):
+                block.branch_pool.register_forward_pre_hook(self.exclude_padding)
+        self.net.Mixed_7c.register_forward_pre_hook(lambda _, x: self.seen.update(last=x[0]))
+        self.net.Mixed_7c.branch_pool.register_forward_pre_hook(lambda *_: F.max_pool2d(self.seen.pop("last"), 3, 1, 1))
+        self.net.Mixed_6d.branch1x1.register_forward_hook(lambda _, __, y: self.seen.update(spatial=y[:, :7]))  # mixed_6/conv:0
+        self.net.avgpool.register_forward_hook(lambda _, __, y: self.seen.update(pool=y.flatten(1)))
+        if weights:
+            data.load_weights(self.net, inception_weights(ckpt), f"--net-ckpt {ckpt}" if ckpt else INCEPTION_URL)
+        self.eval().requires_grad_(False)
+
+    def train(self, mode=True):
+        return super().train(False)
+
+    @staticmethod
+    def exclude_padding(_, args):
+        """torchvision's pool divides by 9 everywhere: at the border multiply by 9 / (pixels of the window inside the image)."""
+        x, = args
+        return x / F.avg_pool2d(torch.ones_like(x[:1, :1]), kernel_size=3, stride=1, padding=1)
+
+    @torch.no_grad()
+    def features(self, images):
+        """-> pool (B, 2048); spatial (B, 17 * 17 * 7), rows first as in TensorFlow, for sFID; class probabilities (B, 1008),
+        the softmax of the logits without bias, for IS."""
+        x = images.float()
+        if self.half_pixel:
+            x = F.interpolate(x, (299, 299), mode="bilinear", align_corners=False) / 127.5 - 1
+        else:
+            x = (resize_tf1(x, 299) - 128) / 128
+        self.net(x.contiguous(memory_format=torch.channels_last))
+        pool, spatial = self.seen.pop("pool").float(), self.seen.pop("spatial").float()
+        with torch.autocast(x.device.type, enabled=False):
+            probabilities = (pool @ self.net.fc.weight.T).softmax(1)
+        return pool, spatial.permute(0, 2, 3, 1).flatten(1), probabilities
+
+    def forward(self, images):
+        return self.features(images)[0]
+
+
+def resize_tf1(x, size):
+    """Bilinear resize of TensorFlow 1: output i reads position i * H / size, the last pixel beyond it. float (B, c, H, W)."""
+    def weights(n):  # (size, n), two numbers a row
+        at = torch.arange(size, device=x.device) * (n / size)
+        low = at.floor().long().clamp(max=n - 1)
+        part = (at - low).clamp(0, 1)
+        w = torch.zeros(size, n, device=x.device)
+        w.scatter_add_(1, low[:, None], 1 - part[:, None])
+        return w.scatter_add_(1, (low + 1).clamp(max=n - 1)[:, None], part[:, None])
+
+    with torch.autocast(x.device.type, enabled=False):
+        return weights(x.shape[-2]) @ x @ weights(x.shape[-1]).T
+
+
+def inception_weights(ckpt):
+    if ckpt is not None:
+        state = data.load_checkpoint(ckpt)
+        return {k: v for k, v in state.items() if isinstance(v, torch.Tensor)} if isinstance(state, dict) else {}
+    try:
+        with data.rank_zero_first():
+            return torch.hub.load_state_dict_from_url(INCEPTION_URL, map_location="cpu", check_hash=True, weights_only=True)
+    except (OSError, RuntimeError) as e:  # no network, or a file with another checksum
+        raise UserError(f"--net inception: its weights cannot be fetched ({type(e).__name__}: {' '.join(str(e).split())[:100]}); give "
+                        f"{INCEPTION_URL.rsplit('/')[-1]} with --net-ckpt, or another network with --net")
+
+
+class FeatureNet(nn.Module):
+    """Pooled features of a timm model before its classifier. uint8 (B, 3, H, W) -> (B, D) float32; frozen.
+
+    Images are resized (bicubic, antialiased when shrinking) to `size` (default: the model's own) and normalised with the
+    model's mean and std. weights=False: random weights, for a plan.
+    """
+
+    def __init__(self, name, ckpt=None, size=None, weights=True):
+        super().__init__()
+        spec, fixed = empty_model(name), {}  # refuses unknown names
+        if size and hasattr(spec, "patch_embed"):  # a ViT is built for one input size
+            fixed = {"img_size": size}
+            if size % spec.patch_embed.patch_size[0]:
+                raise UserError(f"--net-size {size}: {name} needs a multiple of {spec.patch_embed.patch_size[0]}")
+        self.net = pretrained(name, ckpt, "--net", **fixed) if weights else timm.create_model(name, num_classes=0, **fixed)
+        config = self.net.pretrained_cfg
+        self.size, self.dim = size or config["input_size"][-1], self.net.num_features
+        self.label = f"{name}@{self.size}"
+        self.register_buffer("mean", torch.tensor(config["mean"]).view(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor(config["std"]).view(1, 3, 1, 1))
+        self.eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def forward(self, images):
+        x = images.float() / 255
+        x = F.interpolate(x, (self.size, self.size), mode="bicubic", antialias=x.shape[-1] > self.size).clamp(0, 1)
+        return self.net(((x - self.mean) / self.std).contiguous(memory_format=torch.channels_last)).float()
+
+
+def load_net(name, ckpt=None, size=None, weights=True):
+    """"inception", or any timm model."""
+    if name != "inception":
+        return FeatureNet(name, ckpt, size, weights)
+    if size:
+        raise UserError(f"--net-size {size}: inception has one input size, 299")
+    return FIDInception(ckpt, weights=weights)
+
+
+def build_lpips(ckpt, device, weights=True):
+    """LPIPS with VGG16 (Zhang et al. 2018, the lpips package), frozen. Raises UserError when VGG16 cannot be had.
+    weights=False: random ones, for a plan."""
+    import lpips
+    try:
+        with warnings.catch_warnings():  # lpips asks torchvision in an old way
+            warnings.simplefilter("ignore", UserWarning)
+            net = lpips.LPIPS(net="vgg", pnet_rand=ckpt is not None or not weights, verbose=False)
+    except OSError as e:
+        raise UserError(f"LPIPS needs torchvision's VGG16 weights, which cannot be fetched ({e}); give a local file with "
+                        "--lpips-ckpt (vgg16-397923af.pth), or switch LPIPS off with --lpips 0")
+    if ckpt is not None and weights:
+        state = {k: v for k, v in data.load_checkpoint(ckpt).items() if k.startswith("features.")}
+        slices = {f"slice{i}.{k}": v for i in range(1, 6) for k, v in
+                  ((k, state.get(f"features.{k}")) for k in getattr(net.net, f"slice{i}").state_dict()) if v is not None}
+        data.load_weights(net.net, slices, ckpt)
+    return net.to(device).eval().requires_grad_(False)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scores of features
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
     """|mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^(1/2)) of two Gaussians (Heusel et al. 2017, eq. 6):
@@ -50,124 +200,255 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     return float(np.square(mu1 - mu2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * cross)
 
 
-def statistics(features):
-    """(N, D) -> mean (D,) and unbiased covariance (D, D), float64."""
-    features = np.asarray(features, np.float64)
-    return features.mean(0), np.cov(features, rowvar=False)
+class Moments:
+    """Mean (D,) and unbiased covariance (D, D) of rows that come in pieces, float64. (Taken about the first piece's mean,
+    so that no digits are lost to a large mean.)"""
+
+    def __init__(self):
+        self.n, self.shift, self.sum, self.outer = 0, None, 0, 0
+
+    def add(self, features, counts=None):
+        """features (B, D); counts (B,): how often each row is taken (default once)."""
+        x = torch.as_tensor(features).double()
+        self.shift = x.mean(0) if self.shift is None else self.shift
+        x = x - self.shift
+        w = torch.ones(len(x), dtype=torch.float64) if counts is None else torch.as_tensor(counts).double()
+        self.n, self.sum, self.outer = self.n + int(w.sum()), self.sum + w @ x, self.outer + x.T @ (x * w[:, None])
+
+    def result(self):
+        mean = self.sum / self.n
+        return (self.shift + mean).numpy(), ((self.outer - self.n * torch.outer(mean, mean)) / (self.n - 1)).numpy()
 
 
-class FeatureNet(nn.Module):
-    """Pooled features of a timm model before its classifier. uint8 (B, 3, H, W) -> (B, D) float32; frozen.
-
-    Images are resized (bicubic, antialiased when shrinking) to `size` (default: the model's own) and normalised with the
-    model's mean and std. weights=False: random weights, for a plan.
-    """
-
-    def __init__(self, name, ckpt=None, size=None, weights=True):
-        super().__init__()
-        with torch.device("meta"):
-            spec, fixed = empty_model(name), {}  # refuses unknown names
-        if size and hasattr(spec, "patch_embed"):  # a ViT is built for one input size
-            fixed = {"img_size": size}
-            if size % spec.patch_embed.patch_size[0]:
-                raise UserError(f"--net-size {size}: {name} needs a multiple of {spec.patch_embed.patch_size[0]}")
-        self.net = pretrained(name, ckpt, "--net", **fixed) if weights else timm.create_model(name, num_classes=0, **fixed)
-        config = self.net.pretrained_cfg
-        self.size = size or config["input_size"][-1]
-        self.label = f"{name}@{self.size}"
-        self.register_buffer("mean", torch.tensor(config["mean"]).view(1, 3, 1, 1))
-        self.register_buffer("std", torch.tensor(config["std"]).view(1, 3, 1, 1))
-        self.eval().requires_grad_(False)
-
-    @torch.no_grad()
-    def forward(self, images):
-        x = images.float() / 255
-        x = F.interpolate(x, (self.size, self.size), mode="bicubic", antialias=x.shape[-1] > self.size).clamp(0, 1)
-        return self.net(((x - self.mean) / self.std).contiguous(memory_format=torch.channels_last)).float()
+def statistics(features, counts=None):
+    """(N, D) -> mean (D,) and unbiased covariance (D, D), float64, without a float64 copy of the features."""
+    moments, features = Moments(), torch.as_tensor(features)
+    for i in range(0, len(features), 4096):
+        moments.add(features[i:i + 4096], None if counts is None else counts[i:i + 4096])
+    return moments.result()
 
 
-def load_images(source, split=None, size=None):
-    """A folder, or an .npz with arr_0 uint8 (N, H, W, 3) -> function rows -> uint8 (B, 3, H, W), and N.
-    Images of a folder are cropped to `size` (default: the short side of its first image)."""
-    source = Path(source)
-    if source.suffix != ".npz":
-        first = data.find_images(source)[0]
+def inception_score(probs, split=5000):
+    """exp of the mean KL(p(y|x) || p(y)) (Salimans et al. 2016), averaged over consecutive splits of 5,000 as ADM does:
+    probs (N, classes) -> float."""
+    scores = []
+    for part in torch.as_tensor(probs).double().split(split):
+        marginal = part.mean(0)
+        scores.append((torch.special.xlogy(part, part).sum(1).mean() - torch.special.xlogy(marginal, marginal).sum()).exp())
+    return float(torch.stack(scores).mean())
+
+
+def distance_blocks(a, b, block=4096):
+    """Squared distances of rows: yields (slice of a, slice of b, (A, B) float32)."""
+    for i in range(0, len(a), block):
+        for j in range(0, len(b), block):
+            x, y = a[i:i + block], b[j:j + block]
+            yield slice(i, i + block), slice(j, j + block), (x.square().sum(1)[:, None] + y.square().sum(1) - 2 * x @ y.T).clamp_min_(0)
+
+
+def kth_distances(x, k):
+    """Squared distance of each row to its k-th nearest other row: (N, D) -> (N,)."""
+    nearest = torch.full((len(x), k + 1), torch.inf, device=x.device)  # the row itself is one of k + 1
+    for rows, _, d in distance_blocks(x, x):
+        nearest[rows] = torch.cat([nearest[rows], d], 1).topk(k + 1, largest=False).values
+    return nearest.amax(1)
+
+
+def precision_recall(ref, sample, k=3):
+    """Improved precision and recall (Kynkäänniemi et al. 2019, eqs. 2 and 3) of features (N, D), (M, D): the share of samples
+    within the k-nearest-neighbour ball of some reference, and the share of references within that of some sample. In blocks:
+    memory beyond the features is bounded. Raises UserError for k or fewer rows, and for features that are not finite."""
+    ref, sample = (torch.as_tensor(f).float() for f in (ref, sample))
+    if min(len(ref), len(sample)) <= k:
+        raise UserError(f"precision and recall: {len(ref)} and {len(sample)} images; expected more than {k} of each")
+    if not (ref.isfinite().all() and sample.isfinite().all()):
+        raise UserError("precision and recall: the features are not finite")
+    centre = ref.mean(0)  # distances stay, rounding shrinks
+    ref, sample = ref - centre, sample - centre
+    radius_ref, radius_sample = kth_distances(ref, k), kth_distances(sample, k)
+    precise, recalled = torch.zeros(len(sample), dtype=torch.bool, device=sample.device), torch.zeros(len(ref), dtype=torch.bool, device=ref.device)
+    for r, s, d in distance_blocks(ref, sample):
+        precise[s] |= (d <= radius_ref[r, None]).any(0)
+        recalled[r] |= (d <= radius_sample[s]).any(1)
+    return precise.float().mean().item(), recalled.float().mean().item()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sources of images and statistics
+
+@dataclass
+class Source:
+    """images(rows) -> uint8 (B, 3, H, W), n of them (None, 0 without images); stats: arrays mu, sigma, ... or None."""
+    name: str
+    images: object
+    n: int
+    stats: dict
+
+
+def load_source(path, split=None, size=None):
+    """An image folder (cropped to `size`, default: the short side of its first image), or an .npz. Raises UserError."""
+    name, path = str(path), Path(path)
+    if path.suffix != ".npz":
+        first = data.find_images(path)[0]
         try:
-            with Image.open(source / first) as image:
+            with Image.open(path / first) as image:
                 size = size or min(image.size)
         except (OSError, ValueError) as e:
-            raise UserError(f"{source / first}: cannot be read as an image ({e})")
-        images = data.ImageFolder(source, size, split=split)
-        return (lambda rows: next(data.load_batches(images, [rows]))[0]), len(images.files)
+            raise UserError(f"{path / first}: cannot be read as an image ({e})")
+        images = data.ImageFolder(path, size, split=split)
+        return Source(name, lambda rows: next(data.load_batches(images, [rows]))[0], len(images.files), None)
     try:
-        with np.load(source, allow_pickle=False) as z:
-            array = z["arr_0"]
+        with np.load(path, allow_pickle=False) as z:
+            stats = {k: z[k] for k in ("mu", "sigma", "mu_s", "sigma_s", "network", "weights", "n") if k in z.files} if {"mu", "sigma"} <= set(z.files) else None
+            array = z["arr_0"] if "arr_0" in z.files or stats is None else None
     except FileNotFoundError:
-        raise UserError(f"{source}: no such file; make it with: python sample.py --sit SIT --out {source}")
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as e:
-        raise UserError(f"{source}: expected an .npz with arr_0 ({e})")
-    if array.dtype != np.uint8 or array.ndim != 4 or array.shape[-1] != 3:
-        raise UserError(f"{source}: arr_0 is {array.dtype} {array.shape}; expected uint8 (N, H, W, 3)")
-    return (lambda rows: torch.from_numpy(array[rows]).permute(0, 3, 1, 2)), len(array)
+        raise UserError(f"{path}: no such file; make it with: python sample.py --sit SIT --out {path}")
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as e:
+        raise UserError(f"{path}: expected an .npz with arr_0 (images), or mu and sigma (statistics) ({type(e).__name__}: {e})")
+    if stats is not None and (stats["mu"].ndim != 1 or stats["sigma"].shape != 2 * stats["mu"].shape):
+        raise UserError(f"{path}: mu {stats['mu'].shape} and sigma {stats['sigma'].shape}; expected (D,) and (D, D)")
+    if array is not None and (array.dtype != np.uint8 or array.ndim != 4 or array.shape[-1] != 3):
+        layout = "; its channels stand first: transpose to NHWC" if array.ndim == 4 and array.shape[1] == 3 else ""
+        scale = f"; its values lie in {float(array.min()):.3g} to {float(array.max()):.3g}: scale to 0 to 255 and round" if array.dtype.kind == "f" and array.size else ""
+        raise UserError(f"{path}: arr_0 is {array.dtype} {array.shape}; expected uint8 (N, H, W, 3){layout}{scale}")
+    if array is None:
+        return Source(name, None, 0, stats)
+    return Source(name, lambda rows: torch.from_numpy(array[rows]).permute(0, 3, 1, 2), len(array), stats)
 
 
-def extract(net, source, n, device, precision, name, batch=64):
-    """Features (N, D) of all images of load_images' source."""
-    out = []
-    for i in tqdm(range(0, n, batch), f"features {name}", disable=None):
+@dataclass
+class Measured:
+    """pool (N, D) float32 and probabilities (N, 1008) of the images, or None; stats: mu, sigma and (inception) mu_s, sigma_s."""
+    pool: torch.Tensor
+    probabilities: torch.Tensor
+    stats: dict
+
+
+def measure(net, source, device, precision, batch=64):
+    """Features of a source, and its statistics: those that its file brings, else those of the features. Raises UserError."""
+    stats, pool, probabilities, spatial = dict(source.stats or {}), [], [], Moments()
+    if stats and (stats["mu"].shape != (net.dim,) or str(stats.get("network", net.label)) != net.label):
+        raise UserError(f"{source.name}: statistics of {stats.get('network', 'another network')} with {len(stats['mu'])} dimensions; --net {net.label} has {net.dim}")
+    for i in tqdm(range(0, source.n, batch), f"features {source.name}", disable=None):
+        images = source.images(list(range(i, min(i + batch, source.n)))).to(device)
         with data.autocast(device, precision):
-            out.append(net(source(list(range(i, min(i + batch, n)))).to(device)).cpu().numpy())
-    return np.concatenate(out)
+            if isinstance(net, FIDInception):
+                features, at_17, p = net.features(images)
+                probabilities.append(p.cpu()), stats.get("mu_s") is None and spatial.add(at_17.cpu())
+            else:
+                features = net(images)
+        pool.append(features.cpu())
+        if not pool[-1].isfinite().all():
+            raise UserError(f"{source.name}: features of images {i} to {i + len(pool[-1]) - 1} are not finite; use --precision fp32, or other weights")
+    pool, probabilities = (torch.cat(v) if v else None for v in (pool, probabilities))
+    if "mu" not in stats:
+        stats.update(zip(("mu", "sigma"), statistics(pool)))
+    if spatial.n:
+        stats.update(zip(("mu_s", "sigma_s"), spatial.result()))
+    return Measured(pool, probabilities, stats)
+
+
+def distance(a, b, keys=("mu", "sigma")):
+    return frechet_distance(*(a[k] for k in keys), *(b[k] for k in keys))
 
 
 def count_name(n):
     """2000 -> "2k", 1500 -> "1500"."""
-    return f"{n // 1000}k" if n % 1000 == 0 else str(n)
+    return f"{n // 1000}k" if n and n % 1000 == 0 else str(n)
+
+
+def compare(reference, sample, order, bootstrap=0):
+    """All scores that the two have the features for, as a dictionary of floats. order: a fixed permutation of the reference's images."""
+    out = {"fd": distance(reference.stats, sample.stats)}
+    if "mu_s" in reference.stats and "mu_s" in sample.stats:
+        out["sfid"] = distance(reference.stats, sample.stats, ("mu_s", "sigma_s"))
+    if sample.probabilities is not None:
+        out["inception_score"] = inception_score(sample.probabilities)
+    if sample.pool is not None and reference.pool is not None:
+        chosen = reference.pool[np.sort(order[:10_000])]  # as many as ADM's references have
+        if min(len(chosen), len(sample.pool)) > 3:
+            out["precision"], out["recall"] = precision_recall(chosen, sample.pool)
+    if sample.pool is not None and bootstrap:
+        generator, n = np.random.Generator(np.random.Philox(key=1)), len(sample.pool)
+        drawn = [generator.multinomial(n, np.full(n, 1 / n)) for _ in range(bootstrap)]
+        values = [distance(reference.stats, dict(zip(("mu", "sigma"), statistics(sample.pool, c)))) for c in tqdm(drawn, "bootstrap", disable=None)]
+        out["interval"] = 1.96 * float(np.std(values, ddof=1))
+    return out
+
+
+def check_sources(args, sources):
+    for name, source in sources.items():
+        if source.n < 4 and source.stats is None:
+            raise UserError(f"{name}: {source.n} images; a covariance needs more")
+        folder = Path(name)
+        if name != args.reference and folder.is_dir() and any(f.lower().endswith((".jpg", ".jpeg")) for f in data.find_images(folder)[:100]):
+            print(f"warning: {name} holds JPEG files; their artefacts change every score; write PNG or .npz")
+    counts = {sources[name].n for name in args.samples}
+    if len(counts) > 1:
+        print(f"warning: sample sets of {' and '.join(map(str, sorted(counts)))} images: the distance falls with the count, compare equal counts only")
 
 
 def score(args):
-    """Fréchet distance of each sample set to the reference, and the floor: two halves of the reference."""
+    """Every sample set against the reference, and the floors: halves of the reference, and as many real images."""
     device, _, _ = data.setup()
-    precision = args.precision
     begin = time.time()
-    net = FeatureNet(args.net, args.net_ckpt, args.net_size, weights=not args.dry_run)
-    sources = {name: load_images(name, args.split if name == args.reference else None, args.resolution) for name in [args.reference, *args.samples]}
-    for name, (_, n) in sources.items():
-        if n < 4:
-            raise UserError(f"{name}: {n} images; a covariance needs more")
+    net = load_net(args.net, args.net_ckpt, args.net_size, weights=not args.dry_run)
+    sources = {name: load_source(name, args.split if name == args.reference else None, args.resolution) for name in [args.reference, *args.samples]}
+    check_sources(args, sources)
     if args.dry_run:
-        total, dim = sum(n for _, n in sources.values()), net.net.num_features
-        return print(f"FD({net.label}) on {', '.join(f'{n} images of {name}' for name, (_, n) in sources.items())}; network "
-                     f"{sum(p.numel() for p in net.parameters()) / 1e6:.1f} M, {dim} features, about {(total * 4 + max(n for _, n in sources.values()) * 16) * dim / 2**30:.2f} GiB of main memory")
+        total = sum(s.n for s in sources.values())
+        return print(f"{net.label} on {', '.join(f'{s.n} images of {name}' for name, s in sources.items())}; network "
+                     f"{sum(p.numel() for p in net.parameters()) / 1e6:.1f} M, {net.dim} features, about {total * 4 * net.dim / 2**30:.2f} GiB of main memory for them")
     net = net.to(device, memory_format=torch.channels_last)
-    features = {name: extract(net, *source, device, precision, name) for name, source in sources.items()}
-    reference = features[args.reference]
-    order = np.random.Generator(np.random.Philox(key=0)).permutation(len(reference))
-    halves = np.array_split(reference[order], 2)
-    floor = frechet_distance(*statistics(halves[0]), *statistics(halves[1]))
-    result = dict(network=net.label, reference=args.reference, split=args.split, n_reference=len(reference),
-                  floor=floor, floor_n=len(halves[1]), precision=precision, weights=data.weights_hash(net.state_dict()), fd={}, n={}, fd_real={})
-    mu, sigma = statistics(reference)
-    print(f"reference {args.reference}" + (f" ({args.split})" if args.split else "") + f": {len(reference)} images; network {net.label}")
+    metric = "FID" if args.net == "inception" else f"FD({net.label})"
+    weights = data.weights_hash(net.state_dict())
+    reference = measure(net, sources[args.reference], device, args.precision)
+    n_reference = sources[args.reference].n
+    order = np.random.Generator(np.random.Philox(key=0)).permutation(n_reference)
+    result = dict(metric=metric, network=net.label, weights=weights, reference=args.reference, split=args.split, n_reference=n_reference or int(reference.stats.get("n", 0)),
+                  resize="TensorFlow 1 bilinear to 299" if args.net == "inception" else "bicubic, antialiased", dtype=args.precision, scores={}, fd={}, n={}, fd_real={})
+    print(f"reference {args.reference}" + (f" ({args.split})" if args.split else "") + f": {result['n_reference'] or 'unknown number of'} images"
+          + (", its own statistics" if sources[args.reference].stats else "") + f"; network {net.label}, weights {weights}, resize {result['resize']}")
+    if args.save_stats:
+        np.savez(args.save_stats, **{k: v for k, v in reference.stats.items() if k in ("mu", "sigma", "mu_s", "sigma_s")}, network=net.label, weights=weights,
+                 n=result["n_reference"], net=args.net, net_ckpt=args.net_ckpt or "", net_size=args.net_size or 0)
     for name in args.samples:
-        result["n"][name] = len(features[name])
-        n = result["n"][name]
-        result["fd"][name] = frechet_distance(mu, sigma, *statistics(features[name]))
-        if n <= len(reference) // 2:  # what as many real images would score
-            result["fd_real"][name] = frechet_distance(*statistics(reference[order[n:]]), *statistics(reference[order[:n]]))
-        print(f"FD({net.label})-{count_name(n)}  {result['fd'][name]:8.2f}  {name}"
-              + (f"  (as many real images: {result['fd_real'][name]:.2f})" if name in result["fd_real"] else ""))
-        if n < 2048:
+        sample, n = measure(net, sources[name], device, args.precision), sources[name].n
+        s = result["scores"][name] = compare(reference, sample, order, args.bootstrap)
+        result["fd"][name], result["n"][name] = s["fd"], n
+        if reference.pool is not None and 4 <= n <= n_reference // 2:  # what as many real images would score
+            result["fd_real"][name] = frechet_distance(*statistics(reference.pool[order[n:]]), *statistics(reference.pool[order[:n]]))
+        parts = [f"{metric}-{count_name(n) if n else 'stats'} {s['fd']:.2f}" + (f" +- {s['interval']:.2f}" if "interval" in s else "")]
+        parts += [f"{label} {s[k]:.{digits}f}" for k, label, digits in (("sfid", "sFID", 2), ("inception_score", "IS", 2), ("precision", "precision", 4), ("recall", "recall", 4)) if k in s]
+        print(f"{name}: {', '.join(parts)}" + (f"  (as many real images: {result['fd_real'][name]:.2f})" if name in result["fd_real"] else ""))
+        if 0 < n < 2048:
             print(f"  {n} images are few: the distance is biased upwards; compare only with equal counts")
-    print(f"FD({net.label})-{count_name(len(halves[1]))}  {floor:8.2f}  floor: one half of the reference against the other")
+    if reference.pool is not None and n_reference >= 8:
+        halves = np.array_split(order, 2)
+        result["floor"] = frechet_distance(*(a for h in halves for a in statistics(reference.pool[h])))
+        result["floor_n"] = len(halves[1])
+        print(f"{metric}-{count_name(len(halves[1]))} {result['floor']:.2f}  floor: one half of the reference's images against the other")
     result["seconds"] = round(time.time() - begin, 1)
     if args.json:
         data.write_json(args.json, result)
 
 
+def load_stats(path):
+    """A file of --save-stats -> (its network with weights, its statistics): what train_sit.py --eval-stats scores with."""
+    source = load_source(path)
+    with np.load(path, allow_pickle=False) as z:
+        known = {k: z[k].item() for k in ("net", "net_ckpt", "net_size") if k in z.files}
+    if source.stats is None or len(known) < 3:
+        raise UserError(f"{path}: expected statistics written by fid.py score REFERENCE SAMPLES --save-stats {path}")
+    net = load_net(known["net"], known["net_ckpt"] or None, known["net_size"] or None)
+    found = data.weights_hash(net.state_dict())
+    if found != str(source.stats["weights"]):
+        raise UserError(f"{path}: made with weights {source.stats['weights']} of {net.label}, these are {found}; make it again")
+    return net, source.stats
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Reconstruction
-
 def psnr(x, y):
     """uint8 (B, 3, H, W) twice -> peak signal-to-noise ratio of each image in dB (B,); inf for equal images."""
     mse = (x.double() - y.double()).square().mean((1, 2, 3))
@@ -189,29 +470,43 @@ def ssim(x, y):
 
 @torch.no_grad()
 def recon(args):
-    """Decode the posterior mean of each image and compare: mean PSNR and SSIM over the images, and a picture."""
+    """Decode the posterior mean of each image and compare: PSNR, SSIM and LPIPS as means over the images, the Fréchet distance of
+    all reconstructions to all originals (rFID), and a picture."""
     device, _, _ = data.setup()
-    precision = args.precision
     begin = time.time()
     vae = load_vae(args.vae).to(device, memory_format=torch.channels_last)
     images = data.ImageFolder(args.data, args.resolution or vae.config["resolution"], split=args.split)
+    if images.size % vae.factor:
+        raise UserError(f"--resolution {images.size}: expected a multiple of {vae.factor}, the VAE's downsampling factor")
     if args.dry_run:
         return print(f"{args.vae}: reconstruct {len(images)} images of {images.size} x {images.size}, latent {vae.config['z_channels']} x "
                      f"{images.size // vae.factor} x {images.size // vae.factor}, {sum(p.numel() for p in vae.parameters()) / 1e6:.1f} M")
+    net = None if args.net == "none" else load_net(args.net, args.net_ckpt, args.net_size).to(device, memory_format=torch.channels_last)
+    lpips = build_lpips(args.lpips_ckpt, device) if args.lpips else None
     rows = data.chunks(range(len(images)), 64)
     chosen = set(np.linspace(0, len(images) - 1, min(16, len(images) // 8 * 8 or len(images))).astype(int).tolist())  # all classes
-    values, originals, copies = [], [], []
+    values, originals, copies, moments = [], [], [], (Moments(), Moments())
     for pixels, _, kept in tqdm(data.load_batches(images, rows), "reconstruct", len(rows), disable=None):
         x = data.to_float(pixels.to(device)).contiguous(memory_format=torch.channels_last)
-        with data.autocast(device, precision):
-            y = data.to_uint8(vae.decode(vae.encode(x).mean)).cpu()
-        values.append(torch.stack([psnr(pixels, y), ssim(pixels, y)]))
+        with data.autocast(device, args.precision):
+            y = data.to_uint8(vae.decode(vae.encode(x).mean))
+        if lpips is not None:
+            values.append(torch.stack([psnr(pixels, y.cpu()), ssim(pixels, y.cpu()), lpips(x, data.to_float(y)).flatten().double().cpu()]))
+        else:
+            values.append(torch.stack([psnr(pixels, y.cpu()), ssim(pixels, y.cpu())]))
+        if net is not None:
+            moments[0].add(net(pixels.to(device)).cpu()), moments[1].add(net(y).cpu())
         at = [i for i, row in enumerate(kept) if row in chosen]
-        originals.append(pixels[at]), copies.append(y[at])
+        originals.append(pixels[at]), copies.append(y.cpu()[at])
     values = torch.cat(values, 1)
-    result = dict(vae=args.vae, data=args.data, split=args.split, n=values.shape[1], psnr=values[0].mean().item(), ssim=values[1].mean().item(),
-                  precision=precision, seconds=round(time.time() - begin, 1))
-    print(f"{args.vae}: PSNR {result['psnr']:.2f} dB, SSIM {result['ssim']:.4f} over {result['n']} images")
+    result = dict(vae=args.vae, data=args.data, split=args.split, n=values.shape[1], **dict(zip(("psnr", "ssim", "lpips"), values.mean(1).tolist())))
+    shown = f"PSNR {result['psnr']:.2f} dB, SSIM {result['ssim']:.4f}" + (f", LPIPS {result['lpips']:.4f}" if lpips is not None else "")
+    if net is not None:
+        result.update(metric="rFID" if args.net == "inception" else f"FD({net.label})", fd=frechet_distance(*moments[0].result(), *moments[1].result()),
+                      weights=data.weights_hash(net.state_dict()))
+        shown += f", {result['metric']}-{count_name(result['n'])} {result['fd']:.2f}"
+    result.update(dtype=args.precision, seconds=round(time.time() - begin, 1))
+    print(f"{args.vae}: {shown} over {result['n']} images")
     if args.png:
         data.save_grid(torch.cat(originals + copies), args.png, columns=min(8, sum(map(len, originals))))
     if args.json:  # last: it marks the stage as done
@@ -254,7 +549,7 @@ def report(args):
     for arm in args.arms:
         quality = read_json(run / arm / "recon.json")
         found = probed[run / arm / "vae.pt"]
-        arms[arm] = dict(psnr=quality["psnr"], ssim=quality["ssim"], probe_f1=found["f1"], probe_f1_tuned=found["f1_tuned"],
+        arms[arm] = dict(psnr=quality["psnr"], ssim=quality["ssim"], recon_fd=quality.get("fd"), probe_f1=found["f1"], probe_f1_tuned=found["f1_tuned"],
                          probe_average_precision=found["average_precision"],
                          fd=distance[run / arm / "samples.npz"], fd_n=count[run / arm / "samples.npz"],
                          seconds=dict(train_vae=last_seconds(run / arm / "metrics.jsonl"), encode=read_json(run / arm / "latents/meta.json")["seconds"],
@@ -269,9 +564,9 @@ def report(args):
         result["seconds"]["avatars"] = read_json(run / "avatars.time.json")["seconds"]
     data.write_json(run / "report.json", result)
     draw_report(run, args.arms)
-    print(f"{'':22} {'PSNR':>8} {'probe F1':>9} {'FD':>9}   FD = FD({fd['network']})-{count_name(arms[args.arms[0]]['fd_n'])}, lower is better")
+    print(f"{'':22} {'PSNR':>8} {'probe F1':>9} {'FD':>9} {'FD recon':>9}   FD = FD({fd['network']})-{count_name(arms[args.arms[0]]['fd_n'])}, lower is better")
     for arm, a in arms.items():
-        print(f"{arm:22} {a['psnr']:8.2f} {a['probe_f1']:9.4f} {a['fd']:9.2f}")
+        print(f"{arm:22} {a['psnr']:8.2f} {a['probe_f1']:9.4f} {a['fd']:9.2f}" + (f" {a['recon_fd']:9.2f}" if a["recon_fd"] is not None else ""))
     print(f"{pixels:22} {'':8} {baselines['probe_f1_pixels']:9.4f}\n{'majority guess':22} {'':8} {baselines['probe_f1_majority']:9.4f}")
     if baselines["fd_real"] is not None:
         print(f"{'as many real images':22} {'':8} {'':9} {baselines['fd_real']:9.2f}")
@@ -303,34 +598,81 @@ def draw_report(run, arms):
     sheet.save(run / "report.png")
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Speed
+
+def timed(run, repeat=3):
+    """Median seconds of run()."""
+    seconds = []
+    for _ in range(repeat):
+        begin = time.time()
+        run()
+        seconds.append(time.time() - begin)
+    return sorted(seconds)[len(seconds) // 2]
+
+
+def bench(args):
+    """Images/s of the Inception network beside torch-fidelity's (when installed), seconds of the Fréchet distance beside
+    scipy's sqrtm, of precision and recall, on random images and features."""
+    import scipy.linalg
+    device, _, _ = data.setup()
+    images = torch.randint(0, 256, (32, 3, 256, 256), dtype=torch.uint8, device=device)
+    net = FIDInception(weights=False).to(device, memory_format=torch.channels_last)
+    print(f"{device.type} {cpu_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    print(f"inception: {len(images) / timed(lambda: net.features(images)[0].cpu()):.1f} images/s of 256 x 256")
+    try:
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+        torch.save(net.net.state_dict(), args.scratch)
+        peer = FeatureExtractorInceptionV3("peer", ["2048", "logits_unbiased"], feature_extractor_weights_path=args.scratch).to(device)
+        Path(args.scratch).unlink()
+        with torch.no_grad():
+            print(f"torch-fidelity: {len(images) / timed(lambda: peer(images)[0].cpu()):.1f} images/s")
+    except ImportError:
+        print("torch-fidelity: not installed")
+    generator = np.random.default_rng(0)
+    a, b = (statistics((generator.standard_normal((4096, 2048)) * (1 + np.arange(2048) / 500)).astype(np.float32)) for _ in range(2))
+    ours, theirs = timed(lambda: frechet_distance(*a, *b)), timed(lambda: scipy.linalg.sqrtm(a[1] @ b[1]), 1)
+    print(f"Fréchet distance, 2048-d: {ours:.1f} s; scipy.linalg.sqrtm of the product: {theirs:.1f} s ({theirs / ours:.1f} times)")
+    features, begin = [torch.randn(args.images, 2048) for _ in range(2)], time.time()
+    peak = data.peak_bytes(lambda: precision_recall(*features))
+    print(f"precision and recall, {args.images} against {args.images}, 2048-d: {time.time() - begin:.1f} s, {peak / 2**30:.2f} GiB above the features")
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = p.add_subparsers(dest="command", required=True)
-    s = commands.add_parser("score", help="Fréchet distance of sample sets to a reference")
-    s.add_argument("reference", help="image folder or .npz")
-    s.add_argument("samples", nargs="+", help=".npz or image folders")
+    s = commands.add_parser("score", help="FID, sFID, IS, precision and recall of sample sets against a reference")
+    s.add_argument("reference", help="image folder, .npz of images, or .npz of statistics")
+    s.add_argument("samples", nargs="+", help="the same")
     s.add_argument("--split", choices=data.SPLITS, help="the reference's images that attributes.csv puts there")
     s.add_argument("--resolution", type=data.positive, help="crop of image folders in pixels (default: the short side of the first image)")
-    s.add_argument("--net", default="vit_base_patch14_dinov2.lvd142m", help="any timm model")
-    s.add_argument("--net-ckpt", help="local weights of the network")
-    s.add_argument("--net-size", type=int, help="input size in pixels (default: the model's own)")
-    r = commands.add_parser("recon", help="PSNR and SSIM of a VAE")
+    s.add_argument("--bootstrap", type=int, default=0, metavar="B", help="resample the samples B times: +- 1.96 standard deviations of the distance")
+    s.add_argument("--save-stats", help="write the reference's statistics to this .npz (ADM's keys), a reference for later runs")
+    r = commands.add_parser("recon", help="rFID, PSNR, SSIM and LPIPS of a VAE")
     r.add_argument("--vae", required=True)
     r.add_argument("--data", required=True, help="image folder")
     r.add_argument("--split", choices=data.SPLITS)
     r.add_argument("--resolution", type=int, help="crop in pixels (default: the VAE's)")
+    r.add_argument("--lpips", type=int, default=1, choices=(0, 1))
+    r.add_argument("--lpips-ckpt", help="local torchvision VGG16 weights instead of the download")
     r.add_argument("--png", help="write up to 16 originals and their reconstructions here")
     for c in (s, r):
+        c.add_argument("--net", default="inception", help="inception (FID), or any timm model" + (", or none" if c is r else ""))
+        c.add_argument("--net-ckpt", help="local weights of the network")
+        c.add_argument("--net-size", type=int, help="input size of a timm model in pixels (default: its own)")
         c.add_argument("--dry-run", action="store_true", help="print the plan (images, network, memory), and end")
         c.add_argument("--json", help="write the scores here")
         c.add_argument("--precision", choices=("bf16", "fp32"), default="fp32", help="scores are float32 unless told otherwise")
     t = commands.add_parser("report", help="the demo's table and picture")
     t.add_argument("run", help="folder with a subfolder an arm")
     t.add_argument("--arms", nargs="+", default=["control", "send"])
+    b = commands.add_parser("bench", help="speed of the network and the scores, beside peers")
+    b.add_argument("--images", type=data.positive, default=10_000, help="features of precision and recall (default 10,000)")
+    b.add_argument("--scratch", default="fid_bench.pth", help="a temporary file")
     args = p.parse_args()
-    for path in filter(None, (getattr(args, "json", None), getattr(args, "png", None))):
+    for path in filter(None, (getattr(args, k, None) for k in ("json", "png", "save_stats") if not getattr(args, "dry_run", False))):
         data.open_out(Path(path).parent)
-    {"score": score, "recon": recon, "report": report}[args.command](args)
+    {"score": score, "recon": recon, "report": report, "bench": bench}[args.command](args)
 
 
 if __name__ == "__main__":

@@ -124,8 +124,7 @@ class VFM(nn.Module):
     def __init__(self, name, image_size, grid, ckpt=None, layer=None, weights=True):
         super().__init__()
         self.name, self.grid = name, grid
-        with torch.device("meta"):
-            spec = empty_model(name)
+        spec = empty_model(name)
         stages = [(s["reduction"], s["num_chs"]) for s in getattr(spec.feature_info, "info", spec.feature_info)]
         is_vit = hasattr(spec, "patch_embed") and hasattr(spec, "blocks")
         if layer is None and not is_vit and 16 not in [r for r, _ in stages]:
@@ -138,11 +137,27 @@ class VFM(nn.Module):
         stride, self.dim = stages[self.layer]
         self.size = grid * stride
         fixed = {"img_size": self.size} if is_vit else {}  # position embeddings are resampled to it
+        self.check_grid(fixed)
         self.net = pretrained(name, ckpt, **fixed) if weights else timm.create_model(name, num_classes=0, **fixed)
         config = self.net.pretrained_cfg
         self.register_buffer("mean", torch.tensor(config["mean"]).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(config["std"]).view(1, 3, 1, 1), persistent=False)
         self.eval().requires_grad_(False)
+
+    def check_grid(self, fixed):
+        """Raise UserError for a model that does not give grid x grid tokens, before its weights are loaded."""
+        try:
+            with torch.device("meta"):
+                net = timm.create_model(self.name, num_classes=0, **fixed)
+                found = tuple(self.tokens(net, torch.empty(1, 3, self.size, self.size)).shape[1:])
+        except (RuntimeError, ValueError, TypeError, AssertionError, AttributeError, NotImplementedError) as e:
+            raise UserError(f"--vfm {self.name}: gives no {self.grid} x {self.grid} tokens at {self.size} x {self.size} pixels ({' '.join(str(e).split())[:100]})")
+        if found != (self.dim, self.grid, self.grid):
+            raise UserError(f"--vfm {self.name}: features {found}, expected {(self.dim, self.grid, self.grid)}")
+
+    def tokens(self, net, x):
+        """-> (B, dim, grid, grid), final norm applied (ViT)."""
+        return net.forward_intermediates(x, indices=[self.layer], norm=True, stop_early=True, output_fmt="NCHW", intermediates_only=True)[0]
 
     def train(self, mode=True):  # frozen: batch norm must never leave evaluation mode
         return super().train(False)
@@ -152,17 +167,14 @@ class VFM(nn.Module):
         x = ((x + 1) / 2 - self.mean) / self.std
         if x.shape[-1] != self.size:
             x = F.interpolate(x, (self.size, self.size), mode="bicubic")  # as REPA: normalised first, no antialiasing
-        y = self.net.forward_intermediates(x, indices=[self.layer], norm=True, stop_early=True, output_fmt="NCHW",
-                                           intermediates_only=True)[0]  # (B, dim, grid, grid)
-        if y.shape[1:] != (self.dim, self.grid, self.grid):
-            raise UserError(f"--vfm {self.name}: features {tuple(y.shape[1:])}, expected {(self.dim, self.grid, self.grid)}")
-        return y.flatten(2).transpose(1, 2).float()  # (B, grid*grid, dim)
+        return self.tokens(self.net, x).flatten(2).transpose(1, 2).float()  # (B, grid*grid, dim)
 
 
 def empty_model(name):
-    """timm model with random weights. Raises UserError for an unknown name."""
+    """timm model without storage for its weights. Raises UserError for an unknown name."""
     try:
-        return timm.create_model(name, pretrained=False)
+        with torch.device("meta"):
+            return timm.create_model(name, pretrained=False)
     except (RuntimeError, ValueError) as e:
         raise UserError(f"{name}: timm {timm.__version__} has no such model ({' '.join(str(e).split())[:100]}); timm.list_models() names all")
 

@@ -163,7 +163,7 @@ def main():
     device, _, _ = data.setup()
     args.precision = args.precision or data.fast_precision(device)
     begin = time.time()
-    for path in filter(None, (args.json, args.csv)):
+    for path in filter(None, (args.json, args.csv) if not args.dry_run else ()):
         data.open_out(Path(path).parent)
     configs = [load_vae(path).config for path in args.vae]
     table = data.read_attributes(args.data)

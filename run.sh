@@ -5,11 +5,12 @@
 #   bash run.sh imagenet DIR [main|table1|...|table6|rival|all]     the paper's experiments on DIR/train and DIR/val (GPUs)
 # What is done is not done again. SEED=1 OUT=out/demo_1 DATA=out/demo/avatars bash run.sh repeats it with another seed on the same images.
 set -euo pipefail
+case "${2:-}" in "" | /*) ROOT=${2:-} ;; *) ROOT=$PWD/$2 ;; esac
 cd "$(dirname "$0")"
 case "${1:-demo}" in
 demo | test) ;;
 imagenet)
-    [ -d "${2:-}/train" ] && [ -d "${2:-}/val" ] || { echo "error: '${2:-}'; expected: bash run.sh imagenet DIR, with the folders train/ and val/ in DIR, a folder a class in each" >&2; exit 2; }
+    [ -d "$ROOT/train" ] && [ -d "$ROOT/val" ] || { echo "error: '${2:-}'; expected: bash run.sh imagenet DIR, with the folders train/ and val/ in DIR, a folder a class in each" >&2; exit 2; }
     case "${3:-main}" in main | table[1-6] | rival | all) ;; *) echo "error: '$3'; expected main, table1 to table6, rival or all" >&2; exit 2 ;; esac ;;
 *) echo "error: '$1'; expected nothing, test, or imagenet DIR" >&2; exit 2 ;;
 esac
@@ -31,12 +32,11 @@ if [ "${1:-demo}" = test ]; then exec python -m pytest -q test_all.py; fi
 
 # ImageNet, the paper's settings. INIT=weights is the folder of the VAEs to start from (README says where they come from), GPUS their number,
 # SHOW=1 prints the commands and runs none. VAE_FLAGS, ENCODE_FLAGS, SIT_FLAGS, SAMPLE_FLAGS, SCORE_FLAGS, RECON_FLAGS are added to the commands.
-ROOT=${2:-}
 launch() {
     local start=(python)
     [ "${GPUS:-1}" -le 1 ] || start=(torchrun "--nproc_per_node=$GPUS")
     case "$1" in fid.py) start=(python) ;; esac
-    if [ -n "${SHOW:-}" ]; then echo "${start[*]} $*"; else "${start[@]}" "$@"; fi
+    if [ -n "${SHOW:-}" ]; then printf '%q ' "${start[@]}" "$@"; echo; else "${start[@]}" "$@"; fi
 }
 # arm NAME VAE RESOLUTION SIT [flags of train_vae.py]: fine-tune the VAE (NAME base-*: leave it as it is), encode, train a SiT with REPA,
 # sample 50,000 images, score
@@ -55,7 +55,7 @@ arm() {
         [ -z "$guided" ] || [ "$model" = SiT-XL/1 ] || continue  # the ablations are without guidance
         local samples=$sit/samples${guided:+-cfg}.npz
         [ "$samples" -nt "$sit/sit.pt" ] || launch sample.py --sit "$sit/sit.pt" --vae "$vae" --images 50000 --sampler sde --steps 250 $guided ${SAMPLE_FLAGS:-} --out "$samples"
-        [ "$samples.json" -nt "$samples" ] || launch fid.py score "$ROOT/val" "$samples" --resolution "$size" --net vit_large_patch14_dinov2.lvd142m --net-size 224 ${SCORE_FLAGS:-} --json "$samples.json"
+        [ "$samples.json" -nt "$samples" ] || launch fid.py score "$INIT/adm-$size.npz" "$samples" ${SCORE_FLAGS:-} --json "$samples.json"
     done
     [ "$dir/recon.json" -nt "$vae" ] || launch fid.py recon --vae "$vae" --data "$ROOT/val" --resolution "$size" ${RECON_FLAGS:-} --json "$dir/recon.json"
 }
@@ -129,7 +129,7 @@ for ARM in control send; do
     # 4. Samples, from the same noise and labels
     [ "$OUT/$ARM/samples.npz" -nt "$OUT/$ARM/sit/sit.pt" ] || python sample.py --sit "$OUT/$ARM/sit/sit.pt" --vae "$OUT/$ARM/vae.pt" --images 2000 --sampler heun --steps 5 --labels equal --seed "$SEED" --micro-batch 250 --out "$OUT/$ARM/samples.npz"
     # 5. Reconstruction
-    [ "$OUT/$ARM/recon.json" -nt "$OUT/$ARM/vae.pt" ] || python fid.py recon --vae "$OUT/$ARM/vae.pt" --data "$DATA" --split test --png "$OUT/$ARM/recon.png" --json "$OUT/$ARM/recon.json"
+    [ "$OUT/$ARM/recon.json" -nt "$OUT/$ARM/vae.pt" ] || python fid.py recon --vae "$OUT/$ARM/vae.pt" --data "$DATA" --split test --net tf_efficientnet_lite0 --net-ckpt "$CKPT" --net-size 96 --lpips 0 --png "$OUT/$ARM/recon.png" --json "$OUT/$ARM/recon.json"
 done
 
 # 5. Fréchet distance to the training images, and between halves of them

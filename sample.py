@@ -6,10 +6,12 @@
     python sample.py --sit sit-repae-vavae.pt --cfg 2.5 --out out/repae.npz                # a released checkpoint of REPA-E
 
 Image i depends on (seed, i) only, not on the number of processes or the batch. t = 1 is noise, t = 0 is data.
+A stopped run goes on with the same command, on any number of processes.
 Guidance acts on all channels: v = v_u + s (v_c - v_u) for t within --interval; s = 1 is off. With --guide CKPT (AutoGuidance)
 v_u is the velocity of that weaker SiT, which knows the class.
 """
 import argparse
+import json
 import os
 import time
 import zipfile
@@ -41,7 +43,8 @@ def parse_args():
     p.add_argument("--cfg", type=float, default=1.0, help="guidance scale s (paper: 2.5)")
     p.add_argument("--guide", help="AutoGuidance: a weaker SiT on the same latents (smaller, or trained for less)")
     p.add_argument("--interval", type=float, nargs=2, default=(0.0, 0.75), metavar=("LOW", "HIGH"), help="times t with guidance (REPA-E: 0 0.75)")
-    p.add_argument("--labels", default="random", choices=("random", "equal"), help="classes drawn at random, or in equal counts")
+    p.add_argument("--labels", default="random", choices=("random", "equal", "blocks"),
+                   help="classes drawn at random; in equal counts, 0 1 2 ... 0 1 2 ...; in equal counts, class after class")
     p.add_argument("--weights", choices=("ema", "model"), default="ema")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--micro-batch", type=data.positive, default=64, help="images at a time and process: memory only")
@@ -65,6 +68,8 @@ def load_pair(args):
         raise UserError(f"{args.sit} does not say which VAE made its latents: give --vae")
     vae = load_vae(path)
     found = data.weights_hash(vae.state_dict())
+    if checkpoint["vae_hash"] is None and checkpoint["vae"] and args.vae:  # REPA-E's joint file
+        checkpoint = dict(checkpoint, vae_hash=data.weights_hash(load_vae(args.sit).state_dict()))
     if checkpoint["vae_hash"] not in (None, found):
         raise UserError(f"--vae {path}: weights {found}, but {args.sit} was trained on latents of {checkpoint['vae_hash']} "
                         f"({checkpoint['vae']}); decode with that file")
@@ -95,7 +100,9 @@ def read_stats(text, channels):
         else:
             stats = data.load_checkpoint(text)
             mean, std = stats["latents_bias"].float().flatten(), 1 / stats["latents_scale"].float().flatten()
-    except (OSError, KeyError, TypeError, AttributeError, ZeroDivisionError, zipfile.BadZipFile) as e:
+    except UserError:
+        raise
+    except (OSError, EOFError, LookupError, ValueError, TypeError, AttributeError, ZeroDivisionError, zipfile.BadZipFile) as e:
         raise UserError(f"--latent-stats {text}: expected latents_scale and latents_bias, mean and std, or a number ({type(e).__name__}: {e})")
     if mean.shape != (channels,) or std.shape != (channels,) or not (std > 0).all() or not (mean.isfinite() & std.isfinite()).all():
         raise UserError(f"--latent-stats {text}: statistics {tuple(mean.shape)} and {tuple(std.shape)}, expected {channels} finite means and {channels} positive stds")
@@ -106,6 +113,8 @@ def load_guide(args, model, checkpoint):
     """AutoGuidance's weaker model, or None. Raises UserError when it lives on other latents or classes."""
     if not args.guide:
         return None
+    if args.cfg == 1:
+        raise UserError("--guide: needs a guidance scale, --cfg S with S above 1")
     guide, other = read_sit(args.guide, args.weights)
     for key in ("in_channels", "input_size", "num_classes"):
         if guide.config[key] != model.config[key]:
@@ -113,13 +122,18 @@ def load_guide(args, model, checkpoint):
     if other["vae_hash"] not in (None, checkpoint["vae_hash"]) or other["path"] != checkpoint["path"]:
         raise UserError(f"--guide {args.guide}: trained on latents of VAE {other['vae_hash']}, {other['path']} path; {args.sit} on "
                         f"{checkpoint['vae_hash']}, {checkpoint['path']}; both need the same")
+    known = [other[k] is not None for k in ("latent_mean", "latent_std")]
+    if all(known) and not all(torch.allclose(other[k], checkpoint[k], rtol=1e-3, atol=1e-4) for k in ("latent_mean", "latent_std")):
+        raise UserError(f"--guide {args.guide}: its latents were normalised with another mean and std than those of {args.sit}")
     return guide
 
 
 def choose_labels(args, num_classes):
-    """(N,) labels; both orders depend on the seed and the index alone."""
+    """(N,) labels; every order depends on the seed and the index alone."""
     if args.labels == "equal":
         return np.arange(args.images) % num_classes
+    if args.labels == "blocks":
+        return np.arange(args.images) * num_classes // args.images
     u = data.draw_noise(args.seed + LABELS, range(args.images), 1)[0][:, 0].numpy()
     return np.minimum((u * num_classes).astype(np.int64), num_classes - 1)
 
@@ -143,12 +157,12 @@ def sample_batch(model, vae, guide, checkpoint, args, rows, labels, device):
     return data.to_uint8(x).cpu()
 
 
-def decode_memory(model, vae, batch):
-    """Estimated bytes at the peak of decoding a batch (more than the SiT needs) in float32, weights of both included."""
+def decode_memory(model, vae, guide, batch):
+    """Estimated bytes at the peak of decoding a batch (more than the SiT needs) in float32, all weights included."""
     side = model.config["input_size"]
     with torch.device("meta"), torch.no_grad():
         copy, z = AutoencoderKL(**vae.config), torch.empty(batch, vae.config["z_channels"], side, side)
-        return 4 * sum(p.numel() for m in (model, vae) for p in m.parameters()) + data.peak_bytes(lambda: copy.decode(z))
+        return 4 * sum(p.numel() for m in (model, vae, guide) if m for p in m.parameters()) + data.peak_bytes(lambda: copy.decode(z))
 
 
 def write_npz(path, arrays):
@@ -159,6 +173,31 @@ def write_npz(path, arrays):
             with z.open(f"{name}.npy", "w", force_zip64=True) as f:
                 np.lib.format.write_array(f, array, allow_pickle=False)
     os.replace(temporary, path)
+
+
+def read_settings(path):
+    try:
+        return json.loads(Path(path).read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def finished(out, settings):
+    """Whether `out` was written with these settings."""
+    found = read_settings(out.with_suffix(".json"))
+    return out.exists() and isinstance(found, dict) and all(found.get(k) == v for k, v in settings.items())
+
+
+def begin_or_resume(out, settings, shape):
+    """Files of a run under way: NAME.npz.part (the images), .done (which of them are there), .run (the settings)."""
+    if read_settings(f"{out}.run") == settings and Path(f"{out}.part").exists() and Path(f"{out}.done").exists():
+        count = int(np.load(f"{out}.done").sum())
+        return print(f"{out}: going on, {count} of {shape[0]} images are there")
+    for suffix in ("run", "done", "part"):
+        Path(f"{out}.{suffix}").unlink(missing_ok=True)
+    np.lib.format.open_memmap(f"{out}.part", "w+", np.uint8, shape)
+    np.lib.format.open_memmap(f"{out}.done", "w+", np.uint8, shape[:1])
+    data.write_json(f"{out}.run", settings)  # last: without it the others do not count
 
 
 def main():
@@ -181,31 +220,37 @@ def main():
     if rank == 0:
         print(f"{args.images} images of {side} x {side}, {args.labels} labels of {model.num_classes} classes, {args.weights} weights of step "
               f"{checkpoint['step']}, {args.sampler} {args.steps} steps (NFE {nfe}), {guidance}, {device.type} {args.precision}")
-        print(f"memory about {decode_memory(model, vae, args.micro_batch) / 2**30:.1f} GiB a process (counted in float32), disk {2 * np.prod(shape) / 2**30:.2f} GiB")
+        print(f"memory about {decode_memory(model, vae, guide, args.micro_batch) / 2**30:.1f} GiB a process (counted in float32), disk {2 * np.prod(shape) / 2**30:.2f} GiB")
     if args.dry_run:
         return
     data.open_out(out.parent, need_bytes=2 * int(np.prod(shape)))
     labels = choose_labels(args, model.num_classes)
-    raw = f"{out}.part"
+    settings = {k: v for k, v in vars(args).items() if k not in ("out", "micro_batch", "dry_run")}
+    settings.update(interval=list(args.interval), step=checkpoint["step"], vae_hash=checkpoint["vae_hash"], nfe=nfe, sit_hash=data.weights_hash(model.state_dict()))
+    if finished(out, settings):
+        return print(f"{out}: already there") if rank == 0 else None
     if rank == 0:
-        np.lib.format.open_memmap(raw, "w+", np.uint8, shape)
+        begin_or_resume(out, settings, shape)
     data.barrier()
-    images = np.load(raw, mmap_mode="r+")
-    rows = data.split_rows(args.images, rank, world)
+    images, done = np.load(f"{out}.part", mmap_mode="r+"), np.load(f"{out}.done", mmap_mode="r+")
+    rows = [i for i in data.split_rows(args.images, rank, world) if not done[i]]
     for i in tqdm(range(0, len(rows), args.micro_batch), "sample", disable=rank > 0 or None):
-        part = list(rows[i:i + args.micro_batch])
+        part = rows[i:i + args.micro_batch]
         images[part] = sample_batch(model, vae, guide, checkpoint, args, part, labels[part], device).permute(0, 2, 3, 1).numpy()
-    images.flush()
+        images.flush()
+        done[part] = 1  # after the images: a kill in between repeats the batch, with the same result
+        done.flush()
     data.barrier()
     if rank:
         return
     shown = min(args.images, 64)
     data.save_grid(torch.from_numpy(images[:shown].copy()).permute(0, 3, 1, 2), out.with_suffix(".png"), columns=8)
     seconds = time.time() - begin
-    data.write_json(out.with_suffix(".json"), dict(vars(args), nfe=nfe, step=checkpoint["step"], vae_hash=checkpoint["vae_hash"], seconds=round(seconds, 1)))
-    write_npz(out, {"arr_0": np.load(raw, mmap_mode="r"), "arr_1": labels.astype(np.int64)})  # last: it marks the stage as done
-    os.remove(raw)
-    print(f"{out}: {args.images} images in {seconds:.0f} s ({args.images / seconds:.1f} images/s)")
+    data.write_json(out.with_suffix(".json"), dict(settings, seconds=round(seconds, 1)))
+    write_npz(out, {"arr_0": np.load(f"{out}.part", mmap_mode="r"), "arr_1": labels.astype(np.int64)})  # last: it marks the stage as done
+    for suffix in ("part", "done", "run"):
+        os.remove(f"{out}.{suffix}")
+    print(f"{out}: {args.images} images in {seconds:.0f} s ({len(rows) * world / seconds:.1f} images/s)")
 
 
 if __name__ == "__main__":

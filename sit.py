@@ -188,7 +188,8 @@ def load_sit(path, weights="ema"):
         raise ValueError(f"{path}: no such checkpoint")
     except (OSError, RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError, AssertionError, struct.error,
             pickle.UnpicklingError) as e:  # torn, flipped or foreign files, code in a pickle
-        raise ValueError(f"{path}: not a readable checkpoint ({type(e).__name__}: {' '.join(str(e).split())[:120]})")
+        text = " ".join(str(e).split())
+        raise ValueError(f"{path}: not a readable checkpoint ({type(e).__name__}: {text[max(0, text.find('Unsupported global')):][:120]})")
     try:
         if "config" not in checkpoint:
             checkpoint = from_release(checkpoint, path, weights)
@@ -201,8 +202,12 @@ def load_sit(path, weights="ema"):
 
 def from_release(file, path, weights):
     """A file of REPA, REPA-E or SiT -> the entries of our checkpoints. Raises LookupError or ValueError when it is none."""
-    state = dict(file.get(weights, file))  # SiT publishes the bare averaged weights
-    state = {k.removeprefix("module."): v for k, v in state.items()}
+    state = {k.removeprefix("module."): v.float() for k, v in file.get(weights, file).items()}  # SiT publishes the bare averaged weights
+    args = vars(file.get("args", argparse.Namespace()))
+    path_type, prediction = (str(args.get(k, default)).lower() for k, default in (("path_type", "linear"), ("prediction", "v")))
+    sigma = state["final_layer.linear.weight"].shape[0] == 2 * state["x_embedder.proj.weight"][0].numel()
+    if prediction not in ("v", "velocity") or path_type not in (("linear",) if sigma else ("linear", "cosine")):
+        raise ValueError(f"prediction {prediction} on the {path_type} path; expected the velocity on a linear (REPA: or cosine) path")
     table, (hidden, channels, patch, _) = state["y_embedder.embedding_table.weight"], state["x_embedder.proj.weight"].shape
     depth = 1 + max(int(k.split(".")[1]) for k in state if k.startswith("blocks."))
     heads = next((s["num_heads"] for s in SIZES.values() if (s["depth"], s["hidden_size"]) == (depth, hidden)), None)
@@ -212,15 +217,15 @@ def from_release(file, path, weights):
     grid = math.isqrt(positions.shape[1])
     if positions.shape != (1, grid * grid, hidden) or not torch.allclose(positions, sincos_2d(hidden, grid), atol=1e-4):
         raise ValueError(f"pos_embed {tuple(positions.shape)} is not the fixed sine-cosine table {(1, grid * grid, hidden)}")
-    if state["final_layer.linear.weight"].shape[0] == 2 * patch * patch * channels:
+    if sigma:
         state = reverse_time({**state, **without_sigma(state, patch, channels)})
     last = state.get("projectors.0.4.weight")
     config = dict(input_size=grid * patch, in_channels=channels, num_classes=len(table) - 1, depth=depth, hidden_size=hidden, num_heads=heads,
                   patch_size=patch, qk_norm="blocks.0.attn.q_norm.weight" in state, z_dim=0 if last is None else last.shape[0],
                   projector_dim=2048 if last is None else last.shape[1])
     bn = {k: state.pop(f"bn.{k}", None) for k in ("running_mean", "running_var", "num_batches_tracked")}  # REPA-E: the latents' statistics
-    known = bn["running_mean"] is not None and bool((bn["running_var"] != 1).any())
-    return {weights: state, "config": config, "step": file.get("steps"), "path": "linear", "vae_hash": None,
+    known = bn["running_mean"] is not None and bool((bn["running_var"] != 1).any() or (bn["running_mean"] != 0).any())
+    return {weights: state, "config": config, "step": file.get("steps"), "path": path_type, "vae_hash": None,
             "vae": str(path) if isinstance(file.get("vae"), dict) else None,  # a joint checkpoint of REPA-E holds its VAE
             "latent_mean": bn["running_mean"] if known else None, "latent_std": bn["running_var"].sqrt() if known else None}
 

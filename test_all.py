@@ -539,7 +539,7 @@ def test_vae_is_diffusers(name, tmp_path):
     peer = peer_vae(name)
     peer.save_pretrained(tmp_path / "peer")
     ours, x = vae.load_vae(tmp_path / "peer"), torch.rand(2, 3, 64, 64) * 2 - 1
-    assert ours.config == vae.AutoencoderKL(**vae.VAE_CONFIGS[name]).config if name == "f16d32" else ours.config["ch_mult"] == (1, 2, 4, 4)
+    assert ours.config == vae.AutoencoderKL(**vae.VAE_CONFIGS[name]).config
     out, _ = do("vae", "export-diffusers", "--vae", tmp_path / "peer", "--out", tmp_path / "ours"), shutil.rmtree(tmp_path / "peer")
     back = diffusers.AutoencoderKL.from_pretrained(tmp_path / "ours").eval()
     assert "from_pretrained" in out
@@ -562,11 +562,12 @@ def with_lightning(state, monkeypatch):
     """An LDM .ckpt: beside the weights, a class of a package that is not installed here."""
     package = types.ModuleType("pytorch_lightning.callbacks.model_checkpoint")
     package.ModelCheckpoint = type("ModelCheckpoint", (), {"__module__": package.__name__})
+    settings = argparse.Namespace(out=Path("logs"), lr=np.float64(0.1))
     for name in ("pytorch_lightning", "pytorch_lightning.callbacks", package.__name__):
         monkeypatch.setitem(sys.modules, name, package)
     one = package.ModelCheckpoint()
     one.best = 0.5
-    return {"epoch": 3, "callbacks": {package.ModelCheckpoint: one}, "state_dict": state}
+    return {"epoch": 3, "callbacks": {package.ModelCheckpoint: one, "by object": {one: 1}}, "hyper_parameters": settings, "state_dict": state}
 
 
 @pytest.mark.parametrize("kind", ["ldm", "stable diffusion", "vavae", "repae", "repae joint", "safetensors", "diffusers", "diffusers bin", "ours"])
@@ -608,7 +609,9 @@ def test_vae_formats(kind, tmp_path, monkeypatch):
 
 def test_foreign_vae_that_does_not_fit(tmp_path):
     """A key that is missing, renamed or misshapen is passed over, or not named with its shapes; narrow or other models are built wrongly."""
-    def refused(change, *words, path=tmp_path / "w.pt"):
+    path = tmp_path / "w.pt"
+
+    def refused(change, *words):
         state = ldm_state()
         change(state)
         torch.save({"state_dict": state}, path)
@@ -650,7 +653,7 @@ def test_a_pickle_never_runs(tmp_path):
 
     torch.save({"state_dict": ldm_state(), "callbacks": Evil()}, tmp_path / "evil.ckpt")
     for load in (vae.load_vae, sit.load_sit):
-        with pytest.raises(ValueError, match="evil.ckpt: not a readable checkpoint"):
+        with pytest.raises(ValueError, match="evil.ckpt: not a readable checkpoint.*mkdir"):
             load(tmp_path / "evil.ckpt")
     assert not (tmp_path / "ran").exists()
 
@@ -848,7 +851,9 @@ def vfm_table():
     for line in (HERE / "README.md").read_text().splitlines():
         cells = [c.strip() for c in line.strip("| ").split("|")]
         if len(cells) == 5 and cells[0].startswith("`vit_"):
-            rows.update({name.strip("` "): tuple(cells[1:]) for name in cells[0].split(",")})
+            for name in cells[0].split(","):
+                assert name.strip("` ") not in rows, f"{name} stands in README's table twice"
+                rows[name.strip("` ")] = tuple(cells[1:])
     return rows
 
 
@@ -1081,11 +1086,9 @@ def test_patchgan_is_tamings(tmp_path):
 
 def test_gradient_ratio():
     """LDM's adaptive weight is another ratio of gradients, or is not limited."""
-    w = torch.tensor([1.0, 2.0], requires_grad=True)
-    reference, loss = (3 * w).sum(), (w ** 2).sum() * 0.5
-    assert train_vae.gradient_ratio(reference, loss, w, 1e4).item() == pytest.approx(18 ** 0.5 / (5 ** 0.5 + 1e-4))
-    assert train_vae.gradient_ratio(reference, 0 * loss, w, 1e4).item() == pytest.approx(1e4)
-    assert not train_vae.gradient_ratio(reference, loss, w, 1e4).requires_grad
+    reference, loss = torch.tensor([3.0, 3.0]), torch.tensor([1.0, 2.0])
+    assert train_vae.gradient_ratio(reference, loss, 1e4).item() == pytest.approx(18 ** 0.5 / (5 ** 0.5 + 1e-4))
+    assert train_vae.gradient_ratio(reference, 0 * loss, 1e4).item() == pytest.approx(1e4)
 
 
 @pytest.mark.parametrize("which", ["gan", "vavae"])
@@ -1547,6 +1550,181 @@ def test_statistics():
     assert mean.dtype == covariance.dtype == np.float64
 
 
+@pytest.fixture(scope="session")
+def inception(tmp_path_factory):
+    """Random weights of the Inception network whose activations keep a sane scale, as a file."""
+    torch.manual_seed(0)
+    net = fid.FIDInception(weights=False).net
+    for m in net.modules():
+        if isinstance(m, nn.Conv2d):
+            nn.init.kaiming_normal_(m.weight)
+        elif isinstance(m, nn.BatchNorm2d):
+            m.running_mean.normal_(0, 0.1), m.running_var.uniform_(0.5, 2)
+    path = tmp_path_factory.mktemp("inception") / "weights.pth"
+    torch.save(net.state_dict(), path)
+    return path
+
+
+@pytest.mark.parametrize("height,width", [(64, 80), (256, 256), (299, 299), (320, 311)])
+def test_inception_is_torch_fidelitys(height, width, inception):
+    """Features or class probabilities differ from torch-fidelity's with the same weights: pools, resize, scale or the logits' bias."""
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+    peer = FeatureExtractorInceptionV3("peer", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(inception))
+    x = torch.randint(0, 256, (2, 3, height, width), dtype=torch.uint8)
+    seen = []
+    peer.Mixed_6d.branch1x1.register_forward_hook(lambda _, __, y: seen.append(y))
+    with torch.no_grad():
+        pool, logits = peer(x)
+    ours, spatial, probabilities = fid.FIDInception(inception).features(x)
+    assert pool.std() > 0.05
+    torch.testing.assert_close(ours, pool, rtol=0, atol=1e-4)
+    torch.testing.assert_close(probabilities, logits.softmax(1), rtol=0, atol=1e-6)
+    torch.testing.assert_close(spatial.view(2, 17, 17, 7), seen[0][:, :7].permute(0, 2, 3, 1), rtol=0, atol=1e-4)  # rows, columns, channels
+
+
+def test_inception_is_pytorch_fids(inception, monkeypatch):
+    """With half-pixel resize the features differ from pytorch-fid's with the same weights."""
+    import pytorch_fid.inception
+    monkeypatch.setattr(pytorch_fid.inception, "load_state_dict_from_url", lambda *_, **__: torch.load(inception))
+    peer, x = pytorch_fid.inception.InceptionV3([3]).eval(), torch.randint(0, 256, (2, 3, 100, 256), dtype=torch.uint8)
+    with torch.no_grad():
+        torch.testing.assert_close(fid.FIDInception(inception, half_pixel=True)(x), peer(x / 255)[0].flatten(1), rtol=0, atol=1e-4)
+
+
+def test_inception_weights_that_cannot_be_had(inception, tmp_path, monkeypatch):
+    """Weights that miss, do not fit or cannot be fetched end in a traceback or in random features."""
+    state = torch.load(inception)
+    state.pop("Mixed_7c.branch_pool.conv.weight")
+    torch.save(state, tmp_path / "part.pth")
+    (tmp_path / "text.pth").write_text("no weights")
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", lambda *_, **__: (_ for _ in ()).throw(RuntimeError('invalid hash value (expected "6726825d", got "0")')))
+    for ckpt, words in ((tmp_path / "part.pth", "Mixed_7c.branch_pool.conv.weight is missing"), (tmp_path / "text.pth", "text.pth"),
+                        (tmp_path / "none.pth", "none.pth"), (None, "6726825d.*--net-ckpt")):
+        with pytest.raises(UserError, match=words):
+            fid.FIDInception(ckpt)
+    with pytest.raises(UserError, match="299"):
+        fid.load_net("inception", inception, 96)
+
+
+def test_inception_score_by_hand():
+    """IS is another average: of splits, of the exponent, or a class without weight turns it into NaN."""
+    probs = np.random.default_rng(0).dirichlet(np.full(6, 0.3), 11).astype(np.float32)
+    probs[0] = [1, 0, 0, 0, 0, 0]
+    expected = []
+    for part in (probs[:4].astype(float), probs[4:8].astype(float), probs[8:].astype(float)):
+        mean = part.mean(0)
+        expected.append(np.exp(np.mean([sum(p * np.log(p / m) for p, m in zip(row, mean) if p > 0) for row in part])))
+    assert fid.inception_score(probs, split=4) == pytest.approx(np.mean(expected), rel=1e-6)
+    assert fid.inception_score(np.full((7, 4), 0.25)) == pytest.approx(1) and fid.inception_score(np.eye(5)) == pytest.approx(5)
+
+
+def test_precision_recall_by_hand(monkeypatch):
+    """Precision and recall count other balls than those of the third neighbour, or blocks lose pairs."""
+    rng = np.random.default_rng(0)
+    ref, sample = rng.standard_normal((31, 4)).astype(np.float32), (rng.standard_normal((23, 4)) * 0.7 + 0.8).astype(np.float32)
+    d = lambda a, b: np.sqrt(((a[:, None].astype(float) - b[None]) ** 2).sum(-1))
+    radius = lambda x: np.sort(d(x, x), 1)[:, 3]  # 0: itself
+    precise = (d(sample, ref) <= radius(ref)[None]).any(1).mean()
+    recalled = (d(ref, sample) <= radius(sample)[None]).any(1).mean()
+    assert 0.2 < precise < 1 and 0.2 < recalled < 1 and precise != recalled
+    assert fid.precision_recall(ref, sample) == pytest.approx((precise, recalled))
+    blocks = fid.distance_blocks
+    monkeypatch.setattr(fid, "distance_blocks", lambda a, b: blocks(a, b, block=7))
+    assert fid.precision_recall(ref, sample) == pytest.approx((precise, recalled))
+    assert fid.precision_recall(ref, ref) == (1, 1) and fid.precision_recall(ref, ref + 100) == (0, 0)
+    for bad in (ref[:3], np.where(ref > 2, np.nan, ref)):
+        with pytest.raises(UserError):
+            fid.precision_recall(bad, sample)
+
+
+def test_moments_in_pieces():
+    """Streamed statistics lose digits to a large mean, or weigh rows wrongly."""
+    x = np.random.default_rng(0).standard_normal((200, 5)).astype(np.float32) + 1000
+    moments = fid.Moments()
+    for part in np.array_split(x, 7):
+        moments.add(part)
+    np.testing.assert_allclose(moments.result()[0], x.astype(float).mean(0), rtol=1e-12)
+    np.testing.assert_allclose(moments.result()[1], np.cov(x.astype(float), rowvar=False), rtol=1e-9, atol=1e-12)
+    counts = np.arange(200) % 3
+    np.testing.assert_allclose(fid.statistics(x, counts)[1], np.cov(np.repeat(x.astype(float), counts, 0), rowvar=False), rtol=1e-9, atol=1e-12)
+
+
+def test_score_is_adms(inception, tmp_path):
+    """FID, sFID, IS, precision and recall of the command differ from the functions on the features, or statistics files change them."""
+    rng = np.random.default_rng(0)
+    sets = {n: rng.integers(0, 256, (40, 16, 16, 3), dtype=np.uint8) // (1 + i) for i, n in enumerate(("ref", "one"))}
+    for name, images in sets.items():
+        np.savez(tmp_path / f"{name}.npz", arr_0=images)
+    net = fid.FIDInception(inception)
+    features = {n: net.features(torch.from_numpy(images).permute(0, 3, 1, 2)) for n, images in sets.items()}
+    common = ("--net-ckpt", inception, "--json", tmp_path / "a.json")
+    out = do("fid", "score", tmp_path / "ref.npz", tmp_path / "one.npz", *common, "--save-stats", tmp_path / "stats.npz", "--bootstrap", 2)
+    result = json.loads((tmp_path / "a.json").read_text())
+    stats = lambda f: (np.mean(f.double().numpy(), 0), np.cov(f.double().numpy(), rowvar=False))
+    for name in ("one",):
+        s, (pool, spatial, probabilities) = result["scores"][str(tmp_path / f"{name}.npz")], features[name]
+        assert s["fd"] == pytest.approx(fid.frechet_distance(*stats(features["ref"][0]), *stats(pool)), rel=1e-4)
+        assert s["sfid"] == pytest.approx(fid.frechet_distance(*stats(features["ref"][1]), *stats(spatial)), rel=1e-4)
+        assert s["inception_score"] == pytest.approx(fid.inception_score(probabilities), rel=1e-4)
+        assert (s["precision"], s["recall"]) == pytest.approx(fid.precision_recall(features["ref"][0], pool))
+        assert 0 < s["interval"] < s["fd"]
+        assert f"FID-40 {s['fd']:.2f} +- {s['interval']:.2f}, sFID {s['sfid']:.2f}, IS {s['inception_score']:.2f}, precision" in out
+    assert result["metric"] == "FID" and result["network"] == "inception" and len(result["weights"]) == 16 and "TensorFlow" in result["resize"]
+    assert "40 images are few" in out and "floor" in out and result["weights"] in out
+    saved = np.load(tmp_path / "stats.npz")
+    assert {"mu", "sigma", "mu_s", "sigma_s"} <= set(saved.files) and saved["mu_s"].shape == (2023,)
+    adm = {k: saved[k] for k in ("mu", "sigma", "mu_s", "sigma_s")}
+    np.savez(tmp_path / "adm.npz", arr_0=sets["ref"][:10], **adm)  # as ADM's reference files: statistics of all, images of some
+    for reference, more in (("adm", True), ("stats", False)):
+        do("fid", "score", tmp_path / f"{reference}.npz", tmp_path / "one.npz", *common)
+        s = json.loads((tmp_path / "a.json").read_text())["scores"][str(tmp_path / "one.npz")]
+        assert [s[k] for k in ("fd", "sfid")] == pytest.approx([result["scores"][str(tmp_path / "one.npz")][k] for k in ("fd", "sfid")], rel=1e-6)
+        assert ("recall" in s) == more and "inception_score" in s
+
+
+@pytest.mark.parametrize("make,words", [
+    (lambda x: dict(images=x), ["arr_0", "mu"]), (lambda x: dict(arr_0=x.transpose(0, 3, 1, 2)), ["(9, 3, 8, 8)", "NHWC"]),
+    (lambda x: dict(arr_0=x / 127.5 - 1), ["float64", "-1 to 1", "0 to 255"]), (lambda x: dict(arr_0=x[:1]), ["1 images"]), (lambda x: dict(arr_0=x[..., :1]), ["(9, 8, 8, 1)"]),
+    (lambda x: dict(arr_0=np.array([{}], object)), ["x.npz"]), (lambda x: dict(mu=np.zeros(3), sigma=np.zeros((3, 3))), ["3 dimensions", "1280"]),
+    (lambda x: dict(mu=np.zeros(3), sigma=np.zeros(3)), ["(3,)"]), (lambda x: dict(mu=np.zeros(1280), sigma=np.full((1280, 1280), np.nan)), ["not finite"]),
+    (lambda x: dict(mu=np.zeros(1280), sigma=np.eye(1280), network="inception"), ["statistics of inception"])])
+def test_bad_sample_files(make, words, tmp_path):
+    """A file of another layout, range, type or network is scored, or ends in a traceback."""
+    x = np.random.default_rng(0).integers(0, 256, (9, 8, 8, 3), dtype=np.uint8)
+    x[0, 0, 0, :2] = 0, 255
+    np.savez(tmp_path / "good.npz", arr_0=x)
+    np.savez(tmp_path / "x.npz", **make(x))
+    assert_refused(call("fid", "score", tmp_path / "good.npz", tmp_path / "x.npz", "--net", "tf_efficientnet_lite0", "--net-ckpt", LITE0, "--net-size", 32), *words)
+
+
+def test_warnings_of_the_score(tmp_path, monkeypatch):
+    """JPEG samples, unequal counts and features that are not finite pass in silence."""
+    write_images(tmp_path / "ref", 12, size=32), write_images(tmp_path / "jpeg", 8, size=32), write_images(tmp_path / "png", 6, size=32)
+    for path in (tmp_path / "jpeg").rglob("*.png"):
+        Image.open(path).save(path.with_suffix(".jpg"))
+        path.unlink()
+    common = ("--net", "tf_efficientnet_lite0", "--net-ckpt", LITE0, "--net-size", 32)
+    out = do("fid", "score", tmp_path / "ref", tmp_path / "jpeg", tmp_path / "png", *common)
+    assert "jpeg holds JPEG files" in out and "6 and 8 images" in out and "png holds" not in out
+    monkeypatch.setattr(fid.FeatureNet, "forward", lambda self, images: torch.full((len(images), 1280), torch.nan))
+    assert_refused(call("fid", "score", tmp_path / "ref", tmp_path / "png", *common), "ref", "not finite")
+
+
+def test_recon_scores(small, vgg, tmp_path):
+    """rFID or LPIPS of the command differ from the functions on the same crops."""
+    do("fid", "recon", "--vae", small / "vae/vae.pt", "--data", small / "images", "--net", "tf_efficientnet_lite0", "--net-ckpt", LITE0, "--net-size", 32,
+       "--lpips-ckpt", vgg[1], "--json", tmp_path / "a.json")
+    result, images = json.loads((tmp_path / "a.json").read_text()), data.ImageFolder(small / "images", 32)
+    pixels = torch.stack([images[i][0] for i in range(40)])
+    model, net = vae.load_vae(small / "vae/vae.pt"), fid.FeatureNet("tf_efficientnet_lite0", LITE0, 32)
+    with torch.no_grad():
+        y = data.to_uint8(model.decode(model.encode(data.to_float(pixels)).mean))
+        expected = fid.build_lpips(vgg[1], torch.device("cpu"))(data.to_float(pixels), data.to_float(y)).mean().item()
+    assert result["lpips"] == pytest.approx(expected, rel=1e-4)
+    assert result["fd"] == pytest.approx(fid.frechet_distance(*fid.statistics(net(pixels)), *fid.statistics(net(y))), rel=1e-3)
+    assert result["metric"] == "FD(tf_efficientnet_lite0@32)" and result["psnr"] == pytest.approx(fid.psnr(pixels, y).mean().item(), rel=1e-5)
+
+
 def test_psnr_by_hand():
     """PSNR has another peak, or overflows uint8."""
     x = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
@@ -1677,7 +1855,8 @@ def demo(avatars, tmp_path_factory):
         run("train_sit", "--latents", latents, "--data", avatars, "--model", "SiT-demo/2", "--steps", 3, "--batch", 8, "--repa", repa, *VFM,
             "--log-every", 1, *FP32, "--out", out / arm / "sit")
         run("sample", "--sit", sit_pt, "--images", 40, "--sampler", sampler, "--steps", 3, "--cfg", 1.5, "--labels", "equal", "--out", out / arm / "samples.npz", *FP32)
-        run("fid", "recon", "--vae", vae_pt, "--data", avatars, "--split", "test", "--png", out / arm / "recon.png", "--json", out / arm / "recon.json", *FP32)
+        run("fid", "recon", "--vae", vae_pt, "--data", avatars, "--split", "test", "--net", "tf_efficientnet_lite0", "--net-ckpt", LITE0,
+            "--net-size", 64, "--lpips", 0, "--png", out / arm / "recon.png", "--json", out / arm / "recon.json", *FP32)
     run("fid", "score", avatars, out / "control/samples.npz", out / "send/samples.npz", "--split", "val", "--net", "tf_efficientnet_lite0",
         "--net-ckpt", LITE0, "--net-size", 64, "--json", out / "fd.json", *FP32)
     run("probe", out / "control/vae.pt", out / "send/vae.pt", "--data", avatars, "--json", out / "probe.json", "--csv", out / "probe.csv", *FP32)
@@ -1781,6 +1960,7 @@ def test_chain_scores(demo, avatars):
         x = torch.stack([images[i][0] for i in range(50)])
         with torch.no_grad():
             y = data.to_uint8(model.decode(model.encode(data.to_float(x)).mean))
+        assert r["recon_fd"] == pytest.approx(fid.frechet_distance(*fid.statistics(net(x)), *fid.statistics(net(y))), rel=1e-3)
         assert r["psnr"] == pytest.approx(fid.psnr(x, y).mean().item(), abs=1e-2) and r["ssim"] == pytest.approx(fid.ssim(x, y).mean().item(), abs=1e-3)
         assert all(r["seconds"][stage] > 0 for stage in ("train_vae", "encode", "train_sit", "sample", "recon"))
     baselines = report["baselines"]
@@ -1880,6 +2060,65 @@ def test_two_processes_sample_the_same_images(small, tmp_path):
     one, two = np.load(tmp_path / "one.npz"), np.load(tmp_path / "two.npz")
     assert np.array_equal(one["arr_1"], two["arr_1"]) and len(set(one["arr_1"])) == 2
     assert np.abs(one["arr_0"].astype(int) - two["arr_0"]).max() <= 1 and one["arr_0"].std() > 1
+
+
+def test_sampling_survives_a_kill(small, tmp_path):
+    """A killed sample.py loses or doubles an image when it is run again, on more processes too, or takes another run's leftovers."""
+    command = ("--sit", small / "sit/sit.pt", "--images", 21, "--steps", 4, "--sampler", "sde", "--labels", "blocks", "--micro-batch", 2, *FP32)
+    do("sample", *command, "--out", tmp_path / "whole.npz")
+    whole = np.load(tmp_path / "whole.npz")
+    assert whole["arr_1"].tolist() == [0] * 11 + [1] * 10
+    out, process = tmp_path / "parts.npz", subprocess.Popen(command_line("sample", *command, "--steps", 2000, "--out", tmp_path / "parts.npz"), cwd=HERE)
+    end = time.time() + 120
+    while not Path(f"{out}.run").exists() or not np.load(f"{out}.done").any():
+        assert process.poll() is None and time.time() < end
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert 0 < np.load(f"{out}.done").sum() < 21 and not out.exists()
+    do("sample", *command, "--out", out)  # other settings: begins anew
+    assert np.array_equal(np.load(out)["arr_0"], whole["arr_0"])
+    out.unlink()
+    settings = {k: v for k, v in json.loads((tmp_path / "parts.json").read_text()).items() if k != "seconds"}
+    half = np.lib.format.open_memmap(f"{out}.part", "w+", np.uint8, whole["arr_0"].shape)
+    done = np.lib.format.open_memmap(f"{out}.done", "w+", np.uint8, (21,))
+    half[:9], done[:9] = 77, 1  # what is there is not drawn again
+    half.flush(), done.flush()
+    data.write_json(f"{out}.run", settings)
+    printed, _ = run("sample", *command, "--out", out, ranks=2)
+    images = np.load(out)["arr_0"]
+    assert "9 of 21 images are there" in printed and (images[:9] == 77).all() and np.abs(images[9:].astype(int) - whole["arr_0"][9:]).max() <= 1
+    assert sorted(p.name for p in tmp_path.glob("parts*")) == ["parts.json", "parts.npz", "parts.png"]
+    before = out.stat().st_mtime_ns
+    assert "already there" in do("sample", *command, "--out", out) and out.stat().st_mtime_ns == before
+    do("sample", *command, "--seed", 9, "--out", out)
+    assert not np.array_equal(np.load(out)["arr_0"][9:], whole["arr_0"][9:])
+
+
+def test_scores_during_training(small, tmp_path):
+    """--eval-every logs another distance than that of the averaged model's samples, changes the training, or depends on the processes."""
+    net = ("--net", "tf_efficientnet_lite0", "--net-ckpt", LITE0, "--net-size", 32)
+    do("fid", "score", small / "images", small / "images", *net, "--save-stats", tmp_path / "ref.npz")
+    command = ("--latents", small / "latents", *SMALL_SIT, *SLOW, "--repa", 0, "--steps", 4, "--ema", 0.5)
+    scored = (*command, "--eval-every", 3, "--eval-stats", tmp_path / "ref.npz", "--eval-images", 9)
+    do("train_sit", *command, "--out", tmp_path / "plain")
+    do("train_sit", *scored, "--out", tmp_path / "one")
+    run("train_sit", *scored, "--out", tmp_path / "two", ranks=2)
+    name = "FD(tf_efficientnet_lite0@32)-9"
+    curves = {k: {r["step"]: r[name] for r in metrics(tmp_path / k)[1] if name in r} for k in ("plain", "one", "two")}
+    assert curves["plain"] == {} and list(curves["one"]) == [3, 4] and curves["one"] == pytest.approx(curves["two"], rel=1e-2)
+    losses = [[r["velocity"] for r in metrics(tmp_path / k)[1] if "velocity" in r] for k in ("plain", "one")]
+    assert losses[0] == losses[1]
+    assert_same_bits(tmp_path / "plain/sit.pt", tmp_path / "one/sit.pt")
+    model, checkpoint = sit.load_sit(tmp_path / "one/sit.pt")
+    noise, y = data.draw_noise(2 ** 61, range(9), 0, (4, 8, 8))[1], torch.arange(9) % 2
+    z = sit.sample_ode(model, noise, y, 25) * checkpoint["latent_std"].view(1, -1, 1, 1) + checkpoint["latent_mean"].view(1, -1, 1, 1)
+    images = data.to_uint8(vae.load_vae(small / "vae/vae.pt").decode(z))
+    ref, stats = fid.load_stats(tmp_path / "ref.npz")
+    assert curves["one"][4] == pytest.approx(fid.frechet_distance(stats["mu"], stats["sigma"], *fid.statistics(ref(images))), rel=1e-2)
+    assert_refused(call("train_sit", *command, "--eval-every", 2, "--out", tmp_path / "x"), "--eval-stats")
+    np.savez(tmp_path / "bare.npz", mu=stats["mu"], sigma=stats["sigma"])
+    assert_refused(call("train_sit", *command, "--eval-every", 2, "--eval-stats", tmp_path / "bare.npz", "--out", tmp_path / "x"), "bare.npz", "--save-stats")
 
 
 def train_command(script, small, out):
@@ -2049,7 +2288,7 @@ def test_report_of_few_images(small, tmp_path):
     shutil.copytree(small / "images", root)
     for name in ("wide", "few"):
         (root / "attributes.csv").write_text("\n".join(table if name == "wide" else table[:1] + [r.replace("test", "train") if i % 8 else r for i, r in enumerate(table[1:])]) + "\n")
-        do("fid", "recon", "--vae", small / "vae/vae.pt", "--data", root, "--split", "test", "--resolution", 32, "--png", tmp_path / f"{name}.png", *FP32)
+        do("fid", "recon", "--vae", small / "vae/vae.pt", "--data", root, "--split", "test", "--resolution", 32, "--net", "none", "--lpips", 0, "--png", tmp_path / f"{name}.png", *FP32)
         sheet = np.asarray(Image.open(tmp_path / f"{name}.png"))
         first = data.ImageFolder(root, 32, split="test")
         shown = len(first) if len(first) < 8 else 8
@@ -2144,11 +2383,13 @@ def test_sampling_with_a_guide(small, tmp_path):
 def test_adaptive_arms_on_two_processes(flags, small, tmp_path):
     """VA-VAE's arm or the adaptive weight does not train, does not resume, or depends on the number of processes."""
     command = ("--data", small / "images", *SMALL_VAE, *SLOW, *flags)
-    run("train_vae", *command, "--steps", 3, "--out", tmp_path / "two", ranks=2)
+    run("train_vae", *command, "--steps", 3, "--micro-batch", 1, "--out", tmp_path / "two", ranks=2)
     do("train_vae", *command, "--steps", 2, "--out", tmp_path / "one")
     do("train_vae", *command, "--steps", 3, "--out", tmp_path / "one")
+    do("train_vae", *command, "--steps", 3, "--micro-batch", 3, "--out", tmp_path / "micro")
     assert any(k.endswith("_ratio") for k in metrics(tmp_path / "one")[1][0])
     assert_same_losses(tmp_path / "one", tmp_path / "two")
+    assert_same_losses(tmp_path / "one", tmp_path / "micro")
 
 
 def test_a_pretrained_discriminator(small, tmp_path):
@@ -2173,9 +2414,11 @@ def imagenet(small, tmp_path_factory):
     (out / "weights").mkdir()
     for name in ("vavae", "e2e-vavae", "sdvae", "f16d16", "f16d32", "f16d64"):
         shutil.copy(small / "vae/vae.pt", out / f"weights/{name}.pt")
+    do("fid", "score", out / "data/val", out / "data/val", "--resolution", 32, "--net", "tf_efficientnet_lite0", "--net-ckpt", LITE0, "--net-size", 32, "--save-stats", out / "weights/adm-256.npz")
+    shutil.copy(out / "weights/adm-256.npz", out / "weights/adm-512.npz")
     vfm = shlex.join(map(str, VFM))
     flags = dict(VAE_FLAGS=f"--resolution 32 --steps 2 --batch 4 --lpips 0 --mapper-width 16 --mapper-mlp 16 {vfm}", ENCODE_FLAGS="--resolution 32",
-                 SIT_FLAGS=f"--model SiT-demo/2 --steps 2 --batch 4 {vfm}", SAMPLE_FLAGS="--images 5 --steps 2 --micro-batch 5", RECON_FLAGS="--resolution 32",
+                 SIT_FLAGS=f"--model SiT-demo/2 --steps 2 --batch 4 {vfm}", SAMPLE_FLAGS="--images 5 --steps 2 --micro-batch 5", RECON_FLAGS=f"--resolution 32 --net tf_efficientnet_lite0 --net-ckpt {LITE0} --net-size 32 --lpips 0",
                  SCORE_FLAGS=f"--resolution 32 --net tf_efficientnet_lite0 --net-ckpt {LITE0} --net-size 32")
     return out / "data", dict(INIT=str(out / "weights"), OUT=str(out / "out"), **flags)
 
@@ -2193,13 +2436,14 @@ def test_recipe_is_the_papers(imagenet):
     """A line of the recipe has other settings than the paper, or an experiment of Tables 1 to 6 is missing."""
     plain = dict.fromkeys([k for k in imagenet[1] if k.endswith("FLAGS")], "")
     lines = recipe(imagenet, "main", SHOW="1", **plain).splitlines()
-    for words in ("train_vae.py --init vavae.pt --resolution 256 --batch 1024 --steps 100000 --lr 3e-4 --align send --vfm vit_base_patch14_dinov2.lvd142m",
-                  "train_vae.py --init vavae.pt --batch 1024 --steps 100000 --lr 3e-4 --align none", "vae.py --flip --resolution 256",
-                  "train_sit.py --model SiT-XL/1 --repa 0.5 --batch 256 --steps 400000", "sample.py --images 50000 --sampler sde --steps 250",
-                  "sample.py --images 50000 --cfg 2.5", "fid.py score --resolution 256", "fid.py recon"):
-        assert any(all(w in line for w in words.split()) for line in lines), words
+    for words in ("train_vae.py --resolution 256 | --batch 1024 | --steps 100000 | --lr 3e-4 | --align send | --vfm vit_base_patch14_dinov2.lvd142m",
+                  "train_vae.py --resolution 256 | --batch 1024 | --steps 100000 | --lr 3e-4 | --align none", "vae.py | --flip | --resolution 256",
+                  "train_sit.py | --model SiT-XL/1 | --repa 0.5 | --batch 256 | --steps 400000", "sample.py | --images 50000 | --sampler sde | --steps 250",
+                  "sample.py | --images 50000 | --cfg 2.5 --interval 0 0.75", "fid.py score | adm-256.npz", "fid.py recon | --resolution 256"):
+        words = words.replace("train_vae.py ", "train_vae.py | ").split(" | ")
+        assert any(all(f" {w} " in line.replace("/adm", " adm") for w in words) for line in lines), words
     everything = recipe(imagenet, "all", SHOW="1", **plain).splitlines()
-    arms = {line.split("--out ")[1].split("/")[-1]: line for line in everything if "train_vae.py" in line}
+    arms = {line.split("--out ")[1].split("/")[-1].strip(): line for line in everything if "train_vae.py" in line}
     assert {"control-vavae", "send-vavae", "vavae-vavae", "control-sdvae", "send-sdvae", "control-sdvae-512", "send-sdvae-512"} <= set(arms)
     assert {f"send-vavae-depth{d}-clean" for d in (0, 1, 2)} | {f"{a}-f16d{d}" for a in ("send", "control") for d in (16, 32, 64)} <= set(arms)
     assert sum("--vfm" in line and line.split("--vfm ")[1].split()[0] in vfm_table() for line in arms.values() if "send-vavae" in line) >= 6
@@ -2281,8 +2525,8 @@ def test_dry_run(small, vgg, tmp_path):
     for script, (flags, words) in table.items():
         status, out, err = call(script, *flags, "--dry-run")
         assert status == 0 and all(w in out for w in words), (script, out, err)
-    score = call("fid", "score", small / "images", small / "images", "--dry-run", "--json", tmp_path / "b.json")
-    assert score[0] == 0 and "FD(vit_base_patch14_dinov2.lvd142m@518)" in score[1] and "40 images" in score[1]
+    score = call("fid", "score", small / "images", small / "images", "--net", "vit_base_patch14_dinov2.lvd142m", "--dry-run", "--json", tmp_path / "b.json")
+    assert score[0] == 0 and "vit_base_patch14_dinov2.lvd142m@518" in score[1] and "40 images" in score[1]
     recon = call("fid", "recon", "--vae", small / "vae/vae.pt", "--data", small / "images", "--dry-run")
     assert recon[0] == 0 and "40 images of 32 x 32, latent 4 x 8 x 8" in recon[1]
     assert list(tmp_path.iterdir()) == []
@@ -2452,7 +2696,7 @@ def test_output_that_cannot_be_written(stage, small, tmp_path):
     below, images, vae_pt = tmp_path / "file/out", small / "images", small / "vae/vae.pt"
     table = [f"{f},{s},{int(f[0] == 'a')}" for s, f in zip(data.SPLITS * 20, data.find_images(images))]
     (images / "attributes.csv").write_text("\n".join(["file,split,a", *table]) + "\n")
-    recon = ("fid", "recon", "--vae", vae_pt, "--data", images, "--resolution", 32)
+    recon = ("fid", "recon", "--vae", vae_pt, "--data", images, "--resolution", 32, "--net", "none", "--lpips", 0)
     score = ("fid", "score", images, images, "--net", "tf_efficientnet_lite0", "--net-ckpt", LITE0, "--net-size", 32)
     linear = ("probe", vae_pt, "--data", images, "--resolution", 32)
     commands = {"avatars": ("data", "avatars", below, "--n", 5), "train_vae": vae_command(images, below), "vae": encode_command(small, images, below),

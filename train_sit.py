@@ -20,8 +20,10 @@ from tqdm import tqdm
 
 import data
 from data import UserError
+from fid import frechet_distance, load_stats, statistics
 from mapper import VFM
-from sit import SIT_MODELS, draw_time, interpolate, repa_loss, velocity_loss
+from sit import SIT_MODELS, draw_time, interpolate, repa_loss, sample_ode, velocity_loss
+from vae import load_vae
 
 
 def parse_args():
@@ -50,6 +52,10 @@ def parse_args():
     p.add_argument("--vfm", default="vit_base_patch14_dinov2.lvd142m", help="any timm model")
     p.add_argument("--vfm-ckpt", help="local weights of the VFM")
     p.add_argument("--vfm-layer", type=int, help="block (ViT, default the last) or stage (CNN, default stride 16)")
+    # Scores during training: one convergence curve out of one run (the paper's Figure 4)
+    p.add_argument("--eval-every", type=int, default=0, help="steps between scores of averaged samples; 0: off")
+    p.add_argument("--eval-stats", help="reference: a file of fid.py score ... --save-stats FILE; it names the network too")
+    p.add_argument("--eval-images", type=data.positive, default=2000)
     # The run
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--precision", choices=("bf16", "fp32"), help="default: bf16 where it is fast")
@@ -202,7 +208,39 @@ class Trainer:
             self.loss(x, torch.zeros(n, dtype=torch.long), t, x, tokens)[0].backward()
 
         with torch.device("meta"):
+            step()  # the gradients, which are counted above, are there from the second step on
             return held + data.peak_bytes(step)
+
+
+class Evaluation:
+    """Fréchet distance of samples of the averaged model: Heun, 25 steps, no guidance, equal class counts, the same noise each time."""
+
+    def __init__(self, args, latents, device, rank, world):
+        self.args, self.device, self.rank, self.world = args, device, rank, world
+        if not args.eval_stats:
+            raise UserError("--eval-every needs --eval-stats FILE; make it with: python fid.py score REFERENCE REFERENCE --save-stats FILE")
+        self.net, self.stats = load_stats(args.eval_stats)
+        self.metric = "FID" if self.net.label == "inception" else f"FD({self.net.label})"
+        self.metric += f"-{args.eval_images}"
+        self.vae = load_vae(latents.meta["vae"])
+        if data.weights_hash(self.vae.state_dict()) != latents.meta["vae_hash"]:
+            raise UserError(f"{latents.meta['vae']}: no longer the VAE that made {args.latents}; encode again, or switch --eval-every off")
+        self.vae, self.net = (m.to(device, memory_format=torch.channels_last) for m in (self.vae, self.net))
+        self.mean, self.std = (s.view(1, -1, 1, 1).to(device) for s in (latents.mean, latents.std))
+
+    @torch.no_grad()
+    def __call__(self, model):
+        """The same number on every rank, whatever their count."""
+        c, n = model.config, self.args.eval_images
+        features = torch.zeros(n, self.net.dim)
+        for rows in data.chunks(data.split_rows(n, self.rank, self.world), 64):
+            noise = data.draw_noise(self.args.seed + 2 ** 61, rows, 0, (c["in_channels"], c["input_size"], c["input_size"]))[1].to(self.device)
+            y = torch.tensor(rows, device=self.device) % c["num_classes"]
+            with data.autocast(self.device, self.args.precision):
+                z = sample_ode(model, noise, y, 25, path=self.args.path) * self.std + self.mean
+                images = data.to_uint8(self.vae.decode(z.contiguous(memory_format=torch.channels_last)))
+            features[list(rows)] = self.net(images).cpu()
+        return frechet_distance(self.stats["mu"], self.stats["sigma"], *statistics(data.all_reduce(features)))
 
 
 class RawRows:
@@ -268,6 +306,7 @@ def main():
     data.open_out(out, need_bytes=disk)
     if rank == 0:
         plan(t, path, params, disk)
+    evaluate = Evaluation(args, latents, device, rank, world) if args.eval_every else None
     log = data.Log(out / "metrics.jsonl", t.step, vars(args), rank)
     stop, since, seen = data.Stop(), time.time(), 0
     bar = tqdm(total=args.steps, initial=t.step, disable=rank > 0 or None)
@@ -282,6 +321,10 @@ def main():
             t.seconds, rate, since, seen = t.seconds + now - since, seen / (now - since), now, 0
             log.write(step=t.step, **parts, lr=data.learning_rate(args, t.step - 1), images_per_s=round(rate, 1), seconds=round(t.seconds, 1))
             bar.set_postfix({k: f"{v:.4g}" for k, v in parts.items()}, refresh=False)
+        if evaluate is not None and (t.step % args.eval_every == 0 or t.step == args.steps):
+            begin = time.time()
+            log.write(step=t.step, **{evaluate.metric: evaluate(t.ema)})
+            since += time.time() - begin  # no part of the training's speed
         stopping = stop.asked()
         if (saves or stopping) and rank == 0:
             data.save_checkpoint(path, t.state())

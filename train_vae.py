@@ -6,7 +6,7 @@
 
 The control of every claim is the same command with --align none, the rival's arm with --align vavae. Rerunning a command goes on where it stopped.
 Random numbers depend on (seed, step, place in the global batch), so the checkpoint needs no generator state, and the
-number of processes and --micro-batch change memory and speed only.
+number of processes and --micro-batch change memory and speed only (but see --disc-ckpt: its batch norm sees the split).
 
 Which loss moves what (the VFM and LPIPS are frozen; before --mapper-warmup L_align moves the mapper alone; L_align is
 Send-VAE's or VA-VAE's):
@@ -21,7 +21,6 @@ Send-VAE's or VA-VAE's):
 import argparse
 import copy
 import time
-import warnings
 from pathlib import Path
 
 import torch
@@ -32,6 +31,7 @@ from tqdm import tqdm
 
 import data
 from data import UserError
+from fid import build_lpips
 from mapper import VFM, LinearMapper, Mapper, add_noise, align_loss, vavae_loss
 from vae import VAE_CONFIGS, AutoencoderKL, load_vae
 
@@ -61,7 +61,7 @@ def parse_args():
     p.add_argument("--lpips-ckpt", help="local torchvision VGG16 weights instead of the download")
     p.add_argument("--gan", type=float, default=0.1, help="weight of the hinge GAN; 0: no discriminator")
     p.add_argument("--gan-start", type=int, default=0, help="first step with the GAN")
-    p.add_argument("--gan-adaptive", type=int, default=0, choices=(0, 1), help="1: weigh the GAN by LDM's ratio of gradients too (see gradient_ratio)")
+    p.add_argument("--gan-adaptive", type=int, default=0, choices=(0, 1), help="1: weigh the GAN by LDM's ratio of gradients too; costs a second forward pass")
     p.add_argument("--disc-ckpt", help="pre-trained discriminator of taming, LDM or REPA-E, with its batch norm (default: from scratch, group norm)")
     p.add_argument("--kl", type=float, default=1e-6, help="weight of the KL, summed over the latent")
     # L_align
@@ -87,7 +87,8 @@ def parse_args():
     args = p.parse_args()
     if args.lambda_align is None:
         args.lambda_align = {"send": 1.0, "vavae": 0.1, "none": 0.0}[args.align]
-    args.align = args.align if args.lambda_align else "none"
+    if args.align == "none" or not args.lambda_align:
+        args.align, args.lambda_align = "none", 0.0
     return args
 
 
@@ -137,12 +138,9 @@ class DiscriminatorLoss(nn.Module):
         return 0.5 * (F.relu(1 - self.discriminator(x)).mean() + F.relu(1 + self.discriminator(x_rec)).mean())
 
 
-def gradient_ratio(reference, loss, weight, most):
-    """LDM's adaptive weight (Esser et al. 2021, eq. 7): |d reference / d weight| / (|d loss / d weight| + 1e-4), at most `most`.
-    The gradients are averaged over processes; micro-batches have a ratio each, so here --micro-batch changes the result."""
-    world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-    norms = [data.all_reduce(torch.autograd.grad(v, weight, retain_graph=True)[0].float() / world).norm() for v in (reference, loss)]
-    return (norms[0] / (norms[1] + 1e-4)).clamp(max=most)
+def gradient_ratio(reference, loss, most):
+    """LDM's adaptive weight (Esser et al. 2021, eq. 7) out of two gradients by one layer, those of the global batch."""
+    return (reference.norm() / (loss.norm() + 1e-4)).clamp(max=most)
 
 
 class VAELoss(nn.Module):
@@ -152,9 +150,10 @@ class VAELoss(nn.Module):
         super().__init__()
         self.vae, self.mapper, self.weights, self.rec, self.align, self.gan_adaptive = vae, mapper, weights, rec, align, gan_adaptive
 
-    def forward(self, x, noise, tokens, stats, encoder_aligns, judge, lpips):
+    def forward(self, x, noise, tokens, stats, encoder_aligns, judge, lpips, ratios=None):
         """x (B, 3, H, W); noise: a (B,), eps of the posterior and of eq. (1), (B, c, h, w) each; tokens (B, N, D) of the
-        VFM or None; stats: LatentStats; judge: the frozen discriminator or None; lpips: the frozen metric or None."""
+        VFM or None; stats: LatentStats; judge: the frozen discriminator or None; lpips: the frozen metric or None.
+        ratios: adaptive weights by name; "gradients" returns what they are made of instead of the loss (see ratio_gradients)."""
         a, eps_posterior, eps_align = noise
         posterior = self.vae.encode(x)
         z = posterior.sample(eps_posterior)
@@ -171,15 +170,20 @@ class VAELoss(nn.Module):
             parts["align"] = align_loss(self.mapper(z_t), tokens)
         elif self.align == "vavae":  # the latent as it is, without noise
             parts["align"] = vavae_loss(self.mapper(aligned), tokens)
-        weights, ratios = dict(self.weights), {}
-        likelihood = sum(weights[k] * parts[k] for k in ("rec", "lpips") if k in parts)
-        if self.gan_adaptive and judge is not None:
-            ratios["gan"] = gradient_ratio(likelihood, parts["gan"], self.vae.decoder.conv_out.weight, most=1e4)
-        if self.align == "vavae" and encoder_aligns:
-            ratios["align"] = gradient_ratio(likelihood, parts["align"], self.vae.encoder.conv_out.weight, most=1e8)
-        total = sum(weights[k] * ratios.get(k, 1.0) * v for k, v in parts.items())
-        parts |= {f"{k}_ratio": v for k, v in ratios.items()}
+        if ratios == "gradients":
+            return self.ratio_gradients(parts)
+        total = sum(self.weights[k] * (ratios or {}).get(k, 1.0) * v for k, v in parts.items())
         return total, {k: v.detach() for k, v in parts.items()}, x_rec.detach(), z.detach()
+
+
+    def ratio_gradients(self, parts):
+        """{name: (gradient of the likelihood, gradient of the loss `name`)}: the GAN's by the decoder's last layer (LDM),
+        VA-VAE's alignment by the encoder's."""
+        likelihood = sum(self.weights[k] * parts[k] for k in ("rec", "lpips") if k in parts)
+        layers = {"gan": self.vae.decoder.conv_out.weight} if self.gan_adaptive and "gan" in parts else {}
+        if self.align == "vavae":
+            layers["align"] = self.vae.encoder.conv_out.weight
+        return {k: [torch.autograd.grad(v, layer, retain_graph=True)[0].float() for v in (likelihood, parts[k])] for k, layer in layers.items()}
 
 
 class LatentStats:
@@ -221,25 +225,6 @@ class LatentStats:
         for name, new in zip(self.NAMES, (mean, square - mean.square(), grad_mean, grad_scale)):
             getattr(self, name).lerp_(new.to(self.mean.dtype), momentum)
         self.sums.zero_()
-
-
-def build_lpips(ckpt, device, weights=True):
-    """LPIPS with VGG16 (Zhang et al. 2018, the lpips package), frozen. Raises UserError when VGG16 cannot be had.
-    weights=False: random ones, for a plan."""
-    import lpips
-    try:
-        with warnings.catch_warnings():  # lpips asks torchvision in an old way
-            warnings.simplefilter("ignore", UserWarning)
-            net = lpips.LPIPS(net="vgg", pnet_rand=ckpt is not None or not weights, verbose=False)
-    except OSError as e:
-        raise UserError(f"LPIPS needs torchvision's VGG16 weights, which cannot be fetched ({e}); give a local file with "
-                        "--lpips-ckpt (vgg16-397923af.pth), or switch LPIPS off with --lpips 0")
-    if ckpt is not None and weights:
-        state = {k: v for k, v in data.load_checkpoint(ckpt).items() if k.startswith("features.")}
-        slices = {f"slice{i}.{k}": v for i in range(1, 6) for k, v in
-                  ((k, state.get(f"features.{k}")) for k in getattr(net.net, f"slice{i}").state_dict()) if v is not None}
-        data.load_weights(net.net, slices, ckpt)
-    return net.to(device).eval().requires_grad_(False)
 
 
 class Trainer:
@@ -292,7 +277,7 @@ class Trainer:
     def parallel(self):
         """Compile the networks in place (names of parameters stay), then wrap: plain modules remain for checkpoints and EMA."""
         if self.args.gan_adaptive or self.args.align == "vavae":
-            torch._functorch.config.donated_buffer = False  # gradient_ratio runs parts of the backward pass twice
+            torch._functorch.config.donated_buffer = False  # ratio_gradients runs parts of the backward pass twice
         for module in (self.vae.encoder, self.vae.decoder, self.mapper, self.discriminator, self.vfm):
             if self.args.compile and module is not None:
                 module.compile()
@@ -345,10 +330,24 @@ class Trainer:
             out.append((x, noise, len(part) / local))
         return out
 
+    def adaptive_ratios(self, batches, judge):
+        """Adaptive weights of this step from the whole global batch, in a forward pass of their own: {name: ratio}."""
+        args, sums = self.args, {}
+        if not (args.gan_adaptive and judge is not None or args.align == "vavae" and self.step >= args.mapper_warmup):
+            return {}
+        for x, noise, share in batches:
+            with data.autocast(self.device, args.precision):
+                tokens = self.vfm(x) if self.vfm is not None else None
+                gradients = self.loss(x, noise, tokens, self.stats, True, judge, self.lpips, "gradients")
+            for k, pair in gradients.items():
+                sums[k] = [share * g + s for g, s in zip(pair, sums.get(k, (0, 0)))]
+        mean = {k: [data.all_reduce(g / self.world) for g in pair] for k, pair in sums.items()}
+        return {k: gradient_ratio(*pair, most={"gan": 1e4, "align": 1e8}[k]) for k, pair in mean.items()}
+
     def train_step(self, pixels):
         """One optimiser step of the VAE and the mapper, then one of the discriminator; returns the rank's loss parts."""
         args, batches = self.args, self.micro_batches(pixels)
-        if self.mapper is not None and self.step == 0:
+        if args.align == "send" and self.step == 0:
             self.first_stats(batches)
         for group in self.optimizer.param_groups:
             group["lr"] = data.learning_rate(args, self.step)
@@ -356,11 +355,12 @@ class Trainer:
         if judge is not None:
             judge.requires_grad_(False)
         self.optimizer.zero_grad(set_to_none=True)
-        parts, fakes = {}, []
+        fakes, ratios = [], self.adaptive_ratios(batches, judge)
+        parts = {f"{k}_ratio": v for k, v in ratios.items()}
         for i, (x, noise, share) in enumerate(batches):
             with data.autocast(self.device, args.precision), data.sync_if(self.run, i == len(batches) - 1):
                 tokens = self.vfm(x) if self.vfm is not None else None
-                total, each, x_rec, z = self.run(x, noise, tokens, self.stats, self.step >= args.mapper_warmup, judge, self.lpips)
+                total, each, x_rec, z = self.run(x, noise, tokens, self.stats, self.step >= args.mapper_warmup, judge, self.lpips, ratios)
                 (total * share).backward()
             for k, v in each.items():
                 parts[k] = parts.get(k, 0) + v * share
@@ -403,6 +403,7 @@ class Trainer:
             self.loss(x, (torch.empty(n), eps, eps), tokens, self.stats, True, self.discriminator, self.lpips)[0].backward()
 
         with torch.device("meta"):
+            step()  # the gradients, which are counted above, are there from the second step on
             return held + data.peak_bytes(step)
 
 

@@ -231,13 +231,17 @@ def load_vae(path):
     if path.is_dir():
         path = path / "vae" if (path / "vae").is_dir() else path  # a whole pipeline
         config = diffusers_config(path / "config.json")
-        path /= "diffusion_pytorch_model." + ("bin" if (path / "diffusion_pytorch_model.bin").exists() else "safetensors")
+        safe = path / "diffusion_pytorch_model.safetensors"
+        path = safe if safe.exists() or not safe.with_suffix(".bin").exists() else safe.with_suffix(".bin")
     state = data.load_checkpoint(path)
     if isinstance(state, dict) and "config" in state and isinstance(state.get("vae"), dict):  # ours
-        config, state = state["config"], state["ema"]
+        config, state = state["config"], state.get("ema", {})
     else:
         state = bare_weights(state)
-    vae = AutoencoderKL(**(config or infer_config(state, path)))
+    try:
+        vae = AutoencoderKL(**(config or infer_config(state, path)))
+    except (TypeError, RuntimeError, ZeroDivisionError) as e:
+        raise UserError(f"{path}: its configuration is no autoencoder's ({e})")
     ours = {diffusers_name(k, len(vae.encoder.down)): k for k in vae.state_dict()}
     data.load_weights(vae, {ours.get(k, k): v for k, v in state.items()}, path)
     return vae.eval().requires_grad_(False)
@@ -284,15 +288,18 @@ def diffusers_config(path):
             raise ValueError(f"holds a {type(config).__name__}")
     except (OSError, ValueError) as e:
         raise UserError(f"{path}: not a readable configuration of diffusers ({e})")
-    widths, n = config.get("block_out_channels", [0]), len(config.get("block_out_channels", [0]))
-    attention = [i for i, kind in enumerate(config.get("down_block_types", [])) if kind == "AttnDownEncoderBlock2D"]
-    kind = {side: [f"{'Attn' if i in attention else ''}{name}" for i in range(n)] for side, name in (("down", "DownEncoderBlock2D"), ("up", "UpDecoderBlock2D"))}
+    widths, z_channels, blocks = (config.get(k, default) for k, default in (("block_out_channels", [64]), ("latent_channels", 4), ("layers_per_block", 1)))
+    if not (isinstance(widths, list) and widths and all(isinstance(v, int) and v > 0 for v in (*widths, z_channels, blocks))):
+        raise UserError(f"{path}: block_out_channels {widths}, latent_channels {z_channels}, layers_per_block {blocks}; expected a list of counts, and two counts")
+    down = config.get("down_block_types") or ["DownEncoderBlock2D"]
+    prefix = ["Attn" if kind == "AttnDownEncoderBlock2D" else "" for kind in down]  # the decoder mirrors the encoder
     needed = dict(_class_name="AutoencoderKL", in_channels=3, out_channels=3, act_fn="silu", norm_num_groups=32, use_quant_conv=True,
-                  use_post_quant_conv=True, mid_block_add_attention=True, down_block_types=kind["down"], up_block_types=kind["up"][::-1])
+                  use_post_quant_conv=True, mid_block_add_attention=True, down_block_types=[f"{k}DownEncoderBlock2D" for k in prefix[:len(widths)]],
+                  up_block_types=[f"{k}UpDecoderBlock2D" for k in prefix[::-1]])
     for key, value in needed.items():
         if config.get(key, value) != value:
             raise UserError(f"{path}: {key} is {config[key]}, expected {value}; this file builds the autoencoder of latent diffusion alone")
-    return foreign_config(path, config.get("latent_channels", 4), widths[0], widths, config.get("layers_per_block", 1), attention)
+    return foreign_config(path, z_channels, widths[0], widths, blocks, [i for i, k in enumerate(prefix) if k])
 
 
 def foreign_config(path, z_channels, ch, widths, blocks, attention):
@@ -327,6 +334,8 @@ def export_diffusers(vae, folder):
                   block_out_channels=[c["ch"] * m for m in c["ch_mult"]], layers_per_block=c["num_res_blocks"],
                   latent_channels=c["z_channels"], sample_size=c["resolution"], scaling_factor=1.0)
     state = {diffusers_name(k, levels): v[:, :, 0, 0] if ".attn" in k and v.ndim == 4 else v for k, v in vae.state_dict().items()}
+    if (Path(folder) / "config.json").exists():
+        raise UserError(f"{folder} holds a config.json already; choose another --out")
     folder = data.open_out(folder, need_bytes=4 * sum(v.numel() for v in state.values()))
     safetensors.torch.save_file({k: v.contiguous() for k, v in state.items()}, folder / "diffusion_pytorch_model.safetensors")
     data.write_json(folder / "config.json", config)
