@@ -189,7 +189,7 @@ def load_sit(path, weights="ema"):
     except (OSError, RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError, AssertionError, struct.error,
             pickle.UnpicklingError) as e:  # torn, flipped or foreign files, code in a pickle
         text = " ".join(str(e).split())
-        raise ValueError(f"{path}: not a readable checkpoint ({type(e).__name__}: {text[max(0, text.find('Unsupported global')):][:120]})")
+        raise ValueError(f"{path}: not a readable checkpoint ({type(e).__name__}: {text[max(0, text.find('GLOBAL')):][:120]})")
     try:
         if "config" not in checkpoint:
             checkpoint = from_release(checkpoint, path, weights)
