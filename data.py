@@ -931,10 +931,14 @@ def main():
     a.add_argument("--n", type=positive, default=12000, help="images (default 12000)")
     a.add_argument("--size", type=positive, default=64, help="pixels a side (default 64)")
     a.add_argument("--seed", type=int, default=0)
+    a.add_argument("--dry-run", action="store_true", help="print the plan (images, classes, disk), and end")
     c = commands.add_parser("check", help="read every image of a folder and its attribute table")
     c.add_argument("dir")
     c.add_argument("--size", type=positive, default=64, help="crop, in pixels (default 64)")
     args = p.parse_args()
+    if args.command == "avatars" and args.dry_run:
+        return print(f"{args.n} images of {args.size} x {args.size} in {len(AVATAR_STYLES)} classes -> {args.out}, about "
+                     f"{args.n * 2.6e3 * args.size / 64 / 2**20:.0f} MiB of disk (2.6 kB an image at 64 pixels)")
     if args.command == "avatars":
         return render_avatars(args.out, args.n, args.size, args.seed)
     images = ImageFolder(args.dir, args.size)

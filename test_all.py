@@ -46,7 +46,9 @@ import data
 import fid
 import mapper
 import probe
+import sample
 import sit
+import train_sit
 import train_vae
 import vae
 from data import UserError
@@ -1277,6 +1279,32 @@ def test_sde_on_gaussian_data(path):
     assert not torch.equal(a, b)
 
 
+class CorrelatedGaussian:
+    """The exact velocity for data N(m, S) with a full covariance matrix S, over all numbers of x."""
+
+    def __init__(self, m, S, path):
+        self.m, self.S, self.path, self.num_classes = m, S, path, 1
+
+    def __call__(self, x, t, y):
+        alpha, sigma, d_alpha, d_sigma = (float(c) for c in sit.path_coefficients(t[0].double(), self.path))
+        z = x.double().flatten(1) - alpha * self.m
+        w = torch.linalg.solve(alpha ** 2 * self.S + sigma ** 2 * torch.eye(len(self.m), dtype=torch.float64), z.T).T
+        return (d_alpha * (self.m + alpha * w @ self.S) + d_sigma * sigma * w).view(x.shape)
+
+
+@pytest.mark.parametrize("path", ["linear", "cosine"])
+@pytest.mark.parametrize("sampler", ["heun", "sde"])
+def test_samplers_reach_the_covariance(sampler, path):
+    """A sampler reaches the spread of each number but not how they vary together."""
+    torch.manual_seed(0)
+    root = torch.tensor([[1.0, 0, 0, 0], [0.8, 0.6, 0, 0], [-0.5, 0.2, 0.7, 0], [0.1, -0.9, 0.3, 0.4]], dtype=torch.float64)
+    m, S = torch.tensor([1.0, -2.0, 0.5, 3.0], dtype=torch.float64), root @ root.T
+    model, noise, y = CorrelatedGaussian(m, S, path), torch.randn(20_000, 1, 2, 2), torch.zeros(20_000, dtype=torch.long)
+    x = sit.sample_ode(model, noise, y, 50, path=path) if sampler == "heun" else sit.sample_sde(model, noise, y, 250, path=path)
+    x = x.double().flatten(1)
+    assert (x.mean(0) - m).abs().max() < 0.04 and (torch.cov(x.T) - S).abs().max() < 0.04
+
+
 @pytest.mark.parametrize("path", ["linear", "cosine"])
 def test_score(path):
     """The score differs from the Gaussian's own, -(x - alpha m) / (alpha^2 s^2 + sigma^2)."""
@@ -1394,6 +1422,31 @@ def test_released_sit(kind, tmp_path, monkeypatch):
     else:
         assert checkpoint["latent_mean"] is None is checkpoint["latent_std"]
     assert checkpoint["vae"] == (str(tmp_path / "a.pt") if kind == "repae" else None)
+
+
+def test_one_sit_step_is_the_peers(monkeypatch, tmp_path):
+    """One optimiser step of the velocity and REPA losses moves the weights elsewhere than on the SiT of timm's blocks."""
+    peer = peer_sit(monkeypatch, z_dim=10)
+    torch.save({"ema": peer.state_dict()}, tmp_path / "a.pt")
+    model, _ = sit.load_sit(tmp_path / "a.pt")
+    model.repa_block = 1
+    model.requires_grad_(True)
+    x, eps, t, y, tokens = torch.randn(4, 4, 8, 8), torch.randn(4, 4, 8, 8), torch.rand(4), torch.tensor([0, 1, 2, 3]), torch.randn(4, 16, 10)
+    hidden = []
+    peer.blocks[0].register_forward_hook(lambda _, __, h: hidden.append(h))
+    v = peer((1 - t.view(-1, 1, 1, 1)) * x + t.view(-1, 1, 1, 1) * eps, t, y)
+    expected = (v - (eps - x)).square().mean() - 0.5 * F.cosine_similarity(peer.projectors[0](hidden[0]), tokens, dim=-1).mean()
+    total, parts = train_sit.SiTLoss(model, "linear", 0.5)(x, y, t, eps, tokens)
+    assert total.item() == pytest.approx(expected.item(), rel=1e-5) and set(parts) == {"velocity", "repa"}
+    theirs = {k: p for k, p in peer.named_parameters() if k != "pos_embed"}
+    for loss, parameters in ((expected, list(theirs.values())), (total, list(model.parameters()))):
+        loss.backward()
+        torch.optim.AdamW(parameters, 1e-4, weight_decay=0).step()
+    ours = dict(model.named_parameters())
+    assert ours.keys() == theirs.keys()
+    for k, p in theirs.items():
+        sure = p.grad.abs() > 1e-6  # Adam's first step is lr * sign(g): where g is rounding alone, so is the sign
+        torch.testing.assert_close(ours[k][sure], p[sure], rtol=0, atol=1e-5)
 
 
 def test_released_sit_that_does_not_fit(tmp_path, monkeypatch):
@@ -1680,6 +1733,20 @@ def test_score_is_adms(inception, tmp_path):
         s = json.loads((tmp_path / "a.json").read_text())["scores"][str(tmp_path / "one.npz")]
         assert [s[k] for k in ("fd", "sfid")] == pytest.approx([result["scores"][str(tmp_path / "one.npz")][k] for k in ("fd", "sfid")], rel=1e-6)
         assert ("recall" in s) == more and "inception_score" in s
+
+
+def test_sample_files_are_mapped(tmp_path):
+    """50,000 samples are read into memory, or a file is mapped at another place than its data."""
+    x = np.random.default_rng(0).integers(0, 256, (9, 8, 8, 3), dtype=np.uint8)
+    np.savez(tmp_path / "plain.npz", arr_1=np.arange(9), arr_0=x)
+    np.savez_compressed(tmp_path / "packed.npz", arr_0=x)
+    np.savez(tmp_path / "fortran.npz", arr_0=np.asfortranarray(x))
+    sample.write_npz(tmp_path / "ours.npz", {"arr_0": x, "arr_1": np.arange(9)})
+    for name in ("plain", "packed", "fortran", "ours"):
+        array = fid.map_array(tmp_path / f"{name}.npz", "arr_0")
+        assert isinstance(array, np.memmap) == (name in ("plain", "ours")) and np.array_equal(array, x)
+        source = fid.load_source(tmp_path / f"{name}.npz")
+        assert source.n == 9 and np.array_equal(source.images([0, 8]).permute(0, 2, 3, 1).numpy(), x[[0, 8]])
 
 
 @pytest.mark.parametrize("make,words", [
@@ -2525,6 +2592,8 @@ def test_dry_run(small, vgg, tmp_path):
     for script, (flags, words) in table.items():
         status, out, err = call(script, *flags, "--dry-run")
         assert status == 0 and all(w in out for w in words), (script, out, err)
+    plan = call("data", "avatars", tmp_path / "o", "--n", 1000, "--dry-run")
+    assert plan[0] == 0 and "1000 images of 64 x 64 in 5 classes" in plan[1] and "2 MiB" in plan[1]
     score = call("fid", "score", small / "images", small / "images", "--net", "vit_base_patch14_dinov2.lvd142m", "--dry-run", "--json", tmp_path / "b.json")
     assert score[0] == 0 and "vit_base_patch14_dinov2.lvd142m@518" in score[1] and "40 images" in score[1]
     recon = call("fid", "recon", "--vae", small / "vae/vae.pt", "--data", small / "images", "--dry-run")

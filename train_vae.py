@@ -97,7 +97,7 @@ class PatchGAN(nn.Module):
     (B, 3, H, W) -> logits (B, 1, H/8-2, W/8-2).
 
     norm "batch" is the release's (statistics of the images passed in, so the result depends on the split of the batch);
-    "group" has none, does not, and trains alike.
+    "group" sees one image at a time.
     """
 
     def __init__(self, ch=64, norm="batch"):
@@ -174,7 +174,6 @@ class VAELoss(nn.Module):
             return self.ratio_gradients(parts)
         total = sum(self.weights[k] * (ratios or {}).get(k, 1.0) * v for k, v in parts.items())
         return total, {k: v.detach() for k, v in parts.items()}, x_rec.detach(), z.detach()
-
 
     def ratio_gradients(self, parts):
         """{name: (gradient of the likelihood, gradient of the loss `name`)}: the GAN's by the decoder's last layer (LDM),
@@ -333,7 +332,9 @@ class Trainer:
     def adaptive_ratios(self, batches, judge):
         """Adaptive weights of this step from the whole global batch, in a forward pass of their own: {name: ratio}."""
         args, sums = self.args, {}
-        if not (args.gan_adaptive and judge is not None or args.align == "vavae" and self.step >= args.mapper_warmup):
+        wanted = {"gan"} if args.gan_adaptive and judge is not None else set()
+        wanted |= {"align"} if args.align == "vavae" and self.step >= args.mapper_warmup else set()
+        if not wanted:
             return {}
         for x, noise, share in batches:
             with data.autocast(self.device, args.precision):
@@ -342,7 +343,7 @@ class Trainer:
             for k, pair in gradients.items():
                 sums[k] = [share * g + s for g, s in zip(pair, sums.get(k, (0, 0)))]
         mean = {k: [data.all_reduce(g / self.world) for g in pair] for k, pair in sums.items()}
-        return {k: gradient_ratio(*pair, most={"gan": 1e4, "align": 1e8}[k]) for k, pair in mean.items()}
+        return {k: gradient_ratio(*pair, most={"gan": 1e4, "align": 1e8}[k]) for k, pair in mean.items() if k in wanted}
 
     def train_step(self, pixels):
         """One optimiser step of the VAE and the mapper, then one of the discriminator; returns the rank's loss parts."""
