@@ -13,6 +13,7 @@ the Inception network of 2015 alone.
 """
 import argparse
 import json
+import os
 import platform
 import struct
 import time
@@ -65,7 +66,8 @@ class FIDInception(nn.Module):
         self.net.Mixed_6d.branch1x1.register_forward_hook(lambda _, __, y: self.seen.update(spatial=y[:, :7]))  # mixed_6/conv:0
         self.net.avgpool.register_forward_hook(lambda _, __, y: self.seen.update(pool=y.flatten(1)))
         if weights:
-            data.load_weights(self.net, inception_weights(ckpt), f"--net-ckpt {ckpt}" if ckpt else INCEPTION_URL)
+            counters = {k: v for k, v in self.net.state_dict().items() if k.endswith("num_batches_tracked")}  # not in every copy, and unused
+            data.load_weights(self.net, {**inception_weights(ckpt), **counters}, f"--net-ckpt {ckpt}" if ckpt else INCEPTION_URL)
         self.eval().requires_grad_(False)
 
     def train(self, mode=True):
@@ -342,17 +344,20 @@ class Measured:
     stats: dict
 
 
-def measure(net, source, device, precision, batch=64):
-    """Features of a source, and its statistics: those that its file brings, else those of the features. Raises UserError."""
+def measure(net, weights, source, device, precision, batch=64):
+    """Features of a source, and its statistics: those that its file brings, else those of the features. weights: the network's hash.
+    Raises UserError for statistics of another network (a file that names none is ADM's, of inception)."""
     stats, pool, probabilities, spatial = dict(source.stats or {}), [], [], Moments()
-    if stats and (stats["mu"].shape != (net.dim,) or str(stats.get("network", net.label)) != net.label):
-        raise UserError(f"{source.name}: statistics of {stats.get('network', 'another network')} with {len(stats['mu'])} dimensions; --net {net.label} has {net.dim}")
+    if stats and (stats["mu"].shape != (net.dim,) or str(stats.get("network", "inception")) != net.label):
+        raise UserError(f"{source.name}: statistics of {stats.get('network', 'inception')} with {len(stats['mu'])} dimensions; --net {net.label} has {net.dim}")
+    if str(stats.get("weights", weights)) != weights:
+        raise UserError(f"{source.name}: statistics of weights {stats['weights']} of {net.label}; these are {weights}")
     for i in tqdm(range(0, source.n, batch), f"features {source.name}", disable=None):
         images = source.images(list(range(i, min(i + batch, source.n)))).to(device)
         with data.autocast(device, precision):
             if isinstance(net, FIDInception):
                 features, at_17, p = net.features(images)
-                probabilities.append(p.cpu()), stats.get("mu_s") is None and spatial.add(at_17.cpu())
+                probabilities.append(p.cpu()), source.stats is None and spatial.add(at_17.cpu())
             else:
                 features = net(images)
         pool.append(features.cpu())
@@ -375,7 +380,7 @@ def count_name(n):
     return f"{n // 1000}k" if n and n % 1000 == 0 else str(n)
 
 
-def compare(reference, sample, order, bootstrap=0):
+def compare(reference, sample, order, device, bootstrap=0):
     """All scores that the two have the features for, as a dictionary of floats. order: a fixed permutation of the reference's images."""
     out = {"fd": distance(reference.stats, sample.stats)}
     if "mu_s" in reference.stats and "mu_s" in sample.stats:
@@ -385,7 +390,7 @@ def compare(reference, sample, order, bootstrap=0):
     if sample.pool is not None and reference.pool is not None:
         chosen = reference.pool[np.sort(order[:10_000])]  # as many as ADM's references have
         if min(len(chosen), len(sample.pool)) > 3:
-            out["precision"], out["recall"] = precision_recall(chosen, sample.pool)
+            out["precision"], out["recall"] = precision_recall(chosen.to(device), sample.pool.to(device))
     if sample.pool is not None and bootstrap:
         generator, n = np.random.Generator(np.random.Philox(key=1)), len(sample.pool)
         drawn = [generator.multinomial(n, np.full(n, 1 / n)) for _ in range(bootstrap)]
@@ -401,7 +406,7 @@ def check_sources(args, sources):
         folder = Path(name)
         if name != args.reference and folder.is_dir() and any(f.lower().endswith((".jpg", ".jpeg")) for f in data.find_images(folder)[:100]):
             print(f"warning: {name} holds JPEG files; their artefacts change every score; write PNG or .npz")
-    counts = {sources[name].n for name in args.samples}
+    counts = {sources[name].n for name in args.samples if sources[name].n}
     if len(counts) > 1:
         print(f"warning: sample sets of {' and '.join(map(str, sorted(counts)))} images: the distance falls with the count, compare equal counts only")
 
@@ -409,6 +414,7 @@ def check_sources(args, sources):
 def score(args):
     """Every sample set against the reference, and the floors: halves of the reference, and as many real images."""
     device, _, _ = data.setup()
+    torch.backends.cudnn.allow_tf32 = False  # float32 means float32
     begin = time.time()
     net = load_net(args.net, args.net_ckpt, args.net_size, weights=not args.dry_run)
     sources = {name: load_source(name, args.split if name == args.reference else None, args.resolution) for name in [args.reference, *args.samples]}
@@ -420,19 +426,19 @@ def score(args):
     net = net.to(device, memory_format=torch.channels_last)
     metric = "FID" if args.net == "inception" else f"FD({net.label})"
     weights = data.weights_hash(net.state_dict())
-    reference = measure(net, sources[args.reference], device, args.precision)
-    n_reference = sources[args.reference].n
+    reference = measure(net, weights, sources[args.reference], device, args.precision)
+    n_reference = sources[args.reference].n  # images at hand; a file's own statistics may be of more
     order = np.random.Generator(np.random.Philox(key=0)).permutation(n_reference)
-    result = dict(metric=metric, network=net.label, weights=weights, reference=args.reference, split=args.split, n_reference=n_reference or int(reference.stats.get("n", 0)),
+    result = dict(metric=metric, network=net.label, weights=weights, reference=args.reference, split=args.split, n_reference=int(reference.stats.get("n", 0)) if sources[args.reference].stats else n_reference,
                   resize="TensorFlow 1 bilinear to 299" if args.net == "inception" else "bicubic, antialiased", dtype=args.precision, scores={}, fd={}, n={}, fd_real={})
     print(f"reference {args.reference}" + (f" ({args.split})" if args.split else "") + f": {result['n_reference'] or 'unknown number of'} images"
           + (", its own statistics" if sources[args.reference].stats else "") + f"; network {net.label}, weights {weights}, resize {result['resize']}")
     if args.save_stats:
         np.savez(args.save_stats, **{k: v for k, v in reference.stats.items() if k in ("mu", "sigma", "mu_s", "sigma_s")}, network=net.label, weights=weights,
-                 n=result["n_reference"], net=args.net, net_ckpt=args.net_ckpt or "", net_size=args.net_size or 0)
+                 n=result["n_reference"], net=args.net, net_ckpt=os.path.abspath(args.net_ckpt) if args.net_ckpt else "", net_size=args.net_size or 0)
     for name in args.samples:
-        sample, n = measure(net, sources[name], device, args.precision), sources[name].n
-        s = result["scores"][name] = compare(reference, sample, order, args.bootstrap)
+        sample, n = measure(net, weights, sources[name], device, args.precision), sources[name].n
+        s = result["scores"][name] = compare(reference, sample, order, device, args.bootstrap)
         result["fd"][name], result["n"][name] = s["fd"], n
         if reference.pool is not None and 4 <= n <= n_reference // 2:  # what as many real images would score
             result["fd_real"][name] = frechet_distance(*statistics(reference.pool[order[n:]]), *statistics(reference.pool[order[:n]]))
@@ -491,6 +497,7 @@ def recon(args):
     """Decode the posterior mean of each image and compare: PSNR, SSIM and LPIPS as means over the images, the Fréchet distance of
     all reconstructions to all originals (rFID), and a picture."""
     device, _, _ = data.setup()
+    torch.backends.cudnn.allow_tf32 = False  # float32 means float32
     begin = time.time()
     vae = load_vae(args.vae).to(device, memory_format=torch.channels_last)
     images = data.ImageFolder(args.data, args.resolution or vae.config["resolution"], split=args.split)
@@ -500,6 +507,8 @@ def recon(args):
         return print(f"{args.vae}: reconstruct {len(images)} images of {images.size} x {images.size}, latent {vae.config['z_channels']} x "
                      f"{images.size // vae.factor} x {images.size // vae.factor}, {sum(p.numel() for p in vae.parameters()) / 1e6:.1f} M")
     net = None if args.net == "none" else load_net(args.net, args.net_ckpt, args.net_size).to(device, memory_format=torch.channels_last)
+    if net is not None and len(images) < 4:
+        raise UserError(f"{args.data}: {len(images)} images; a covariance needs more (--net none: without the distance)")
     lpips = build_lpips(args.lpips_ckpt, device) if args.lpips else None
     rows = data.chunks(range(len(images)), 64)
     chosen = set(np.linspace(0, len(images) - 1, min(16, len(images) // 8 * 8 or len(images))).astype(int).tolist())  # all classes

@@ -176,7 +176,7 @@ def empty_model(name):
         with torch.device("meta"):
             return timm.create_model(name, pretrained=False)
     except (RuntimeError, ValueError) as e:
-        raise UserError(f"{name}: timm {timm.__version__} has no such model ({' '.join(str(e).split())[:100]}); timm.list_models() names all")
+        raise UserError(f"{name}: timm {timm.__version__} has no such model, or cannot lay it out ({' '.join(str(e).split())[:100]}); timm.list_models() names all")
 
 
 def pretrained(name, ckpt=None, flag="--vfm", **kwargs):

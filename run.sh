@@ -28,10 +28,10 @@ if [ -z "${SHOW:-}" ]; then
         cat requirements.txt requirements-dev.txt > "$mark"
     fi
 fi
-if [ "${1:-demo}" = test ]; then exec python -m pytest -q test_all.py; fi
+if [ "${1:-demo}" = test ]; then exec python -m pytest -q -o tmp_path_retention_policy=failed -o tmp_path_retention_count=1 test_all.py; fi
 
 # ImageNet, the paper's settings. INIT=weights is the folder of the VAEs to start from (README says where they come from), GPUS their number,
-# SHOW=1 prints the commands and runs none. VAE_FLAGS, ENCODE_FLAGS, SIT_FLAGS, SAMPLE_FLAGS, SCORE_FLAGS, RECON_FLAGS are added to the commands.
+# SIT_TAG=-800 names another folder for the SiT, SHOW=1 prints the commands and runs none. VAE_FLAGS, ENCODE_FLAGS, SIT_FLAGS, SAMPLE_FLAGS, SCORE_FLAGS, RECON_FLAGS are added to the commands.
 launch() {
     local start=(python)
     [ "${GPUS:-1}" -le 1 ] || start=(torchrun "--nproc_per_node=$GPUS")
@@ -41,9 +41,10 @@ launch() {
 # arm NAME VAE RESOLUTION SIT [flags of train_vae.py]: fine-tune the VAE (NAME base-*: leave it as it is), encode, train a SiT with REPA,
 # sample 50,000 images, score
 arm() {
-    local dir=$OUT/$1 vae=$INIT/$2 size=$3 model=$4 sit=$OUT/$1/${4/\//-} guided
+    local dir=$OUT/$1 vae=$INIT/$2 size=$3 model=$4 sit=$OUT/$1/${4/\//-}${SIT_TAG:-} guided
     for vae in "$INIT/$2" "$INIT/$2".{safetensors,ckpt,pt}; do [ ! -e "$vae" ] || break; done
     [ -e "$vae" ] || [ -n "${SHOW:-}" ] || { echo "error: $vae (or .ckpt, .safetensors, a diffusers folder) is not there; README says where the initial VAEs come from" >&2; exit 2; }
+    [ -e "$INIT/adm-$size.npz" ] || [ -n "${SHOW:-}" ] || { echo "error: $INIT/adm-$size.npz is not there; README says where the reference statistics come from" >&2; exit 2; }
     shift 4
     case "$dir" in */base-*) ;; *)
         launch train_vae.py --data "$ROOT/train" --init "$vae" --resolution "$size" --batch 1024 --micro-batch $((size > 256 ? 4 : 16)) --steps 100000 --lr 3e-4 "$@" ${VAE_FLAGS:-} --out "$dir"

@@ -6,7 +6,7 @@
     python sample.py --sit sit-repae-vavae.pt --cfg 2.5 --out out/repae.npz                # a released checkpoint of REPA-E
 
 Image i depends on (seed, i) only, not on the number of processes or the batch. t = 1 is noise, t = 0 is data.
-A stopped run goes on with the same command, on any number of processes.
+A stopped run goes on with the same command, on any number of processes of one node.
 Guidance acts on all channels: v = v_u + s (v_c - v_u) for t within --interval; s = 1 is off. With --guide CKPT (AutoGuidance)
 v_u is the velocity of that weaker SiT, which knows the class.
 """
@@ -185,7 +185,8 @@ def read_settings(path):
 def finished(out, settings):
     """Whether `out` was written with these settings."""
     found = read_settings(out.with_suffix(".json"))
-    return out.exists() and isinstance(found, dict) and all(found.get(k) == v for k, v in settings.items())
+    under_way = Path(f"{out}.run").exists()  # removed after the .npz is written
+    return out.exists() and not under_way and isinstance(found, dict) and all(found.get(k) == v for k, v in settings.items())
 
 
 def begin_or_resume(out, settings, shape):
@@ -223,17 +224,22 @@ def main():
         print(f"memory about {decode_memory(model, vae, guide, args.micro_batch) / 2**30:.1f} GiB a process (counted in float32), disk {2 * np.prod(shape) / 2**30:.2f} GiB")
     if args.dry_run:
         return
-    data.open_out(out.parent, need_bytes=2 * int(np.prod(shape)))
     labels = choose_labels(args, model.num_classes)
     settings = {k: v for k, v in vars(args).items() if k not in ("out", "micro_batch", "dry_run")}
-    settings.update(interval=list(args.interval), step=checkpoint["step"], vae_hash=checkpoint["vae_hash"], nfe=nfe, sit_hash=data.weights_hash(model.state_dict()))
+    settings.update(interval=list(args.interval), step=checkpoint["step"], vae_hash=checkpoint["vae_hash"], nfe=nfe, sit_hash=data.weights_hash(model.state_dict()),
+                    guide_hash=guide and data.weights_hash(guide.state_dict()), stats_hash=data.weights_hash({k: checkpoint[k] for k in ("latent_mean", "latent_std")}))
     if finished(out, settings):
         return print(f"{out}: already there") if rank == 0 else None
+    there = Path(f"{out}.part").stat().st_blocks * 512 if Path(f"{out}.part").exists() else 0
+    data.open_out(out.parent, need_bytes=2 * int(np.prod(shape)) - there)
+    data.barrier()
     if rank == 0:
         begin_or_resume(out, settings, shape)
     data.barrier()
     images, done = np.load(f"{out}.part", mmap_mode="r+"), np.load(f"{out}.done", mmap_mode="r+")
-    rows = [i for i in data.split_rows(args.images, rank, world) if not done[i]]
+    missing = np.flatnonzero(done == 0)
+    data.barrier()  # all have read what is missing before anyone adds to it
+    rows = missing[data.split_rows(len(missing), rank, world)].tolist()
     for i in tqdm(range(0, len(rows), args.micro_batch), "sample", disable=rank > 0 or None):
         part = rows[i:i + args.micro_batch]
         images[part] = sample_batch(model, vae, guide, checkpoint, args, part, labels[part], device).permute(0, 2, 3, 1).numpy()

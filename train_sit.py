@@ -53,7 +53,7 @@ def parse_args():
     p.add_argument("--vfm-ckpt", help="local weights of the VFM")
     p.add_argument("--vfm-layer", type=int, help="block (ViT, default the last) or stage (CNN, default stride 16)")
     # Scores during training: one convergence curve out of one run (the paper's Figure 4)
-    p.add_argument("--eval-every", type=int, default=0, help="steps between scores of averaged samples; 0: off")
+    p.add_argument("--eval-every", type=data.positive, help="steps between scores of averaged samples (default: none)")
     p.add_argument("--eval-stats", help="reference: a file of fid.py score ... --save-stats FILE; it names the network too")
     p.add_argument("--eval-images", type=data.positive, default=2000)
     # The run
@@ -219,7 +219,10 @@ class Evaluation:
         self.args, self.device, self.rank, self.world = args, device, rank, world
         if not args.eval_stats:
             raise UserError("--eval-every needs --eval-stats FILE; make it with: python fid.py score REFERENCE REFERENCE --save-stats FILE")
-        self.net, self.stats = load_stats(args.eval_stats)
+        if args.eval_images < 4:
+            raise UserError(f"--eval-images {args.eval_images}: a covariance needs 4 or more")
+        with data.rank_zero_first():
+            self.net, self.stats = load_stats(args.eval_stats)
         self.metric = "FID" if self.net.label == "inception" else f"FD({self.net.label})"
         self.metric += f"-{args.eval_images}"
         self.vae = load_vae(latents.meta["vae"])
@@ -230,7 +233,7 @@ class Evaluation:
 
     @torch.no_grad()
     def __call__(self, model):
-        """The same number on every rank, whatever their count."""
+        """The distance, on rank 0 (0 elsewhere), whatever the number of ranks."""
         c, n = model.config, self.args.eval_images
         features = torch.zeros(n, self.net.dim)
         for rows in data.chunks(data.split_rows(n, self.rank, self.world), 64):
@@ -239,8 +242,10 @@ class Evaluation:
             with data.autocast(self.device, self.args.precision):
                 z = sample_ode(model, noise, y, 25, path=self.args.path) * self.std + self.mean
                 images = data.to_uint8(self.vae.decode(z.contiguous(memory_format=torch.channels_last)))
-            features[list(rows)] = self.net(images).cpu()
-        return frechet_distance(self.stats["mu"], self.stats["sigma"], *statistics(data.all_reduce(features)))
+            with torch.backends.cudnn.flags(allow_tf32=False):
+                features[list(rows)] = self.net(images).cpu()
+        features = data.all_reduce(features)
+        return 0.0 if self.rank else frechet_distance(self.stats["mu"], self.stats["sigma"], *statistics(features))
 
 
 class RawRows:
