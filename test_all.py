@@ -1464,6 +1464,18 @@ def test_released_sit_that_does_not_fit(tmp_path, monkeypatch):
         assert all(w in str(e.value) for w in words), e.value
 
 
+def test_released_sit_says_its_path(tmp_path, monkeypatch):
+    """A release that was trained on another path, or predicts something else than the velocity, samples as if it did."""
+    for sigma, settings, expected in ((False, dict(path_type="cosine", prediction="v"), "cosine"), (True, dict(path_type="Linear", prediction="velocity"), "linear"),
+                                      (True, dict(path_type="GVP", prediction="velocity"), "gvp"), (False, dict(path_type="linear", prediction="noise"), "noise")):
+        torch.save({"ema": peer_sit(monkeypatch, learn_sigma=sigma).state_dict(), "args": argparse.Namespace(**settings)}, tmp_path / "a.pt")
+        if expected in ("linear", "cosine"):
+            assert sit.load_sit(tmp_path / "a.pt")[1]["path"] == expected
+        else:
+            with pytest.raises(ValueError, match=f"a.pt.*{expected}"):
+                sit.load_sit(tmp_path / "a.pt")
+
+
 @pytest.mark.parametrize("path", ["linear", "cosine"])
 def test_sde_trajectory_by_hand(path):
     """A trajectory of the SDE sampler leaves REPA's: dx = (v - t s) dt + sqrt(2 t |dt|) eps down to 0.04, then the mean alone."""
