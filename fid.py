@@ -16,6 +16,7 @@ import json
 import os
 import platform
 import struct
+import tempfile
 import time
 import warnings
 import zipfile
@@ -24,7 +25,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -138,7 +138,7 @@ class FeatureNet(nn.Module):
             fixed = {"img_size": size}
             if size % spec.patch_embed.patch_size[0]:
                 raise UserError(f"--net-size {size}: {name} needs a multiple of {spec.patch_embed.patch_size[0]}")
-        self.net = pretrained(name, ckpt, "--net", **fixed) if weights else timm.create_model(name, num_classes=0, **fixed)
+        self.net = pretrained(name, ckpt, "--net", weights, **fixed)
         config = self.net.pretrained_cfg
         self.size, self.dim = size or config["input_size"][-1], self.net.num_features
         self.label = f"{name}@{self.size}"
@@ -305,6 +305,10 @@ def map_array(path, name):
     return np.memmap(path, dtype, "r", start, shape)
 
 
+# What a file of statistics may hold: ADM's four arrays, and what --save-stats adds of the network
+STATISTICS = ("mu", "sigma", "mu_s", "sigma_s", "n", "network", "weights", "net", "net_ckpt", "net_size")
+
+
 def load_source(path, split=None, size=None):
     """An image folder (cropped to `size`, default: the short side of its first image), or an .npz. Raises UserError."""
     name, path = str(path), Path(path)
@@ -319,7 +323,7 @@ def load_source(path, split=None, size=None):
         return Source(name, lambda rows: next(data.load_batches(images, [rows]))[0], len(images.files), None)
     try:
         with np.load(path, allow_pickle=False) as z:
-            stats = {k: z[k] for k in ("mu", "sigma", "mu_s", "sigma_s", "network", "weights", "n") if k in z.files} if {"mu", "sigma"} <= set(z.files) else None
+            stats = {k: z[k] for k in STATISTICS if k in z.files} if {"mu", "sigma"} <= set(z.files) else None
             array = map_array(path, "arr_0") if "arr_0" in z.files or stats is None else None
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; make it with: python sample.py --sit SIT --out {path}")
@@ -357,7 +361,9 @@ def measure(net, weights, source, device, precision, batch=64):
         with data.autocast(device, precision):
             if isinstance(net, FIDInception):
                 features, at_17, p = net.features(images)
-                probabilities.append(p.cpu()), source.stats is None and spatial.add(at_17.cpu())
+                probabilities.append(p.cpu())
+                if source.stats is None:
+                    spatial.add(at_17.cpu())
             else:
                 features = net(images)
         pool.append(features.cpu())
@@ -434,7 +440,7 @@ def score(args):
     print(f"reference {args.reference}" + (f" ({args.split})" if args.split else "") + f": {result['n_reference'] or 'unknown number of'} images"
           + (", its own statistics" if sources[args.reference].stats else "") + f"; network {net.label}, weights {weights}, resize {result['resize']}")
     if args.save_stats:
-        np.savez(args.save_stats, **{k: v for k, v in reference.stats.items() if k in ("mu", "sigma", "mu_s", "sigma_s")}, network=net.label, weights=weights,
+        np.savez(args.save_stats, **{k: v for k, v in reference.stats.items() if k in STATISTICS[:4]}, network=net.label, weights=weights,
                  n=result["n_reference"], net=args.net, net_ckpt=os.path.abspath(args.net_ckpt) if args.net_ckpt else "", net_size=args.net_size or 0)
     for name in args.samples:
         sample, n = measure(net, weights, sources[name], device, args.precision), sources[name].n
@@ -459,20 +465,19 @@ def score(args):
 
 def load_stats(path):
     """A file of --save-stats -> (its network with weights, its statistics): what train_sit.py --eval-stats scores with."""
-    source = load_source(path)
-    with np.load(path, allow_pickle=False) as z:
-        known = {k: z[k].item() for k in ("net", "net_ckpt", "net_size") if k in z.files}
-    if source.stats is None or len(known) < 3:
+    stats = load_source(path).stats
+    if stats is None or not {"net", "net_ckpt", "net_size", "weights"} <= stats.keys():
         raise UserError(f"{path}: expected statistics written by fid.py score REFERENCE SAMPLES --save-stats {path}")
-    net = load_net(known["net"], known["net_ckpt"] or None, known["net_size"] or None)
+    net = load_net(*(stats[k].item() or None for k in ("net", "net_ckpt", "net_size")))
     found = data.weights_hash(net.state_dict())
-    if found != str(source.stats["weights"]):
-        raise UserError(f"{path}: made with weights {source.stats['weights']} of {net.label}, these are {found}; make it again")
-    return net, source.stats
+    if found != str(stats["weights"]):
+        raise UserError(f"{path}: made with weights {stats['weights']} of {net.label}, these are {found}; make it again")
+    return net, stats
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Reconstruction
+
 def psnr(x, y):
     """uint8 (B, 3, H, W) twice -> peak signal-to-noise ratio of each image in dB (B,); inf for equal images."""
     mse = (x.double() - y.double()).square().mean((1, 2, 3))
@@ -517,10 +522,10 @@ def recon(args):
         x = data.to_float(pixels.to(device)).contiguous(memory_format=torch.channels_last)
         with data.autocast(device, args.precision):
             y = data.to_uint8(vae.decode(vae.encode(x).mean))
+        each = [psnr(pixels, y.cpu()), ssim(pixels, y.cpu())]
         if lpips is not None:
-            values.append(torch.stack([psnr(pixels, y.cpu()), ssim(pixels, y.cpu()), lpips(x, data.to_float(y)).flatten().double().cpu()]))
-        else:
-            values.append(torch.stack([psnr(pixels, y.cpu()), ssim(pixels, y.cpu())]))
+            each.append(lpips(x, data.to_float(y)).flatten().double().cpu())
+        values.append(torch.stack(each))
         if net is not None:
             moments[0].add(net(pixels.to(device)).cpu()), moments[1].add(net(y).cpu())
         at = [i for i, row in enumerate(kept) if row in chosen]
@@ -649,9 +654,9 @@ def bench(args):
     print(f"inception: {len(images) / timed(lambda: net.features(images)[0].cpu()):.1f} images/s of 256 x 256")
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-        torch.save(net.net.state_dict(), args.scratch)
-        peer = FeatureExtractorInceptionV3("peer", ["2048", "logits_unbiased"], feature_extractor_weights_path=args.scratch).to(device)
-        Path(args.scratch).unlink()
+        with tempfile.TemporaryDirectory() as folder:
+            torch.save(net.net.state_dict(), f"{folder}/weights.pth")
+            peer = FeatureExtractorInceptionV3("peer", ["2048", "logits_unbiased"], feature_extractor_weights_path=f"{folder}/weights.pth").to(device)
         with torch.no_grad():
             print(f"torch-fidelity: {len(images) / timed(lambda: peer(images)[0].cpu()):.1f} images/s")
     except ImportError:
@@ -695,7 +700,6 @@ def main():
     t.add_argument("--arms", nargs="+", default=["control", "send"])
     b = commands.add_parser("bench", help="speed of the network and the scores, beside peers")
     b.add_argument("--images", type=data.positive, default=10_000, help="features of precision and recall (default 10,000)")
-    b.add_argument("--scratch", default="fid_bench.pth", help="a temporary file")
     args = p.parse_args()
     for path in filter(None, (getattr(args, k, None) for k in ("json", "png", "save_stats") if not getattr(args, "dry_run", False))):
         data.open_out(Path(path).parent)

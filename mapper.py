@@ -55,6 +55,13 @@ def sincos_2d(dim, grid):
     return torch.cat([one.repeat(grid, 1), one.repeat_interleave(grid, 0)], 1)  # (grid*grid, dim)
 
 
+def patch_side(latent_size, grid):
+    """Latent cells a token and side. f16 with 16 x 16 tokens at 256: 1; f8: 2. Raises UserError if grid does not divide."""
+    if latent_size % grid:
+        raise UserError(f"the VFM's {grid} x {grid} tokens do not divide the {latent_size} x {latent_size} latent")
+    return latent_size // grid
+
+
 class Mapper(nn.Module):
     """h_phi: patch embedding -> `depth` ViT blocks -> MLP projector. z_t (B, z_channels, h, h) -> (B, grid*grid, vfm_dim).
 
@@ -65,14 +72,11 @@ class Mapper(nn.Module):
     def __init__(self, z_channels, latent_size, grid, vfm_dim, depth=1, width=None, heads=None, mlp_width=2048):
         super().__init__()
         width = width or vfm_dim
-        heads = heads or max(1, width // 64)
-        if latent_size % grid:
-            raise UserError(f"the VFM's {grid} x {grid} tokens do not divide the {latent_size} x {latent_size} latent")
+        heads, patch = heads or max(1, width // 64), patch_side(latent_size, grid)
         if width % (4 * heads):
             raise UserError(f"mapper width {width}: expected a multiple of {4 * heads}")
         self.config = dict(z_channels=z_channels, latent_size=latent_size, grid=grid, vfm_dim=vfm_dim, depth=depth,
                            width=width, heads=heads, mlp_width=mlp_width)
-        patch = latent_size // grid  # f16 with 16 x 16 tokens at 256: 1; f8: 2
         self.patch_embed = nn.Conv2d(z_channels, width, patch, stride=patch)
         self.register_buffer("pos", sincos_2d(width, grid), persistent=False)
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
@@ -92,10 +96,8 @@ class LinearMapper(nn.Module):
 
     def __init__(self, z_channels, latent_size, grid, vfm_dim):
         super().__init__()
-        if latent_size % grid:
-            raise UserError(f"the VFM's {grid} x {grid} tokens do not divide the {latent_size} x {latent_size} latent")
-        self.config = dict(z_channels=z_channels, latent_size=latent_size, grid=grid, vfm_dim=vfm_dim)
-        self.proj = nn.Conv2d(z_channels, vfm_dim, latent_size // grid, stride=latent_size // grid, bias=False)
+        self.config, patch = dict(z_channels=z_channels, latent_size=latent_size, grid=grid, vfm_dim=vfm_dim), patch_side(latent_size, grid)
+        self.proj = nn.Conv2d(z_channels, vfm_dim, patch, stride=patch, bias=False)
 
     def forward(self, z):
         return self.proj(z).flatten(2).transpose(1, 2)  # (B, N, vfm_dim)
@@ -138,7 +140,7 @@ class VFM(nn.Module):
         self.size = grid * stride
         fixed = {"img_size": self.size} if is_vit else {}  # position embeddings are resampled to it
         self.check_grid(fixed)
-        self.net = pretrained(name, ckpt, **fixed) if weights else timm.create_model(name, num_classes=0, **fixed)
+        self.net = pretrained(name, ckpt, weights=weights, **fixed)
         config = self.net.pretrained_cfg
         self.register_buffer("mean", torch.tensor(config["mean"]).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(config["std"]).view(1, 3, 1, 1), persistent=False)
@@ -147,10 +149,9 @@ class VFM(nn.Module):
     def check_grid(self, fixed):
         """Raise UserError for a model that does not give grid x grid tokens, before its weights are loaded."""
         try:
-            with torch.device("meta"):
-                net = timm.create_model(self.name, num_classes=0, **fixed)
-                found = tuple(self.tokens(net, torch.empty(1, 3, self.size, self.size)).shape[1:])
-        except (RuntimeError, ValueError, TypeError, AssertionError, AttributeError, NotImplementedError) as e:
+            net = empty_model(self.name, **fixed).eval()
+            found = tuple(self.tokens(net, torch.empty(1, 3, self.size, self.size, device="meta")).shape[1:])
+        except (AssertionError, RuntimeError, TypeError) as e:  # built for one size, for whole windows, or without an img_size
             raise UserError(f"--vfm {self.name}: gives no {self.grid} x {self.grid} tokens at {self.size} x {self.size} pixels ({' '.join(str(e).split())[:100]})")
         if found != (self.dim, self.grid, self.grid):
             raise UserError(f"--vfm {self.name}: features {found}, expected {(self.dim, self.grid, self.grid)}")
@@ -170,18 +171,20 @@ class VFM(nn.Module):
         return self.tokens(self.net, x).flatten(2).transpose(1, 2).float()  # (B, grid*grid, dim)
 
 
-def empty_model(name):
+def empty_model(name, **kwargs):
     """timm model without storage for its weights. Raises UserError for an unknown name."""
     try:
         with torch.device("meta"):
-            return timm.create_model(name, pretrained=False)
+            return timm.create_model(name, pretrained=False, **kwargs)
     except (RuntimeError, ValueError) as e:
         raise UserError(f"{name}: timm {timm.__version__} has no such model, or cannot lay it out ({' '.join(str(e).split())[:100]}); timm.list_models() names all")
 
 
-def pretrained(name, ckpt=None, flag="--vfm", **kwargs):
-    """timm model without its classifier, with weights from the hub or the local file `ckpt`, loaded strictly. Raises UserError,
-    which names the script's `flag`."""
+def pretrained(name, ckpt=None, flag="--vfm", weights=True, **kwargs):
+    """timm model without its classifier, with weights from the hub or the local file `ckpt`, loaded strictly (weights=False:
+    random ones). Raises UserError, which names the script's `flag`."""
+    if not weights:
+        return timm.create_model(name, pretrained=False, num_classes=0, **kwargs)
     if ckpt is None:
         try:
             return timm.create_model(name, pretrained=True, num_classes=0, **kwargs)

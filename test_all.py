@@ -860,13 +860,12 @@ def vfm_table():
 
 
 @pytest.mark.parametrize("name", vfm_table())
-def test_vfm_table(name, monkeypatch):
+def test_vfm_table(name):
     """A row of README's table gives other tokens, width or heads, or does not exist in timm."""
-    monkeypatch.setattr(mapper, "pretrained", lambda name, ckpt, **kw: timm.create_model(name, num_classes=0, **kw))
     at_256, at_512, dim, heads = vfm_table()[name]
     with torch.device("meta"):
         for size, shown in ((256, at_256), (512, at_512)):
-            vfm = mapper.VFM(name, size, size // 16)
+            vfm = mapper.VFM(name, size, size // 16, weights=False)
             tokens, grid = vfm(torch.empty(1, 3, size, size)), size // 16
             assert tokens.shape == (1, grid ** 2, int(dim)) and shown == f"{grid} x {grid} (input {vfm.size})"
         h = mapper.Mapper(32, 16, 16, vfm.dim)
@@ -937,6 +936,15 @@ def test_vfm_layer_of_a_vit(tmp_path):
             for block in peer.blocks[:layer % n + 1]:
                 h = block(h)
             torch.testing.assert_close(mapper.VFM("test_vit", 160, 10, tmp_path / "w.pth", layer)(x), peer.norm(h)[:, 1:])
+
+
+def test_vfm_grid_is_checked_before_the_weights():
+    """A network with batch norm is refused because the check runs it in training mode, or one that cannot give the grid ends in a traceback."""
+    vfm = mapper.VFM("resnest14d", 64, 4, weights=False)
+    assert vfm(torch.rand(1, 3, 64, 64)).shape == (1, 16, vfm.dim)
+    for name in ("coatnet_0_224", "gmixer_12_224", "hieradet_small"):
+        with pytest.raises(UserError, match=f"--vfm {name}: gives no 4 x 4 tokens"):
+            mapper.VFM(name, 64, 4, weights=False)
 
 
 def test_vavae_loss_by_hand():
