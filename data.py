@@ -791,7 +791,7 @@ def load_newest(path):
 
 
 # Flags that may change between the first and the second half of a run without changing what it computes.
-FREE_FLAGS = {"out", "steps", "micro_batch", "workers", "save_every", "log_every", "compile", "dry_run", "eval_every", "eval_stats", "eval_images"}
+FREE_FLAGS = {"out", "steps", "micro_batch", "workers", "save_every", "log_every", "compile", "eval_every", "eval_stats", "eval_images"}
 
 
 def same_run(checkpoint, args, path):

@@ -146,14 +146,14 @@ def gradient_ratio(reference, loss, most):
 class VAELoss(nn.Module):
     """Eq. (3) in one forward pass: images -> (weighted sum, each part, reconstruction, latent)."""
 
-    def __init__(self, vae, mapper, weights, rec, align="send", gan_adaptive=False):
+    def __init__(self, vae, mapper, weights, rec, align):
         super().__init__()
-        self.vae, self.mapper, self.weights, self.rec, self.align, self.gan_adaptive = vae, mapper, weights, rec, align, gan_adaptive
+        self.vae, self.mapper, self.weights, self.rec, self.align = vae, mapper, weights, rec, align
 
-    def forward(self, x, noise, tokens, stats, encoder_aligns, judge, lpips, ratios=None):
+    def losses(self, x, noise, tokens, stats, encoder_aligns, judge, lpips):
         """x (B, 3, H, W); noise: a (B,), eps of the posterior and of eq. (1), (B, c, h, w) each; tokens (B, N, D) of the
-        VFM or None; stats: LatentStats; judge: the frozen discriminator or None; lpips: the frozen metric or None.
-        ratios: adaptive weights by name; "gradients" returns what they are made of instead of the loss (see ratio_gradients)."""
+        VFM or None; stats: LatentStats; judge: the frozen discriminator or None; lpips: the frozen metric or None
+        -> (each part of the loss, reconstruction, latent)."""
         a, eps_posterior, eps_align = noise
         posterior = self.vae.encode(x)
         z = posterior.sample(eps_posterior)
@@ -164,25 +164,27 @@ class VAELoss(nn.Module):
         if judge is not None:
             parts["gan"] = -judge(x_rec).mean()
         aligned = z if encoder_aligns else z.detach()
-        if self.align == "send" and self.mapper is not None:
+        if self.align == "send":
             z_n = stats.normalise(aligned)
             z_t = z_n if a is None else add_noise(z_n, a=a, eps=eps_align)
             parts["align"] = align_loss(self.mapper(z_t), tokens)
         elif self.align == "vavae":  # the latent as it is, without noise
             parts["align"] = vavae_loss(self.mapper(aligned), tokens)
-        if ratios == "gradients":
-            return self.ratio_gradients(parts)
-        total = sum(self.weights[k] * (ratios or {}).get(k, 1.0) * v for k, v in parts.items())
+        return parts, x_rec, z
+
+    def forward(self, *inputs, ratios):
+        """inputs as losses(); ratios: adaptive weights by name."""
+        parts, x_rec, z = self.losses(*inputs)
+        total = sum(self.weights[k] * ratios.get(k, 1.0) * v for k, v in parts.items())
         return total, {k: v.detach() for k, v in parts.items()}, x_rec.detach(), z.detach()
 
-    def ratio_gradients(self, parts):
+    def ratio_gradients(self, wanted, *inputs):
         """{name: (gradient of the likelihood, gradient of the loss `name`)}: the GAN's by the decoder's last layer (LDM),
         VA-VAE's alignment by the encoder's."""
+        parts, _, _ = self.losses(*inputs)
         likelihood = sum(self.weights[k] * parts[k] for k in ("rec", "lpips") if k in parts)
-        layers = {"gan": self.vae.decoder.conv_out.weight} if self.gan_adaptive and "gan" in parts else {}
-        if self.align == "vavae":
-            layers["align"] = self.vae.encoder.conv_out.weight
-        return {k: [torch.autograd.grad(v, layer, retain_graph=True)[0].float() for v in (likelihood, parts[k])] for k, layer in layers.items()}
+        layers = {"gan": self.vae.decoder.conv_out.weight, "align": self.vae.encoder.conv_out.weight}
+        return {k: [torch.autograd.grad(v, layers[k], retain_graph=True)[0].float() for v in (likelihood, parts[k])] for k in wanted}
 
 
 class LatentStats:
@@ -264,7 +266,7 @@ class Trainer:
                 load_discriminator(self.discriminator, args.disc_ckpt)
         self.ema = copy.deepcopy(self.vae).to(device).requires_grad_(False)
         weights = dict(rec=1.0, kl=args.kl, lpips=args.lpips, gan=args.gan, align=args.lambda_align)
-        self.loss = VAELoss(self.vae, self.mapper, weights, args.rec, args.align, bool(args.gan_adaptive)).to(device, memory_format=torch.channels_last)
+        self.loss = VAELoss(self.vae, self.mapper, weights, args.rec, args.align).to(device, memory_format=torch.channels_last)
         fused = device.type in ("cpu", "cuda")
         self.optimizer = torch.optim.AdamW(self.loss.parameters(), args.lr, weight_decay=0.0, fused=fused)
         if self.discriminator is not None:
@@ -332,18 +334,18 @@ class Trainer:
     def adaptive_ratios(self, batches, judge):
         """Adaptive weights of this step from the whole global batch, in a forward pass of their own: {name: ratio}."""
         args, sums = self.args, {}
-        wanted = {"gan"} if args.gan_adaptive and judge is not None else set()
-        wanted |= {"align"} if args.align == "vavae" and self.step >= args.mapper_warmup else set()
+        wanted = ["gan"] if args.gan_adaptive and judge is not None else []
+        wanted += ["align"] if args.align == "vavae" and self.step >= args.mapper_warmup else []
         if not wanted:
             return {}
         for x, noise, share in batches:
             with data.autocast(self.device, args.precision):
                 tokens = self.vfm(x) if self.vfm is not None else None
-                gradients = self.loss(x, noise, tokens, self.stats, True, judge, self.lpips, "gradients")
+                gradients = self.loss.ratio_gradients(wanted, x, noise, tokens, self.stats, True, judge, self.lpips)
             for k, pair in gradients.items():
                 sums[k] = [share * g + s for g, s in zip(pair, sums.get(k, (0, 0)))]
         mean = {k: [data.all_reduce(g / self.world) for g in pair] for k, pair in sums.items()}
-        return {k: gradient_ratio(*pair, most={"gan": 1e4, "align": 1e8}[k]) for k, pair in mean.items() if k in wanted}
+        return {k: gradient_ratio(*pair, most={"gan": 1e4, "align": 1e8}[k]) for k, pair in mean.items()}
 
     def train_step(self, pixels):
         """One optimiser step of the VAE and the mapper, then one of the discriminator; returns the rank's loss parts."""
@@ -361,7 +363,7 @@ class Trainer:
         for i, (x, noise, share) in enumerate(batches):
             with data.autocast(self.device, args.precision), data.sync_if(self.run, i == len(batches) - 1):
                 tokens = self.vfm(x) if self.vfm is not None else None
-                total, each, x_rec, z = self.run(x, noise, tokens, self.stats, self.step >= args.mapper_warmup, judge, self.lpips, ratios)
+                total, each, x_rec, z = self.run(x, noise, tokens, self.stats, self.step >= args.mapper_warmup, judge, self.lpips, ratios=ratios)
                 (total * share).backward()
             for k, v in each.items():
                 parts[k] = parts.get(k, 0) + v * share
@@ -401,7 +403,7 @@ class Trainer:
         def step():
             x, eps = torch.empty(n, 3, self.size, self.size), torch.empty(n, *self.latent_shape)
             tokens = self.vfm(x) if self.vfm is not None else None
-            self.loss(x, (torch.empty(n), eps, eps), tokens, self.stats, True, self.discriminator, self.lpips)[0].backward()
+            self.loss(x, (torch.empty(n), eps, eps), tokens, self.stats, True, self.discriminator, self.lpips, ratios={})[0].backward()
 
         with torch.device("meta"):
             step()  # the gradients, which are counted above, are there from the second step on
