@@ -2196,7 +2196,7 @@ def test_scores_during_training(small, tmp_path):
     run("train_sit", *scored, "--out", tmp_path / "two", ranks=2)
     name = "FD(tf_efficientnet_lite0@32)-9"
     curves = {k: {r["step"]: r[name] for r in metrics(tmp_path / k)[1] if name in r} for k in ("plain", "one", "two")}
-    assert curves["plain"] == {} and list(curves["one"]) == [3, 4] and curves["one"] == pytest.approx(curves["two"], rel=1e-2)
+    assert curves["plain"] == {} and list(curves["one"]) == [3, 4] and curves["one"] == pytest.approx(curves["two"], rel=2e-4)
     losses = [[r["velocity"] for r in metrics(tmp_path / k)[1] if "velocity" in r] for k in ("plain", "one")]
     assert losses[0] == losses[1]
     assert_same_bits(tmp_path / "plain/sit.pt", tmp_path / "one/sit.pt")
@@ -2205,7 +2205,7 @@ def test_scores_during_training(small, tmp_path):
     z = sit.sample_ode(model, noise, y, 25) * checkpoint["latent_std"].view(1, -1, 1, 1) + checkpoint["latent_mean"].view(1, -1, 1, 1)
     images = data.to_uint8(vae.load_vae(small / "vae/vae.pt").decode(z))
     ref, stats = fid.load_stats(tmp_path / "ref.npz")
-    assert curves["one"][4] == pytest.approx(fid.frechet_distance(stats["mu"], stats["sigma"], *fid.statistics(ref(images))), rel=1e-2)
+    assert curves["one"][4] == pytest.approx(fid.frechet_distance(stats["mu"], stats["sigma"], *fid.statistics(ref(images))), rel=1e-5)
     assert_refused(call("train_sit", *command, "--eval-every", 2, "--out", tmp_path / "x"), "--eval-stats")
     np.savez(tmp_path / "bare.npz", mu=stats["mu"], sigma=stats["sigma"])
     assert_refused(call("train_sit", *command, "--eval-every", 2, "--eval-stats", tmp_path / "bare.npz", "--out", tmp_path / "x"), "bare.npz", "--save-stats")
@@ -2537,6 +2537,8 @@ def test_recipe_is_the_papers(imagenet):
     assert {"control-vavae", "send-vavae", "vavae-vavae", "control-sdvae", "send-sdvae", "control-sdvae-512", "send-sdvae-512"} <= set(arms)
     assert {f"send-vavae-depth{d}-clean" for d in (0, 1, 2)} | {f"{a}-f16d{d}" for a in ("send", "control") for d in (16, 32, 64)} <= set(arms)
     assert sum("--vfm" in line and line.split("--vfm ")[1].split()[0] in vfm_table() for line in arms.values() if "send-vavae" in line) >= 6
+    depths = [train_vae_args(line) for line in recipe(imagenet, "table2", SHOW="1", **plain).splitlines() if "train_vae.py" in line and "--align send" in line]
+    assert [(a.mapper_depth, a.noise) for a in depths] == [(0, 0), (1, 0), (2, 0)]
     assert "--resolution 512" in arms["send-sdvae-512"] and "--noise 0 " in arms["send-vavae-depth1-clean"] + " "
     assert sum("/base-" in line and "vae.py --vae" in line and "sample" not in line for line in everything) >= 7
     defaults = {line: train_vae_args(line) for line in arms.values()}
