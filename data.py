@@ -289,6 +289,134 @@ def read_attributes(root):
     return Attributes(files, splits, [header[i] for i in attribute_at], values)
 
 
+def words(path, expected=None):
+    """Non-empty lines of a text table, split at blanks. Raises UserError for a missing file or (expected) another number of lines."""
+    try:
+        rows = [line.split() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"{path}: cannot be read ({e})")
+    if expected is not None and len(rows) != expected:
+        raise UserError(f"{path}: {len(rows)} lines, expected {expected}")
+    return rows
+
+
+def listing(path):
+    """MMLAB's tables: a count, a header, then a row an image -> (header, rows). Raises UserError when the count disagrees."""
+    rows = words(path)
+    if len(rows) < 2 or not rows[0][0].isdigit() or int(rows[0][0]) != len(rows) - 2:
+        raise UserError(f"{path}: its first line says {' '.join(rows[0]) if rows else 'nothing'}, but {max(0, len(rows) - 2)} rows follow the header; the file is cut or of another kind")
+    return rows[1], rows[2:]
+
+
+def signs(path, rows, width):
+    """Rows `file -1 1 0 ...` -> (files, float32 (N, width) in {0, 1, nan}). Raises UserError for another width or value."""
+    values = np.empty((len(rows), width), np.float32)
+    codes = {"-1": 0.0, "1": 1.0, "0": np.nan}
+    for i, row in enumerate(rows):
+        if len(row) != width + 1:
+            raise UserError(f"{path}: {row[0]} has {len(row) - 1} labels; expected {width}, one an attribute")
+        try:
+            values[i] = [codes[w] for w in row[1:]]
+        except KeyError as e:
+            raise UserError(f"{path}: {row[0]} has the label {e}; expected -1, 1, or 0 (unknown)")
+    return [row[0] for row in rows], values
+
+
+def partition(path, files, rows, codes):
+    """Rows `file code` of a split table -> the split of each file. Raises UserError for a file without one, or with two."""
+    found = {}
+    for file, code in (row[:2] for row in rows):
+        if found.setdefault(file, code) != code:
+            raise UserError(f"{path}: {file} is in two splits, {found[file]} and {code}; expected one")
+    missing = [f for f in files if found.get(f) not in codes]
+    if missing:
+        raise UserError(f"{path}: {missing[0]} has the split {found.get(missing[0])}, expected one of {', '.join(codes)} ({len(missing)} such files)")
+    return [codes[found[f]] for f in files]
+
+
+def read_celeba(root):
+    """CelebA, aligned images: 40 attributes, official partition (Liu et al. 2015). Its own folders (Img, Anno, Eval) or all in one."""
+    whole = (root / "Anno").exists()
+    table, parts, images = (root / (f"{folder}/{name}" if whole else name) for folder, name in
+                            (("Anno", "list_attr_celeba.txt"), ("Eval", "list_eval_partition.txt"), ("Img", "img_align_celeba")))
+    names, rows = listing(table)
+    files, values = signs(table, rows, len(names))
+    return images, files, partition(parts, files, words(parts, len(files)), dict(zip("012", SPLITS))), names, values
+
+
+def read_deepfashion(root):
+    """DeepFashion category and attribute prediction (Liu et al. 2016): root is its Anno_coarse (1,000 attributes) or Anno_fine (26)."""
+    names = [" ".join(row[:-1]) for row in listing(root / "list_attr_cloth.txt")[1]]  # the last word is the type
+    if not (root / "train_attr.txt").exists():
+        path = root.parent / "Eval/list_eval_partition.txt"
+        files, values = signs(root / "list_attr_img.txt", listing(root / "list_attr_img.txt")[1], len(names))
+        splits = partition(path, files, listing(path)[1], {s: s for s in SPLITS})
+    else:
+        files, splits, values = [], [], []
+        for split in SPLITS:
+            listed = [row[0] for row in words(root / f"{split}.txt")]
+            labels = words(root / f"{split}_attr.txt", len(listed))
+            for file, row in zip(listed, labels):
+                if len(row) != len(names) or set(row) - {"0", "1"}:
+                    raise UserError(f"{root}/{split}_attr.txt: {file} has {len(row)} labels, {' '.join(sorted(set(row)))}; expected {len(names)} as in list_attr_cloth.txt, 0 or 1")
+            files, splits, values = files + listed, splits + [split] * len(listed), values + labels
+        values = np.array(values, np.float32).reshape(len(files), len(names))
+    return root.parent / "Img/img", [f.removeprefix("img/") for f in files], splits, names, values
+
+
+def read_awa2(root):
+    """Animals with Attributes 2 (Xian et al. 2018): 85 attributes *of the class*: every image of a class has the same labels.
+    Its split by classes: 40 to train, 10 others to test; validation is every tenth image of the training classes."""
+    classes, names = ([row[-1] for row in words(root / f"{f}.txt")] for f in ("classes", "predicates"))
+    path = root / "predicate-matrix-binary.txt"
+    rows = words(path, len(classes))
+    if any(len(row) != len(names) or set(row) - {"0", "1"} for row in rows):
+        raise UserError(f"{path}: rows of {', '.join(sorted({str(len(row)) for row in rows}))} values; expected {len(names)} as in predicates.txt, 0 or 1")
+    role = {}
+    for split, name in (("train", "trainclasses.txt"), ("test", "testclasses.txt")):
+        for (c, *_) in words(root / name):
+            if c not in classes or role.setdefault(c, split) != split:
+                raise UserError(f"{root / name}: the class {c} {'is in two splits' if c in classes else 'is not in classes.txt'}")
+    files, splits, seen = [], [], Counter()
+    for file in find_images(root / "JPEGImages"):
+        c = file.split("/")[0]
+        if c in role:
+            seen[c] += 1
+            files.append(file), splits.append("val" if role[c] == "train" and seen[c] % 10 == 0 else role[c])
+    if set(role) - set(seen):
+        raise UserError(f"{root}/JPEGImages: no images of the class {min(set(role) - set(seen))}; expected a folder of it")
+    print("AwA2: the labels are of classes, not of images, and the test classes are not seen in training")
+    values = np.array(rows, np.float32)
+    return root / "JPEGImages", files, splits, names, values[[classes.index(f.split("/")[0]) for f in files]]
+
+
+def load_attributes(root):
+    """An attribute table as its owners distribute it -> (folder of the images, Attributes). Raises UserError.
+
+    DIR/attributes.csv                          any folder: file,split,<attribute>...
+    DIR/{Anno,Eval,Img} or all three in DIR     CelebA: list_attr_celeba.txt, list_eval_partition.txt, img_align_celeba/
+    DIR/Anno_coarse or DIR/Anno_fine            DeepFashion category and attribute prediction, beside Img/img/ and Eval/
+    DIR/predicate-matrix-binary.txt             AwA2, beside JPEGImages/
+    """
+    root = Path(root)
+    readers = {"list_attr_celeba.txt": read_celeba, "Anno/list_attr_celeba.txt": read_celeba, "list_attr_cloth.txt": read_deepfashion,
+               "predicate-matrix-binary.txt": read_awa2}
+    found = [reader for file, reader in readers.items() if (root / file).exists()]
+    if (root / "Anno_coarse").exists():
+        raise UserError(f"{root}: DeepFashion has two attribute tables; give {root}/Anno_coarse or {root}/Anno_fine")
+    if not found or (root / "attributes.csv").exists():
+        return root, read_attributes(root)
+    images, files, splits, names, values = found[0](root)
+    known = set(find_images(images))
+    missing = [f for f in files if f not in known]
+    if missing:
+        raise UserError(f"{root}: {missing[0]} of the table is no image below {images} ({len(missing)} such files)")
+    file, count = Counter(files).most_common(1)[0]
+    if count > 1:
+        raise UserError(f"{root}: {file} stands in the table {count} times, in {' and '.join(sorted({s for f, s in zip(files, splits) if f == file}))}; expected once")
+    return images, Attributes(files, splits, names, values)
+
+
 @dataclass
 class Latents:
     """What vae.py wrote: moments (N, F, 2c, h, w) float16 memmap (mean, then std), labels (N,), latent mean/std (c,)."""

@@ -581,8 +581,7 @@ def report(args):
     for arm in args.arms:
         quality = read_json(run / arm / "recon.json")
         found = probed[run / arm / "vae.pt"]
-        arms[arm] = dict(psnr=quality["psnr"], ssim=quality["ssim"], recon_fd=quality.get("fd"), probe_f1=found["f1"], probe_f1_tuned=found["f1_tuned"],
-                         probe_average_precision=found["average_precision"],
+        arms[arm] = dict(psnr=quality["psnr"], ssim=quality["ssim"], recon_fd=quality.get("fd"), **{f"probe_{k}": v for k, v in found.items() if isinstance(v, float) and k not in ("psnr", "seconds")},
                          fd=distance[run / arm / "samples.npz"], fd_n=count[run / arm / "samples.npz"],
                          seconds=dict(train_vae=last_seconds(run / arm / "metrics.jsonl"), encode=read_json(run / arm / "latents/meta.json")["seconds"],
                                       train_sit=last_seconds(run / arm / "sit/metrics.jsonl"), sample=read_json(run / arm / "samples.json")["seconds"],

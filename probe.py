@@ -1,7 +1,9 @@
-"""Stage 6: how linearly readable are attributes in a VAE's latents? (arXiv 2601.05823, section 4 and Table 8.)
+"""Stage 6: which VAE will a diffusion model like? Linear probing of attributes (arXiv 2601.05823, section 4), and its rivals.
 
     python probe.py out/demo/control/vae.pt out/demo/send/vae.pt --data out/demo/avatars --json out/demo/probe.json
-    python probe.py my/vae.pt --data celeba_folder --csv attributes_f1.csv     # any folder with an attributes.csv
+    python probe.py a/vae.pt b/vae.pt --data celeba --rivals --png directions.png     # CelebA as it is distributed
+    python probe.py correlate out/demo out/demo_1 out/demo_2 --png scatter.png        # does it predict the Fréchet distance?
+    python probe.py correlate --paper
 
 One logistic regression an attribute on the flattened posterior mean, trained on the table's train split, its strength
 chosen on val, scored on test. The majority guess and a probe on as many raw pixels as the latent has numbers stand
@@ -9,21 +11,36 @@ beside it, so that good can be told from bad.
 """
 import argparse
 import csv
+import json
+import shutil
+import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import scipy.stats
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 import data
 from data import UserError
+from fid import psnr
+from mapper import VFM
 from vae import load_vae
 
-STRENGTHS = (1e-1, 3e-2, 1e-2, 3e-3, 1e-3)  # L2 weights tried, strongest first (each starts from the one before)
+STRENGTHS = (1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 3e-4)  # L2 weights tried, strongest first (each starts from the one before)
+IN_MEMORY = 2 ** 29  # features with more numbers than this lie in a file, in float16 (CelebA on f16d32: 1.7e9)
+PIECE = 2 ** 24  # numbers of them that are computed with at a time
+BLOCK = 2048  # columns whose covariance is diagonalised together
+REACH = 4.0  # how far an attribute is moved, in standard deviations of its logit
 
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The probe
 
 @dataclass
 class Probe:
@@ -33,7 +50,29 @@ class Probe:
     strength: torch.Tensor
 
     def __call__(self, X):
-        return X @ self.weight + self.bias
+        return torch.cat([x @ self.weight + self.bias for _, x in pieces(X)])
+
+
+def pieces(X, device="cpu"):
+    """(slice, float32 rows on the device) of X (N, D), which may lie in a file, a piece at a time."""
+    size = max(1, PIECE // X.shape[1])
+    for i in range(0, len(X), size):
+        yield slice(i, i + size), X[i:i + size].to(device).float()
+
+
+def principal_axes(X, device):
+    """Columns of X (N, D) -> mean (D,), std (D,), and of the standardised columns, in B blocks of at most BLOCK, the
+    variance along each principal axis (D, 1) and the axes (B, D/B, D/B), one a column."""
+    n, D = X.shape
+    blocks = next(b for b in range(1, D + 1) if D % b == 0 and D // b <= BLOCK)
+    mean = (sum(x.sum(0, dtype=torch.float64) for _, x in pieces(X, device)) / n).float()
+    square = torch.zeros(blocks, D // blocks, D // blocks, device=device)
+    for _, x in pieces(X, device):
+        z = (x - mean).view(len(x), blocks, -1).transpose(0, 1)
+        square += z.mT @ z
+    std = (square.diagonal(dim1=1, dim2=2) / max(1, n - 1)).sqrt().clamp_min(1e-6)  # (B, D/B)
+    power, axes = torch.linalg.eigh(square / n / (std[:, :, None] * std[:, None]))
+    return mean, std.flatten(), power.clamp_min(0).view(D, 1), axes
 
 
 def bce(logits, Y):
@@ -43,40 +82,66 @@ def bce(logits, Y):
     return loss.sum(0) / known.sum(0).clamp_min(1)
 
 
-def fit_probe(X, Y, X_val, Y_val, steps=100, progress=False):
-    """Multi-label logistic regression: X (N, D) float32, Y (N, A) in {0, 1, nan} -> Probe.
+def fit_probe(X, Y, X_val, Y_val, steps=200, tolerance=1e-3, device="cpu", progress=False):
+    """Multi-label logistic regression: X (N, D), Y (N, A) in {0, 1, nan} -> Probe (on the CPU).
 
     Minimises, for each attribute, mean cross-entropy + strength / 2 |w|^2 on features standardised with the training
-    set's mean and std (full-batch L-BFGS, bias free of penalty), and keeps the strength with the least cross-entropy on
-    the validation set. Raises UserError for an attribute without both values in the training set.
+    set's mean and std (bias free of penalty), and keeps the strength with the least cross-entropy on the validation set.
+    Full-batch L-BFGS, until no gradient exceeds `tolerance`, in coordinates along the features' principal axes, scaled by
+    the Hessian's diagonal there: in raw coordinates hundreds of steps do not converge, here tens do. Features may lie in
+    a file: they are read in pieces. Raises UserError for an attribute without both values in the training set.
     """
-    constant = [a for a in range(Y.shape[1]) if len(Y[:, a][~Y[:, a].isnan()].unique()) < 2]
-    if constant:
-        raise UserError(f"attribute {constant[0]} is constant in the training split; drop it before the fit")
-    mean, std = X.mean(0), X.std(0).clamp_min(1e-6)
-    Z, Z_val = (X - mean) / std, (X_val - mean) / std
-    W = torch.zeros(X.shape[1], Y.shape[1], requires_grad=True)
-    b = torch.zeros(Y.shape[1], requires_grad=True)
-    best = torch.full((Y.shape[1],), np.inf)
-    kept_W, kept_b, kept_s = W.detach().clone(), b.detach().clone(), torch.zeros(Y.shape[1])
-    for strength in tqdm(STRENGTHS, "probe", disable=None if progress else True):
-        solver = torch.optim.LBFGS([W, b], max_iter=steps, history_size=20, tolerance_grad=1e-5, tolerance_change=1e-7,
-                                   line_search_fn="strong_wolfe")
+    low, high = Y.nan_to_num(1).amin(0), Y.nan_to_num(0).amax(0)
+    if (low >= high).any():
+        raise UserError(f"attribute {int((low >= high).nonzero()[0])} is constant in the training split; drop it before the fit")
+    mean, std, power, axes = principal_axes(X, device)
+    share = (1 / (~Y.isnan()).sum(0)).to(device)  # of one known label in its attribute's mean
 
+    def along(axes, W):
+        return (axes @ W.view(len(axes), -1, W.shape[1])).view(W.shape)
+
+    def raw(W, b):
+        """Weights for standardised features -> for features as they are."""
+        return W / std[:, None], b - (mean / std) @ W
+
+    def sweep(W, b):
+        """Cross-entropy, summed over attributes; its gradients (D, A) and (A,); each attribute's mean p (1 - p)."""
+        loss, dW, db, curvature = 0, torch.zeros_like(W), torch.zeros_like(b), torch.zeros_like(b)
+        weight, bias = raw(W, b)
+        for rows, x in pieces(X, device):
+            y, logits = Y[rows].to(device), x @ weight + bias
+            each, y, p = share * ~y.isnan(), y.nan_to_num(), torch.sigmoid(logits)
+            loss += F.binary_cross_entropy_with_logits(logits, y, each, reduction="sum")
+            g = (p - y) * each
+            dW += x.T @ g
+            db += g.sum(0)
+            curvature += (p * (1 - p) * each).sum(0)
+        return loss, (dW - mean[:, None] * db) / std[:, None], db, curvature.clamp_min(1e-6)
+
+    W, b = torch.zeros(X.shape[1], Y.shape[1], device=device), torch.logit(Y.nanmean(0)).to(device)
+    best, chosen = torch.full((Y.shape[1],), torch.inf), torch.zeros(Y.shape[1])
+    kept_W, kept_b = torch.zeros(W.shape), torch.zeros(b.shape)
+    for strength in tqdm(STRENGTHS, "probe", disable=None if progress else True):
+        curvature = sweep(W, b)[3]
+        scale_W, scale_b = (curvature * power + strength).rsqrt(), curvature.rsqrt()
+        U, u = along(axes.mT, W) / scale_W, b / scale_b
+        solver = torch.optim.LBFGS([U, u], max_iter=steps, history_size=10, tolerance_grad=tolerance, tolerance_change=0, line_search_fn="strong_wolfe")
+
+        @torch.no_grad()
         def objective():
-            solver.zero_grad()
-            loss = (bce(Z @ W + b, Y) + 0.5 * strength * W.square().sum(0)).sum()
-            loss.backward()
-            return loss
+            W = along(axes, scale_W * U)
+            loss, dW, db, _ = sweep(W, scale_b * u)
+            U.grad, u.grad = scale_W * along(axes.mT, dW + strength * W), scale_b * db
+            return loss + 0.5 * strength * W.square().sum()
 
         solver.step(objective)
-        with torch.no_grad():
-            loss = bce(Z_val @ W + b, Y_val)
-            better = loss < best
-            best[better] = loss[better]
-            kept_W[:, better], kept_b[better], kept_s[better] = W[:, better], b[better], strength
-    weight = kept_W / std[:, None]
-    return Probe(weight, kept_b - mean @ weight, kept_s)
+        W, b = along(axes, scale_W * U), scale_b * u
+        weight, bias = (v.cpu() for v in raw(W, b))
+        loss = bce(Probe(weight, bias, chosen)(X_val), Y_val)
+        better = loss < best
+        best[better], chosen[better] = loss[better], strength
+        kept_W[:, better], kept_b[better] = weight[:, better], bias[better]
+    return Probe(kept_W, kept_b, chosen)
 
 
 def f1(Y, predicted):
@@ -86,25 +151,33 @@ def f1(Y, predicted):
 
 
 def average_precision(Y, logits):
-    """Area under precision over recall, summed at each hit in falling order of the logit: (N, A) -> (A,)."""
+    """Area under precision over recall, a step at each distinct logit from the highest down: (N, A) -> (A,)."""
     out = torch.zeros(Y.shape[1])
     for a in range(Y.shape[1]):
         known = ~Y[:, a].isnan()
-        y = Y[known, a][logits[known, a].argsort(descending=True, stable=True)]
-        precision = y.cumsum(0) / torch.arange(1, len(y) + 1)
-        out[a] = (precision * y).sum() / y.sum().clamp_min(1)
+        logit, by = logits[known, a].sort(descending=True)
+        last = torch.cat([logit[1:] != logit[:-1], torch.ones(1, dtype=torch.bool)])  # of equal logits
+        hits, count = Y[known, a][by].cumsum(0)[last], torch.arange(1, len(by) + 1)[last]
+        out[a] = (hits / count * hits.diff(prepend=torch.zeros(1))).sum() / hits[-1].clamp_min(1)
     return out
+
+
+def top_recall(Y, logits, k=5):
+    """Top-k recall (DeepFashion, Liu et al. 2016): of all attributes that images have, the share among the k of their image
+    with the highest probability -> float."""
+    chosen = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, logits.topk(min(k, logits.shape[1]), 1).indices, True)
+    return (((Y == 1) & chosen).sum() / (Y == 1).sum().clamp_min(1)).item()
 
 
 def tune_thresholds(Y, logits):
     """The logit threshold of each attribute with the best F1 on (Y, logits), tried at 99 quantiles -> (A,)."""
-    candidates = torch.quantile(logits, torch.linspace(0.01, 0.99, 99), dim=0)  # (99, A)
+    candidates = torch.stack([torch.quantile(column, torch.linspace(0.01, 0.99, 99)) for column in logits.T], 1)  # (99, A)
     return candidates[torch.stack([f1(Y, logits > c) for c in candidates]).argmax(0), torch.arange(Y.shape[1])]
 
 
 def scores(Y, logits, thresholds=None):
     """Y (N, A) in {0, 1, nan}, logits (N, A) -> dict: f1 (macro, at probability 0.5), f1_micro, average_precision (macro),
-    balanced_accuracy (macro), f1_tuned when thresholds (A,) are given, and per_attribute (lists of A)."""
+    balanced_accuracy (macro), top5_recall, f1_tuned when thresholds (A,) are given, and per_attribute (lists of A)."""
     predicted, positive, negative = logits > 0, Y == 1, Y == 0
     hit, false = (positive & predicted).sum(), (negative & predicted).sum()
     recall = (positive & predicted).sum(0) / positive.sum(0).clamp_min(1)
@@ -113,28 +186,85 @@ def scores(Y, logits, thresholds=None):
     if thresholds is not None:
         each["f1_tuned"] = f1(Y, logits > thresholds)
     return {**{k: v.mean().item() for k, v in each.items()}, "f1_micro": (2 * hit / (hit + false + positive.sum()).clamp_min(1)).item(),
-            "per_attribute": {k: v.tolist() for k, v in each.items()}}
+            "top5_recall": top_recall(Y, logits), "per_attribute": {k: v.tolist() for k, v in each.items()}}
 
 
-@torch.no_grad()
-def latent_features(path, images, device, precision):
-    """Flattened posterior mean of every image: (N, c*h*w) float32 on the CPU."""
+def bootstrap_f1(Y, predictions, draws=500):
+    """Macro F1 on resampled test images, the same for every set of predictions: {name: (N, A) bool} -> {name: (draws,)}."""
+    n = len(Y)
+    weights = torch.from_numpy(np.random.Generator(np.random.Philox(key=0)).multinomial(n, np.full(n, 1 / n), draws)).float()  # (draws, N)
+    positive, negative = (Y == 1).float(), (Y == 0).float()
+    out = {}
+    for name, predicted in predictions.items():
+        p = predicted.float()
+        hit, false = weights @ (positive * p), weights @ (negative * p)
+        out[name] = (2 * hit / (hit + false + weights @ positive).clamp_min(1)).mean(1)
+    return out
+
+
+def interval(values):
+    """The middle 95 % -> (low, high)."""
+    return tuple(np.quantile(np.asarray(values, np.float64), (0.025, 0.975)).tolist())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Features
+
+def collect(images, order, compute, dimension, label):
+    """compute(uint8 (B, 3, S, S)) -> (B, dimension), of the images order[i] -> (features (m, dimension), the m images that could
+    be read). In memory as float32, beyond IN_MEMORY numbers as float16 in a temporary file. Raises UserError when its disk is
+    too small, or for a feature that is not finite."""
+    shape, cuda = (len(order), dimension), torch.cuda.is_available()
+    if shape[0] * shape[1] <= IN_MEMORY:
+        X = torch.empty(shape)
+    else:
+        folder, need = tempfile.gettempdir(), 2 * shape[0] * shape[1]
+        free = shutil.disk_usage(folder).free
+        if need > free:
+            raise UserError(f"{folder}: the features of {label} need {need / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free; TMPDIR=DIR names a larger disk")
+        X = torch.from_numpy(np.memmap(tempfile.TemporaryFile(), np.float16, "w+", shape=shape))
+    rows, kept = data.chunks(order, max(1, 2 ** (22 if cuda else 18) // images.size ** 2)), []
+    for pixels, _, read in tqdm(data.load_batches(images, rows, 4 * cuda), label, len(rows), disable=None):
+        found = compute(pixels).cpu()
+        if not found.isfinite().all():
+            raise UserError(f"{label}: features of {images.files[read[0]]} and its batch are not finite")
+        X[len(kept):len(kept) + len(read)] = found.to(X.dtype)
+        kept += read
+    return X[:len(kept)], kept
+
+
+def latent_features(path, images, order, device, precision):
+    """Flattened posterior mean: collect()'s (features (m, c*h*w), rows)."""
     vae = load_vae(path).to(device, memory_format=torch.channels_last)
-    rows = data.chunks(range(len(images)), 64)
-    out = []
-    for pixels, _, kept in tqdm(data.load_batches(images, rows, replace=True), f"encode {path}", len(rows), disable=None):
-        x = data.to_float(pixels.to(device)).contiguous(memory_format=torch.channels_last)
+
+    @torch.no_grad()
+    def encode(pixels):
         with data.autocast(device, precision):
-            out.append(vae.encode(x).mean.flatten(1).float().cpu())
-    return torch.cat(out)
+            return vae.encode(data.to_float(pixels.to(device)).contiguous(memory_format=torch.channels_last)).mean.flatten(1).float()
+
+    return collect(images, order, encode, latent_size(vae.config, images.size), f"encode {path}")
 
 
-def pixel_features(images, dimension):
-    """Images shrunk (box filter) to about `dimension` numbers: (N, 3*s*s) in [-1, 1]."""
-    side = max(1, round((dimension / 3) ** 0.5))
-    rows = data.chunks(range(len(images)), 256)
-    return torch.cat([F.interpolate(data.to_float(pixels), (side, side), mode="area").flatten(1)
-                      for pixels, _, _ in data.load_batches(images, rows, replace=True)]), side
+def latent_size(config, size):
+    return config["z_channels"] * (size // 2 ** (len(config["ch_mult"]) - 1)) ** 2
+
+
+def token_features(args, images, order, dimension, device):
+    """A VFM's tokens, averaged over windows to about `dimension` numbers: a ceiling. -> collect()'s pair, and tokens a side."""
+    vfm = VFM(args.vfm, images.size, args.grid or max(8, images.size // 16), args.vfm_ckpt, args.vfm_layer).to(device)
+    side = min(vfm.grid, max(1, int((dimension / vfm.dim) ** 0.5)))
+
+    def encode(pixels):
+        tokens = vfm(data.to_float(pixels.to(device))).transpose(1, 2).unflatten(2, (vfm.grid, vfm.grid))  # (B, D, grid, grid)
+        return F.adaptive_avg_pool2d(tokens, side).flatten(1)
+
+    return *collect(images, order, encode, vfm.dim * side * side, f"encode {args.vfm}"), side
+
+
+def pixel_features(images, order, dimension):
+    """Images shrunk (box filter) to about `dimension` numbers in [-1, 1]: collect()'s pair, and pixels a side."""
+    side = min(images.size, max(1, round((dimension / 3) ** 0.5)))
+    return *collect(images, order, lambda pixels: F.interpolate(data.to_float(pixels), (side, side), mode="area").flatten(1), 3 * side * side, "pixels"), side
 
 
 def usable_attributes(table):
@@ -146,66 +276,465 @@ def usable_attributes(table):
     return keep, [n for a, n in enumerate(table.names) if a not in keep]
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# The rivals of Figure 2, and two newer ones. All on the posterior mean.
+
+def class_accuracy(X, labels, part, device):
+    """Semantic gap: accuracy of a linear probe of the class (one against all, the same fit as the attributes'), on test.
+    None where there is one class, or a class is missing in a split."""
+    splits = [set(labels[part[s]].tolist()) for s in data.SPLITS]
+    if len(splits[0]) < 2 or splits[1:] != splits[:1] * 2:
+        return None
+    Y = F.one_hot(labels).float()[:, sorted(splits[0])]
+    fitted = fit_probe(X[part["train"]], Y[part["train"]], X[part["val"]], Y[part["val"]], device=device)
+    return (fitted(X[part["test"]]).argmax(1) == Y[part["test"]].argmax(1)).float().mean().item()
+
+
+def gini(density):
+    """Gini coefficient of positive numbers (N,): 0 when all are equal, near 1 when one has all."""
+    density = np.sort(np.asarray(density, np.float64))
+    n = len(density)
+    return float(((2 * np.arange(1, n + 1) - n - 1) * density).sum() / (n * density.sum()))
+
+
+def kde_gini(vectors):
+    """Uniformity (VA-VAE, arXiv 2501.01423, and its tools/latent_vis.py): Gini coefficient of a Gaussian kernel density at the points
+    themselves, in two dimensions. vectors (N, c): one random position an image. VA-VAE reduces with t-SNE, here the
+    first two principal components stand for it: deterministic, and needs no further library. Lower is more uniform."""
+    x = vectors.double() - vectors.double().mean(0)
+    plane = (x @ torch.linalg.eigh(x.T @ x).eigenvectors[:, -2:]).numpy() if x.shape[1] > 2 else x.numpy()
+    return gini(scipy.stats.gaussian_kde(plane.T)(plane.T))
+
+
+def gmm_nll(train, test, components=10, steps=50, starts=4):
+    """Discrimination (MAETok, arXiv 2502.03444): negative log-likelihood of held-out vectors a dimension, in nats, under a mixture of
+    Gaussians with full covariances, fitted by EM (the best of a few k-means++ starts): (N, c), (M, c) -> float. Lower: fewer modes
+    suffice. Fewer components for fewer than 20 vectors each."""
+    x, generator = train.double(), np.random.Generator(np.random.Philox(key=2))
+    components = max(1, min(components, len(x) // 20))
+    fits = [fit_mixture(x, components, steps, generator) for _ in range(starts)]
+    best = max(fits, key=lambda mixture: log_densities(x, *mixture).logsumexp(1).mean())
+    return -log_densities(test.double(), *best).logsumexp(1).mean().item() / x.shape[1]
+
+
+def log_densities(x, weight, mean, roots):
+    """(M, c) -> (M, K): log weight + log normal density; roots (K, c, c) of the covariances (Cholesky)."""
+    solved = [torch.linalg.solve_triangular(root, (x - m).T, upper=False).square().sum(0) for m, root in zip(mean, roots)]
+    volume = roots.diagonal(dim1=1, dim2=2).log().sum(1)
+    return weight.log() - 0.5 * torch.stack(solved, 1) - volume - 0.5 * x.shape[1] * np.log(2 * np.pi)
+
+
+def fit_mixture(x, components, steps, generator):
+    """EM from one k-means++ start: x (N, c) float64 -> weight (K,), mean (K, c), roots (K, c, c)."""
+    n, c = x.shape
+    centres = x[generator.integers(n)][None]
+    while len(centres) < components:
+        d = torch.cdist(x, centres).amin(1).square().numpy()
+        centres = torch.cat([centres, x[generator.choice(n, p=d / d.sum())][None]])
+    share = F.one_hot(torch.cdist(x, centres).argmin(1), components).double()  # (N, K)
+    for _ in range(steps):
+        count = share.sum(0) + 1e-10
+        weight, mean = count / n, (share.T @ x) / count[:, None]
+        covariance = torch.stack([((x - m).T * share[:, k]) @ (x - m) / count[k] for k, m in enumerate(mean)])
+        roots = torch.linalg.cholesky(covariance + 1e-6 * torch.eye(c, dtype=torch.float64))
+        share = log_densities(x, weight, mean, roots).softmax(1)
+    return weight, mean, roots
+
+
+def high_frequency_share(z):
+    """Spectral smoothness (Skorokhodov et al. 2025, arXiv 2502.14831): share of the latent's power, without its mean, above half the
+    Nyquist frequency: z (B, c, h, w) -> float in [0, 1]. Lower is smoother; white noise has about 0.8."""
+    power = torch.fft.fft2(z).abs().square().sum((0, 1))  # (h, w)
+    fy, fx = (torch.fft.fftfreq(n, device=z.device) for n in z.shape[-2:])
+    radius = (fy[:, None].square() + fx.square()).sqrt()
+    power[0, 0] = 0
+    return (power[radius > 0.25].sum() / power.sum()).item()
+
+
+def equivariance(vae, x, z, std):
+    """Equivariance errors (EQ-VAE, arXiv 2502.09509): mean squared difference, in units of the latent's variance, between encoding a
+    transformed image and transforming the latent z of the image x. Shift by half a latent cell, without the border;
+    scale to one half. Lower is more equivariant. -> (shift error, scale error)"""
+    f, (h, w) = vae.factor, z.shape[-2:]
+    shifted = vae.encode(torch.roll(x, f // 2, -1)).mean  # contents move right by half a cell
+    expected = z.lerp(torch.roll(z, 1, -1), 0.5)  # linear interpolation
+    edge = max(1, w // 4)
+    shift = ((shifted - expected) / std).square()[:, :, edge:h - edge, edge:w - edge].mean()
+    small = F.interpolate(x, scale_factor=0.5, mode="bilinear", antialias=True)
+    scale = ((vae.encode(small).mean - F.interpolate(z, scale_factor=0.5, mode="bilinear", antialias=True)) / std).square().mean()
+    return shift.item(), scale.item()
+
+
+@torch.no_grad()
+def rivals(vae, X, z_shape, labels, part, pixels, solver):
+    """All rivals of one VAE: X (m, D) its features, of z_shape (c, h, w) each; labels (m,); part {split: slice}; uint8 pixels of some
+    test images, for the reconstruction (PSNR in dB) and the equivariance, both in float32; solver: fit_probe's device. -> {name: float}"""
+    device = next(vae.parameters()).device
+    chosen = torch.cat([torch.arange(len(X))[part[s]][:5000] for s in ("train", "test")])
+    z = X[chosen].float().view(-1, *z_shape)
+    mean, std = z.mean((0, 2, 3), keepdim=True), z.std((0, 2, 3), keepdim=True).clamp_min(1e-6)
+    z = (z - mean) / std
+    at = (data.draw_noise(0, range(len(z)), 2)[0] * torch.tensor(z_shape[1:])).long()  # one random position an image
+    vectors = z[torch.arange(len(z)), :, at[:, 0].clamp(max=z_shape[1] - 1), at[:, 1].clamp(max=z_shape[2] - 1)]
+    cut = min(5000, part["train"].stop)
+    found = dict(class_accuracy=class_accuracy(X, labels, part, solver), kde_gini=kde_gini(vectors), gmm_nll=gmm_nll(vectors[:cut], vectors[cut:]),
+                 high_frequency_share=high_frequency_share(z))
+    errors, quality = [], []
+    for some in pixels.split(16):
+        x = data.to_float(some.to(device)).contiguous(memory_format=torch.channels_last)
+        z = vae.encode(x).mean
+        quality.append(psnr(some, data.to_uint8(vae.decode(z)).cpu()))
+        errors += [equivariance(vae, x, z, std.to(device))] * len(some)
+    found.update(zip(("shift_error", "scale_error"), np.mean(errors, 0).tolist()), psnr=torch.cat(quality).mean().item())
+    return {k: v for k, v in found.items() if v is not None}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the probe saw
+
+@torch.no_grad()
+def move(vae, probe, z, a, reach):
+    """Decode latents z (B, c, h, w) after the shortest step, the same for all, that changes attribute a's logit by `reach`: along its
+    weight vector. -> uint8 (B, 3, S, S)"""
+    w = probe.weight[:, a]
+    return data.to_uint8(vae.decode(z + (reach / w.square().sum() * w).view(z.shape[1:]).to(z.device)))
+
+
+@torch.no_grad()
+def disentanglement(vae, probe, z, spread):
+    """Move each attribute up and down by REACH standard deviations of its logit (spread (A,)), decode, encode again, probe again.
+    -> reached (A,): the share of the asked-for change that the pictures show, 1 is all of it; leak (A,): how far the other
+    attributes' logits went in mean, for one unit of the attribute's own (both in standard deviations), 0 is disentangled.
+    Attributes that exclude or entail each other leak rightly: compare VAEs, not numbers with 0."""
+    reached, leak = torch.zeros(len(spread)), torch.zeros(len(spread))
+    for a in tqdm(range(len(spread)), "directions", disable=None):
+        up, down = (probe(vae.encode(data.to_float(move(vae, probe, z, a, sign * REACH * spread[a]))).mean.flatten(1).cpu()) for sign in (1, -1))
+        change = (up - down) / (2 * REACH * spread)  # (B, A), 1: as asked for
+        reached[a] = change[:, a].mean()
+        others = change.abs().mean(0).sum() - change[:, a].abs().mean()
+        leak[a] = others / max(1, len(spread) - 1) / reached[a].clamp_min(0.01)
+    return reached, leak
+
+
+def draw_directions(path, blocks):
+    """blocks {VAE: (title of each attribute, pictures (A, n, 3, 3, S, S))}: under the VAE's name a row an attribute, in it three
+    pictures an image: attribute down, as it is, up."""
+    A, n, _, _, s, _ = next(iter(blocks.values()))[1].shape
+    gap, left, head = 6, 150, 18
+    sheet = Image.new("RGB", (left + n * (3 * s + gap), len(blocks) * (head + A * (s + gap))), "white")
+    draw, top = ImageDraw.Draw(sheet), 0
+    for name, (titles, pictures) in blocks.items():
+        draw.text((4, top + 3), f"{name}: down, as it is, up", fill="black")
+        top += head
+        for title, row in zip(titles, pictures):
+            draw.text((4, top + s // 2 - 20), title, fill="black")
+            for i, triple in enumerate(row):
+                for j, picture in enumerate(triple):
+                    sheet.paste(Image.fromarray(picture.permute(1, 2, 0).numpy()), (left + i * (3 * s + gap) + j * s, top))
+            top += s + gap
+    sheet.save(path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Does it predict?
+
+# Tables 7 and 8 of the paper; the distance is the gFID of SiT-B/1 + REPA
+PAPER = [dict(name="IN-VAE", psnr=28.59, celeba_f1=.6222, deepfashion_f1=.0786, awa_f1=.5567, fd=17.43),
+         dict(name="VA-VAE", psnr=27.96, celeba_f1=.6347, deepfashion_f1=.1094, awa_f1=.5948, fd=11.40),
+         dict(name="E2E-VAE", psnr=27.63, celeba_f1=.6439, deepfashion_f1=.1177, awa_f1=.6441, fd=8.96),
+         dict(name="Send-VAE", psnr=27.62, celeba_f1=.6647, deepfashion_f1=.1385, awa_f1=.6623, fd=7.57)]
+NEEDED = 8  # independent runs, below which no score is called a predictor
+
+
+def numbers(record, prefix=""):
+    return {prefix + k: v for k, v in record.items() if isinstance(v, float) and k not in ("psnr", "seconds")}
+
+
+def read_json(path):
+    try:
+        return json.loads(Path(path).read_text())
+    except (OSError, ValueError) as e:
+        raise UserError(f"{path}: cannot be read ({e}); expected what fid.py and probe.py write with --json, or a list of rows with name, psnr, fd and scores")
+
+
+def read_run(path):
+    """Rows {name, run, measure (network, count and SiT of the distance), psnr, fd, scores...} of a run: each arm of RUN/report.json;
+    one SiT, or all, of an arm of run.sh imagenet (ARM/SiT-*/samples.npz.json, ARM/recon.json, ARM/probe.json); or a .json
+    list of such rows, in which run and measure may be missing. Raises UserError."""
+    path = Path(path)
+    try:
+        if path.is_file() or not path.exists():
+            return [dict({"run": f"{path}:{i}", "measure": ""}, **row) for i, row in enumerate(read_json(path))]
+        if (path / "report.json").exists():
+            report = read_json(path / "report.json")
+            return [dict(numbers(arm), name=f"{path}/{name}", run=str(path), measure=f"FD({report['network']})-{arm['fd_n']}", psnr=arm["psnr"]) for name, arm in report["arms"].items()]
+        rows = []
+        for file in sorted([*path.glob("samples.npz.json"), *path.glob("SiT-*/samples.npz.json")]):
+            arm, score = file.parent.parent, read_json(file)
+            (fd,), (n,) = score["fd"].values(), score["n"].values()
+            rows.append(dict(numbers(next(iter(read_json(arm / "probe.json")["results"].values())), "probe_"), name=str(file.parent), run=str(arm),
+                             measure=f"FD({score['network']})-{n} of {file.parent.name}", psnr=read_json(arm / "recon.json")["psnr"], fd=fd))
+    except (KeyError, TypeError, ValueError, AttributeError) as e:
+        raise UserError(f"{path}: no runs in what is written there ({type(e).__name__}: {e}); expected report.json of fid.py, or rows with name, psnr, fd and scores")
+    if not rows:
+        raise UserError(f"{path}: neither report.json nor samples.npz.json nor SiT-*/samples.npz.json; expected a folder of run.sh")
+    return rows
+
+
+def check_rows(rows):
+    """Raise UserError for rows that cannot be compared."""
+    for r in rows:
+        lacking = [k for k in ("psnr", "fd") if not isinstance(r.get(k), (int, float))]
+        if lacking:
+            raise UserError(f"correlate: {r.get('name', r)} has no {lacking[0]}; expected numbers for psnr and fd in every row")
+    measures = {r["measure"]: r.get("name") for r in rows}
+    if len(measures) > 1:
+        raise UserError(f"correlate: distances of other networks, counts or SiTs do not mix; found {'; '.join(f'{m} in {n}' for m, n in measures.items())}")
+    names = [r["name"] for r in rows if "name" in r]
+    if len(set(names)) < len(names):
+        raise UserError(f"correlate: {max(names, key=names.count)} is given twice; expected different runs")
+    if len(rows) < 3:
+        raise UserError(f"correlate: {len(rows)} rows; a correlation needs three or more")
+
+
+def correlation(x, y):
+    return float(np.corrcoef(x, y)[0, 1]) if np.ptp(x) > 0 and np.ptp(y) > 0 else np.nan
+
+
+def partial_correlation(x, y, given):
+    """Pearson correlation of what is left of x and y after a linear fit on `given`: (n,) each -> float; nan without remainder."""
+    design = np.stack([np.ones_like(given), given], 1)
+    rest = [v - design @ np.linalg.lstsq(design, v, rcond=None)[0] for v in (x, y)]
+    if any(np.abs(r).max() < 1e-9 * np.abs(v - v.mean()).max() or np.ptp(v) == 0 for r, v in zip(rest, (x, y))):
+        return np.nan
+    return correlation(*rest)
+
+
+def correlate(rows, draws=2000):
+    """For each score that all rows have: Pearson, Spearman and partial correlation (given PSNR) with the distance `fd`, each with
+    the middle 95 % over resampled runs (arms of one run share seed and data: they are drawn together)
+    -> {score: {n, runs, statistic: value, statistic_interval: (low, high)}}; nan where it is not defined."""
+    fd, quality = (np.array([r[k] for r in rows], np.float64) for k in ("fd", "psnr"))
+    names = [k for k in rows[0] if k not in ("name", "run", "measure", "fd", "psnr") and all(isinstance(r.get(k), (int, float)) for r in rows)]
+    runs = {}
+    for i, r in enumerate(rows):
+        runs.setdefault(r.get("run", i), []).append(i)
+    members, generator = list(runs.values()), np.random.Generator(np.random.Philox(key=3))
+    picks = [sum((members[g] for g in generator.integers(len(members), size=len(members))), []) for _ in range(draws)]
+    out = {}
+    for name in ["psnr", *names]:
+        x = np.array([r[name] for r in rows], np.float64)
+        statistics = dict(pearson=lambda i: correlation(x[i], fd[i]), spearman=lambda i: correlation(scipy.stats.rankdata(x[i]), scipy.stats.rankdata(fd[i])))
+        if name != "psnr":
+            statistics["partial"] = lambda i: partial_correlation(x[i], fd[i], quality[i])
+        out[name] = {"n": len(rows), "runs": len(members)}
+        for k, statistic in statistics.items():
+            values = np.array([statistic(i) for i in picks])
+            defined = values[np.isfinite(values)]
+            out[name][k], out[name][f"{k}_interval"] = statistic(list(range(len(rows)))), interval(defined) if len(defined) > 0.9 * draws else (-1.0, 1.0)
+    return out
+
+
+def verdict(r):
+    """What the rows say of a score, in words: r is its entry of correlate()."""
+    if "partial" not in r:
+        return "the yardstick"
+    if r["runs"] < NEEDED:
+        return f"undecided: {r['runs']} independent runs, {NEEDED} are needed"
+    low, high = r["partial_interval"]
+    if not np.isfinite(r["partial"]) or low <= 0 <= high:
+        return "undecided: the partial interval holds 0"
+    return "predicts beyond PSNR"
+
+
+def draw_scatter(path, rows, result):
+    """One panel a score: the score across, the distance up."""
+    size, margin = 220, 34
+    sheet = Image.new("RGB", (len(result) * (size + margin) + margin, size + 2 * margin), "white")
+    draw, fd = ImageDraw.Draw(sheet), np.array([r["fd"] for r in rows], float)
+    for p, (name, r) in enumerate(result.items()):
+        x, left = np.array([row[name] for row in rows], float), margin + p * (size + margin)
+        draw.rectangle((left, margin, left + size, margin + size), outline="grey")
+        draw.text((left, margin - 28), f"{name}\nr = {r['pearson']:+.2f}, n = {r['n']}", fill="black")
+        for u, v in zip((x - x.min()) / max(np.ptp(x), 1e-12), (fd - fd.min()) / max(np.ptp(fd), 1e-12)):
+            cx, cy = left + 10 + u * (size - 20), margin + size - 10 - v * (size - 20)
+            draw.ellipse((cx - 4, cy - 4, cx + 4, cy + 4), fill="steelblue")
+        draw.text((left, margin + size + 4), f"{x.min():.4g} to {x.max():.4g}; fd {fd.min():.4g} to {fd.max():.4g}", fill="black")
+    sheet.save(path)
+
+
+def main_correlate(words):
+    p = argparse.ArgumentParser(prog="probe.py correlate", description="Correlation of every score with the Fréchet distance, plain and given PSNR.")
+    p.add_argument("runs", nargs="*", help="folders of run.sh (out/demo, out/imagenet/ARM/SiT-B-1), or .json lists of rows (name, psnr, fd, scores)")
+    p.add_argument("--paper", action="store_true", help="the paper's own four rows (Tables 7 and 8)")
+    p.add_argument("--png", help="draw the scatter here")
+    p.add_argument("--json", help="write all numbers here")
+    args = p.parse_args(words)
+    if args.paper == bool(args.runs):
+        raise UserError("correlate: give either runs or --paper (their distances do not mix)")
+    rows = [dict(r, run=r["name"], measure="") for r in PAPER] if args.paper else [r for path in args.runs for r in read_run(path)]
+    check_rows(rows)
+    for path in filter(None, (args.png, args.json)):
+        data.open_out(Path(path).parent)
+    result = correlate(rows)
+    print(f"{'with the distance (lower is better)':36} {'Pearson':>22} {'Spearman':>22} {'partial, given PSNR':>22}   n = {len(rows)}")
+    for name, r in result.items():
+        cells = [f"{r[k]:+.2f} [{r[f'{k}_interval'][0]:+.2f}, {r[f'{k}_interval'][1]:+.2f}]" if k in r else "" for k in ("pearson", "spearman", "partial")]
+        print(f"{name:36} {cells[0]:>22} {cells[1]:>22} {cells[2]:>22}   {verdict(r)}")
+    if args.paper:
+        print(f"Four VAEs: they show that probe scores rise as gFID falls. They cannot show why: PSNR follows gFID as closely ({result['psnr']['pearson']:+.2f}), and given PSNR one degree of freedom\n"
+              "is left. Semantic disentanglement and mere loss of pixel detail are not told apart by these rows.")
+    if args.png:
+        draw_scatter(args.png, rows, result)
+    if args.json:
+        known = lambda v: v if not isinstance(v, float) or np.isfinite(v) else None
+        data.write_json(args.json, dict(rows=rows, correlations={k: {s: known(v) for s, v in r.items()} for k, r in result.items()}))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
 def parse_args():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("vae", nargs="+", help="checkpoints to compare")
-    p.add_argument("--data", required=True, help="image folder with attributes.csv")
-    p.add_argument("--resolution", type=int, help="crop in pixels (default: the first VAE's)")
+    p.add_argument("vae", nargs="+", help="checkpoints to compare, any format of vae.load_vae (or: correlate, see its --help)")
+    p.add_argument("--data", required=True, help="folder with attributes.csv, CelebA, DeepFashion's Anno_coarse or Anno_fine, or AwA2, as distributed")
+    p.add_argument("--resolution", type=data.positive, help="crop in pixels (default: the first VAE's)")
+    p.add_argument("--rivals", action="store_true", help="class probe, KDE Gini, GMM, high frequencies, equivariance, PSNR too")
+    p.add_argument("--vfm", help="a ceiling: tokens of this timm model, averaged to as many numbers")
+    p.add_argument("--vfm-ckpt", help="its local weights")
+    p.add_argument("--vfm-layer", type=int, help="block or stage")
+    p.add_argument("--grid", type=data.positive, help="its tokens a side before averaging (default: resolution / 16, at least 8)")
+    p.add_argument("--png", help="draw what the probe saw here: attributes down and up in decoded images")
+    p.add_argument("--show", nargs="+", metavar="ATTRIBUTE", help="attributes of --png (default: the six that the first VAE's probe reads best)")
     p.add_argument("--json", help="write all scores here")
-    p.add_argument("--csv", help="write F1 of every attribute here")
-    p.add_argument("--precision", choices=("bf16", "fp32"), help="default: bf16 where it is fast")
+    p.add_argument("--csv", help="write the scores of every attribute here")
+    p.add_argument("--precision", choices=("bf16", "fp32"), help="of the encoder (default: bf16 where it is fast)")
     p.add_argument("--dry-run", action="store_true", help="print the plan (images, attributes, memory), and end")
     return p.parse_args()
 
 
+def print_table(results):
+    """Scores down, feature sets across, as in the paper's Table 8."""
+    columns = [n if len(n) < 28 else f"...{n[-25:]}" for n in results]
+    width = max(12, *map(len, columns))
+    keys = dict.fromkeys(k for r in results.values() for k, v in r.items() if isinstance(v, float) and k != "seconds")
+    print(f"{'':22}" + "".join(f"{c:>{width + 2}}" for c in columns))
+    for k in keys:
+        print(f"{k:22}" + "".join(f"{r[k]:{width + 2}.4f}" if k in r else " " * (width + 2) for r in results.values()))
+
+
+def print_differences(results, draws, vaes):
+    """Which F1 of two VAEs differ by more than chance in the choice of test images."""
+    for i, a in enumerate(vaes):
+        low, high = results[a]["f1_interval"] = interval(draws[a])
+        print(f"F1 of {a}: {results[a]['f1']:.4f} [{low:.4f}, {high:.4f}]")
+        for b in vaes[:i]:
+            low, high = interval(draws[a] - draws[b])
+            print(f"F1 of {a} minus {b}: {results[a]['f1'] - results[b]['f1']:+.4f} [{low:+.4f}, {high:+.4f}], "
+                  + ("within chance" if low <= 0 <= high else "beyond the 95 % interval of resampled test images"))
+
+
+def write_csv(path, names, share, results):
+    """One row an attribute: its share of positive test labels, then every score of every feature set."""
+    columns = {f"{name} {k}": v for name, r in results.items() for k, v in r["per_attribute"].items()}
+    with open(path, "w", newline="", encoding="utf-8") as f:
+        writer = csv.writer(f)
+        writer.writerow(["attribute", "share", *columns])
+        writer.writerows([name, round(share[i].item(), 4), *(round(v[i], 4) for v in columns.values())] for i, name in enumerate(names))
+
+
+def plan(args, images, order, A, sizes):
+    """--dry-run: what would be done, and the largest main memory, counted."""
+    features = [min(4 * len(order) * s, 4 * IN_MEMORY if len(order) * s <= IN_MEMORY else 0) for s in sizes]
+    files = [2 * len(order) * s if len(order) * s > IN_MEMORY else 0 for s in sizes]
+    fit = max(4 * s * (3 * min(s, BLOCK) + 30 * A) for s in sizes) + 4 * A * 8 * len(order) + 12 * PIECE  # axes; L-BFGS; labels, logits and their terms
+    print(f"{A} attributes, {len(order)} images of {images.size} x {images.size}; features {', '.join(map(str, sizes))}; about {(max(features) + fit) / 2**30:.2f} GiB of main memory "
+          f"beside the encoder, {max(files) / 2**30:.2f} GiB in {tempfile.gettempdir()}")
+
+
+@torch.no_grad()
+def see(vae, probe, pixels, spread, shown):
+    """What the probe of one VAE saw, on uint8 test images: (reached, leak) of each attribute, pictures of the attributes `shown`."""
+    z = vae.encode(data.to_float(pixels.to(next(vae.parameters()).device))).mean
+    pictures = [torch.stack([move(vae, probe, z[:4], a, sign * REACH * spread[a]).cpu() for sign in (-1, 0, 1)], 1) for a in shown]
+    return *disentanglement(vae, probe, z, spread), torch.stack(pictures)
+
+
 def main():
+    if sys.argv[1:2] == ["correlate"]:
+        return main_correlate(sys.argv[2:])
     args = parse_args()
     device, _, _ = data.setup()
     args.precision = args.precision or data.fast_precision(device)
+    solver = device if device.type == "cuda" else torch.device("cpu")  # MPS lacks float64 and eigh
     begin = time.time()
-    for path in filter(None, (args.json, args.csv) if not args.dry_run else ()):
+    for path in filter(None, (args.json, args.csv, args.png) if not args.dry_run else ()):
         data.open_out(Path(path).parent)
     configs = [load_vae(path).config for path in args.vae]
-    table = data.read_attributes(args.data)
+    if len(set(args.vae)) < len(args.vae):
+        raise UserError(f"{max(args.vae, key=args.vae.count)} is given twice; expected different checkpoints")
+    root, table = data.load_attributes(args.data)
     keep, dropped = usable_attributes(table)
+    names = [table.names[a] for a in keep]
     if not keep:
-        raise UserError(f"{args.data}/attributes.csv: no attribute has both values in each of train, val and test")
+        raise UserError(f"{args.data}: no attribute has both values in each of train, val and test")
+    unknown = [s for s in args.show or () if s not in names]
+    if unknown:
+        raise UserError(f"--show {unknown[0]}: no usable attribute of that name; there are {', '.join(names[:20])}")
+    shown = [names.index(s) for s in args.show or ()]
     if dropped:
         print(f"left out, constant in a split: {', '.join(dropped)}")
-    images = data.ImageFolder(args.data, args.resolution or configs[0]["resolution"])
-    if args.dry_run:
-        sizes = [c["z_channels"] * (images.size // 2 ** (len(c["ch_mult"]) - 1)) ** 2 for c in configs]
-        return print(f"{len(keep)} attributes, {len(table.files)} images of {images.size} x {images.size}; features "
-                     f"{', '.join(map(str, sizes))}, about {len(images) * 4 * (sum(sizes) + 2 * max(sizes)) / 2**30:.2f} GiB of main memory")
+    images = data.ImageFolder(root, args.resolution or configs[0]["resolution"])
     at = {f: i for i, f in enumerate(images.files)}
-    Y = torch.full((len(images.files), len(keep)), np.nan)
-    Y[[at[f] for f in table.files]] = torch.from_numpy(table.values[:, keep])
-    features = [(path, latent_features(path, images, device, args.precision)) for path in args.vae]
-    split = {s: [at[f] for f, t in zip(table.files, table.splits) if t == s and f not in images.bad] for s in data.SPLITS}
-    print(f"{len(keep)} attributes; {', '.join(f'{len(v)} {k}' for k, v in split.items())} images")
-    pixels, side = pixel_features(images, features[0][1].shape[1])
-    results = {}
-    for name, X in features + [(f"pixels {side} x {side}", pixels)]:
-        start = time.time()
-        probe = fit_probe(X[split["train"]], Y[split["train"]], X[split["val"]], Y[split["val"]], progress=True)
-        thresholds = tune_thresholds(Y[split["val"]], probe(X[split["val"]]))
-        results[name] = dict(scores(Y[split["test"]], probe(X[split["test"]]), thresholds), dimension=X.shape[1], strength=probe.strength.tolist(), seconds=round(time.time() - start, 1))
-    often = Y[split["train"]].nanmean(0) > 0.5
-    guess = torch.where(often, 1.0, -1.0).expand(len(split["test"]), -1)
-    results["majority"] = scores(Y[split["test"]], guess, torch.where(often, 0.0, 2.0))
-    columns = ("f1", "f1_tuned", "f1_micro", "average_precision", "balanced_accuracy")
-    width = max(len(n) for n in results)
-    print(f"{'':{width}}  " + "  ".join(f"{c:>17}" for c in columns))
-    for name, r in results.items():
-        print(f"{name:{width}}  " + "  ".join(f"{r[c]:17.4f}" for c in columns))
+    lines = sorted(range(len(table.files)), key=lambda i: data.SPLITS.index(table.splits[i]))  # train, val, test
+    order, sizes = [at[table.files[i]] for i in lines], [latent_size(c, images.size) for c in configs]
+    if args.dry_run:
+        return plan(args, images, order, len(keep), sizes)
+    labelled = {row: (torch.from_numpy(table.values[i, keep]), table.splits[i]) for i, row in zip(lines, order)}
+
+    def features():
+        for path in args.vae:
+            yield path, *latent_features(path, images, order, device, args.precision)
+        if args.vfm:
+            X, rows, side = token_features(args, images, order, sizes[0], device)
+            yield f"{args.vfm} {side} x {side}", X, rows
+        X, rows, side = pixel_features(images, order, sizes[0])
+        yield f"pixels {side} x {side}", X, rows
+
+    results, predictions, blocks, start = {}, {}, {}, time.time()
+    for name, X, rows in features():
+        Y = torch.stack([labelled[i][0] for i in rows])
+        ends = np.cumsum([sum(labelled[i][1] == s for i in rows) for s in data.SPLITS]).tolist()
+        part = {s: slice(a, b) for s, a, b in zip(data.SPLITS, [0, *ends], ends)}
+        train, val, test = part.values()
+        if not results:
+            print(f"{len(keep)} attributes; {', '.join(f'{p.stop - p.start} {s}' for s, p in part.items())} images")
+        probe = fit_probe(X[train], Y[train], X[val], Y[val], device=solver, progress=True)
+        logits = probe(X[test])
+        found = results[name] = dict(scores(Y[test], logits, tune_thresholds(Y[val], probe(X[val]))), dimension=X.shape[1], strength=probe.strength.tolist())
+        predictions[name] = logits > 0
+        if name in args.vae and (args.rivals or args.png):
+            vae, pixels = load_vae(name).to(device, memory_format=torch.channels_last), torch.stack([images[i][0] for i in rows[test][:512]])
+        if name in args.vae and args.rivals:
+            side = images.size // vae.factor
+            found.update(rivals(vae, X, (vae.config["z_channels"], side, side), torch.tensor(images.labels)[rows], part, pixels, solver))
+        if name in args.vae and args.png:
+            shown = shown or torch.tensor(found["per_attribute"]["f1"]).topk(min(6, len(names))).indices.tolist()
+            reached, leak, pictures = see(vae, probe, pixels[:16], logits.std(0).clamp_min(1e-6), shown)
+            found["per_attribute"].update(reached=reached.tolist(), leak=leak.tolist())
+            found.update(reached=reached.mean().item(), leak=leak.mean().item())
+            blocks[name] = [f"{names[a]}\nreached {reached[a]:.2f}\nleak {leak[a]:.3f}" for a in shown], pictures
+        found["seconds"], start = round(time.time() - start, 1), time.time()
+    prior = Y[train].nanmean(0)
+    results["majority"] = scores(Y[test], torch.logit(prior).expand(len(Y[test]), -1), torch.zeros(len(names)))
+    if blocks:
+        draw_directions(args.png, blocks)
+    print_table(results)
+    print_differences(results, bootstrap_f1(Y[test], predictions), args.vae)
     if args.csv:
-        with open(args.csv, "w", newline="") as f:
-            writer = csv.writer(f)
-            writer.writerow(["attribute", *results])
-            writer.writerows([table.names[a], *(round(r["per_attribute"]["f1"][i], 4) for r in results.values())] for i, a in enumerate(keep))
+        write_csv(args.csv, names, Y[test].nanmean(0), results)
     if args.json:  # last: it marks the stage as done
-        data.write_json(args.json, dict(data=args.data, attributes=[table.names[a] for a in keep], left_out=dropped,
-                                        n={k: len(v) for k, v in split.items()}, precision=args.precision, results=results, seconds=round(time.time() - begin, 1)))
+        data.write_json(args.json, dict(data=args.data, attributes=names, left_out=dropped, n={s: p.stop - p.start for s, p in part.items()},
+                                        precision=args.precision, results=results, seconds=round(time.time() - begin, 1)))
 
 
 if __name__ == "__main__":

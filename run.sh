@@ -31,11 +31,12 @@ fi
 if [ "${1:-demo}" = test ]; then exec python -m pytest -q -o tmp_path_retention_policy=failed -o tmp_path_retention_count=1 test_all.py; fi
 
 # ImageNet, the paper's settings. INIT=weights is the folder of the VAEs to start from (README says where they come from), GPUS their number,
-# SIT_TAG=-800 names another folder for the SiT, SHOW=1 prints the commands and runs none. VAE_FLAGS, ENCODE_FLAGS, SIT_FLAGS, SAMPLE_FLAGS, SCORE_FLAGS, RECON_FLAGS are added to the commands.
+# SIT_TAG=-800 names another folder for the SiT, SHOW=1 prints the commands and runs none. VAE_FLAGS, ENCODE_FLAGS, SIT_FLAGS, SAMPLE_FLAGS, SCORE_FLAGS, RECON_FLAGS,
+# PROBE_FLAGS are added to the commands. PROBE=DIR probes every VAE on the attributes of DIR (CelebA, ...); then `python probe.py correlate out/imagenet/*/SiT-B-1` compares.
 launch() {
     local start=(python)
     [ "${GPUS:-1}" -le 1 ] || start=(torchrun "--nproc_per_node=$GPUS")
-    case "$1" in fid.py) start=(python) ;; esac
+    case "$1" in fid.py | probe.py) start=(python) ;; esac
     if [ -n "${SHOW:-}" ]; then printf '%q ' "${start[@]}" "$@"; echo; else "${start[@]}" "$@"; fi
 }
 # arm NAME VAE RESOLUTION SIT [flags of train_vae.py]: fine-tune the VAE (NAME base-*: leave it as it is), encode, train a SiT with REPA,
@@ -59,6 +60,7 @@ arm() {
         [ "$samples.json" -nt "$samples" ] || launch fid.py score "$INIT/adm-$size.npz" "$samples" ${SCORE_FLAGS:-} --json "$samples.json"
     done
     [ "$dir/recon.json" -nt "$vae" ] || launch fid.py recon --vae "$vae" --data "$ROOT/val" --resolution "$size" ${RECON_FLAGS:-} --json "$dir/recon.json"
+    [ -z "${PROBE:-}" ] || [ "$dir/probe.json" -nt "$vae" ] || launch probe.py "$vae" --data "$PROBE" --resolution "$size" --rivals ${PROBE_FLAGS:-} --json "$dir/probe.json" --csv "$dir/probe.csv"
 }
 imagenet() {
     local table vfm n
@@ -135,8 +137,8 @@ done
 
 # 5. Fréchet distance to the training images, and between halves of them
 newer "$OUT/fd.json" samples.npz || python fid.py score "$DATA" "$OUT/control/samples.npz" "$OUT/send/samples.npz" --split train --net tf_efficientnet_lite0 --net-ckpt "$CKPT" --net-size 96 --json "$OUT/fd.json"
-# 6. Linear probe of the attributes
-newer "$OUT/probe.json" vae.pt || python probe.py "$OUT/control/vae.pt" "$OUT/send/vae.pt" --data "$DATA" --json "$OUT/probe.json" --csv "$OUT/probe.csv"
+# 6. Linear probe of the attributes, its rivals, and a picture of what it saw
+newer "$OUT/probe.json" vae.pt || python probe.py "$OUT/control/vae.pt" "$OUT/send/vae.pt" --data "$DATA" --rivals --png "$OUT/directions.png" --show background_blue hair_black face_mask glasses beard eyes_closed --json "$OUT/probe.json" --csv "$OUT/probe.csv"
 # The table and the picture
 python fid.py report "$OUT" --arms control send
 echo "run.sh: $SECONDS s"
