@@ -2654,11 +2654,10 @@ def test_peak_bytes():
 def test_probe_converges():
     """The solver stops away from the minimum: another strength, start or direction than scikit-learn's at its default tolerance."""
     rng = np.random.default_rng(0)
-    X = rng.normal(size=(600, 60)) @ rng.normal(size=(60, 60)) * rng.uniform(0.01, 30, 60) + 5  # correlated columns of unequal scale
+    X = rng.normal(size=(600, 60)) @ rng.normal(size=(60, 60)) * rng.uniform(0.01, 30, 60)  # correlated columns of unequal scale
     Y = (X @ (rng.normal(size=(60, 4)) / X.std(0)[:, None]) + 3 * rng.normal(size=(600, 4)) > [0, 4, -4, 12]).astype(np.float32)
-    X, Y = torch.from_numpy(X).float(), torch.from_numpy(Y)
-    Z = ((X - X.mean(0)) / X.std(0)).numpy()
-    fitted = probe.fit_probe(X[:400], Y[:400], X[400:], Y[400:])
+    X, Y = torch.from_numpy(X + 20 * X.std(0)).float(), torch.from_numpy(Y)  # far from 0
+    fitted = probe.fit_probe(X[:400], Y[:400], X[400:], Y[400:], steps=40)
     Z = ((X - X[:400].mean(0)) / X[:400].std(0)).numpy()
     for a in range(4):
         peers = {s: sklearn.linear_model.LogisticRegression(C=1 / (400 * s), tol=1e-9, max_iter=20000).fit(Z[:400], Y[:400, a].numpy()) for s in probe.STRENGTHS}
@@ -2740,8 +2739,8 @@ def test_average_precision_of_equal_logits():
 def test_top_recall_by_hand():
     """Top-k recall counts other attributes than those of the image among its k highest."""
     Y = torch.tensor([[1, 1, 0, 0], [0, 1, 1, np.nan], [0, 0, 0, 0]])
-    logits = torch.tensor([[3.0, -1, 2, -2], [1.0, 5, -9, 4], [1, 2, 3, 4]])
-    assert probe.top_recall(Y, logits, 2) == pytest.approx((1 + 1) / 4)
+    logits = torch.tensor([[3.0, 2, -1, -2], [1.0, 5, -9, 4], [1, 2, 3, 4]])
+    assert probe.top_recall(Y, logits, 2) == pytest.approx((2 + 1) / 4)
     assert probe.top_recall(Y, logits, 5) == 1
 
 
@@ -2755,6 +2754,7 @@ def test_bootstrap_of_f1():
     weights = np.random.Generator(np.random.Philox(key=0)).multinomial(200, np.full(200, 1 / 200), 50)
     again = [probe.f1(Y[np.repeat(np.arange(200), w)], predicted[np.repeat(np.arange(200), w)]).mean().item() for w in weights]
     assert draws["a"].tolist() == pytest.approx(again, abs=1e-5) and torch.equal(draws["a"], draws["b"])
+    assert probe.interval(np.arange(1001)) == pytest.approx((25, 975))
     low, high = probe.interval(draws["a"])
     assert low < probe.f1(Y, predicted).mean() < high and probe.interval(draws["a"] - draws["c"])[0] > 0
 
@@ -2786,7 +2786,7 @@ def test_high_frequencies():
     """Smooth latents have power above half the Nyquist frequency, or white noise and stripes have too little."""
     y, x = torch.meshgrid(torch.arange(16.0), torch.arange(16.0), indexing="ij")
     wave = lambda f: torch.sin(2 * math.pi * f * x / 16)[None, None]
-    assert probe.high_frequency_share(wave(2) + 5) == pytest.approx(0, abs=1e-6) and probe.high_frequency_share(wave(7)) == pytest.approx(1, abs=1e-5)
+    assert probe.high_frequency_share(wave(2) + 5) == pytest.approx(0, abs=1e-6) and probe.high_frequency_share(wave(7) + 5) == pytest.approx(1, abs=1e-5)
     torch.manual_seed(0)
     assert probe.high_frequency_share(torch.randn(200, 4, 16, 16)) == pytest.approx(0.8, abs=0.03)
 
@@ -2810,6 +2810,25 @@ def test_equivariance_by_hand():
     assert shift < 1e-8 and scale < 1e-3
     shift, scale = probe.equivariance(Anchored(), ramp, Anchored().encode(ramp).mean, one)
     assert shift > 1e-3
+
+
+def test_rivals_know_no_scale(small):
+    """A rival depends on the scale or shift of the latents, or the class probe runs where the classes of the splits differ."""
+    images, model = data.ImageFolder(small / "images", 32), vae.load_vae(small / "vae/vae.pt")
+    torch.manual_seed(0)
+    order = torch.randperm(40).tolist()
+    X, rows = probe.latent_features(small / "vae/vae.pt", images, order, torch.device("cpu"), "fp32")
+    labels, pixels = torch.tensor(images.labels)[rows], torch.stack([images[i][0] for i in rows[:20]])
+    part = {"train": slice(0, 20), "val": slice(20, 30), "test": slice(30, 40)}
+    found, moved = (probe.rivals(model, x, (4, 8, 8), labels, part, pixels, "cpu") for x in (X, 100 * X + 7))
+    for name in ("kde_gini", "gmm_nll", "high_frequency_share"):
+        assert found[name] == pytest.approx(moved[name], rel=1e-3)
+    with torch.no_grad():
+        assert found["psnr"] == pytest.approx(fid.psnr(pixels, data.to_uint8(model.decode(model.encode(data.to_float(pixels)).mean))).mean().item(), abs=1e-3)
+    X = torch.cat([X[:, :3], 5 * labels[:, None] + torch.randn(40, 1)], 1)
+    assert probe.class_accuracy(X, labels, part, "cpu") >= 0.9
+    assert probe.class_accuracy(X, torch.zeros(40, dtype=torch.long), part, "cpu") is None
+    assert probe.class_accuracy(X, torch.where(torch.arange(40) < 30, labels, 2), part, "cpu") is None
 
 
 def test_correlations():
@@ -2982,7 +3001,7 @@ def test_attribute_tables_of_others(tmp_path):
     ("celeba/list_eval_partition.txt", "005.png 1", "003.png 1", ["003.png", "two splits"]),
     ("fashion/Anno_coarse/list_attr_cloth.txt", "3\nattr", "4\nattr", ["list_attr_cloth", "4"]), ("fashion/Eval/list_eval_partition.txt", "train", "dev", ["the split dev"]),
     ("fashion/Anno_fine/train_attr.txt", "0 0", "0 2", ["train_attr"]), ("fashion/Anno_fine/val.txt", "img/Sheer_Blouse/003.png", "img/Sheer_Blouse/001.png", ["train and val"]),
-    ("fashion/Anno_fine/test_attr.txt", "0 0", "0", ["test_attr", "1 labels"]),
+    ("fashion/Anno_fine/test_attr.txt", "0 0", "0", ["test_attr", "1 labels"]), ("fashion/Anno_fine/test.txt", "img/Sheer_Blouse/005.png", "img/none.png", ["none.png", "no image below"]),
     ("awa2/classes.txt", "     3\trat\n", "", ["3 lines", "2"]), ("awa2/predicates.txt", "    2\tbig\n", "", ["2 values", "expected 1"]), ("awa2/trainclasses.txt", "rat\n", "dog\n", ["dog", "classes.txt"]),
     ("awa2/testclasses.txt", "grizzly+bear\n", "rat\n", ["rat", "two splits"]), ("awa2/trainclasses.txt", "rat\n", "", ["no attribute has both values"])])
 def test_bad_tables_of_others(file, old, new, words, small, tmp_path):
