@@ -270,6 +270,8 @@ def read_attributes(root):
     file_at, split_at = header.index("file"), header.index("split")
     attribute_at = [i for i in range(len(header)) if i not in (file_at, split_at)]
     known, codes = set(find_images(root)), {"0": 0.0, "1": 1.0, "": np.nan}
+    if len(set(header)) < len(header):
+        raise UserError(f"{path}: the column '{max(header, key=header.count)}' stands in the header twice")
     files, splits, values = [], [], np.empty((len(rows), len(attribute_at)), np.float32)
     for n, row in enumerate(rows):
         where = f"{path}, line {n + 2}"
@@ -294,7 +296,7 @@ def words(path, expected=None):
     try:
         rows = [line.split() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"{path}: cannot be read ({e})")
+        raise UserError(f"{path}: cannot be read ({getattr(e, 'strerror', e)}); README's table of data sets says which files belong together")
     if expected is not None and len(rows) != expected:
         raise UserError(f"{path}: {len(rows)} lines, expected {expected}")
     return rows
@@ -325,7 +327,7 @@ def signs(path, rows, width):
 def partition(path, files, rows, codes):
     """Rows `file code` of a split table -> the split of each file. Raises UserError for a file without one, or with two."""
     found = {}
-    for file, code in (row[:2] for row in rows):
+    for file, code in ((row + ["missing"])[:2] for row in rows):
         if found.setdefault(file, code) != code:
             raise UserError(f"{path}: {file} is in two splits, {found[file]} and {code}; expected one")
     missing = [f for f in files if found.get(f) not in codes]
@@ -404,8 +406,10 @@ def load_attributes(root):
     found = [reader for file, reader in readers.items() if (root / file).exists()]
     if (root / "Anno_coarse").exists():
         raise UserError(f"{root}: DeepFashion has two attribute tables; give {root}/Anno_coarse or {root}/Anno_fine")
-    if not found or (root / "attributes.csv").exists():
+    if (root / "attributes.csv").exists():
         return root, read_attributes(root)
+    if not found:
+        raise UserError(f"{root}: no attribute table; expected attributes.csv, list_attr_celeba.txt (also below Anno/), list_attr_cloth.txt or predicate-matrix-binary.txt in it")
     images, files, splits, names, values = found[0](root)
     known = set(find_images(images))
     missing = [f for f in files if f not in known]

@@ -2998,7 +2998,8 @@ def test_attribute_tables_of_others(tmp_path):
     ("celeba/list_attr_celeba.txt", "12\n", "13\n", ["13", "12 rows"]), ("celeba/list_attr_celeba.txt", "000.png  -1 -1", "000.png  -1", ["000.png", "1 labels", "2"]),
     ("celeba/list_attr_celeba.txt", "000.png  -1 -1", "000.png  -1 7", ["'7'"]), ("celeba/list_eval_partition.txt", "003.png 0", "003.png 5", ["003.png", "split 5"]),
     ("celeba/list_eval_partition.txt", "003.png 0\n", "", ["11 lines", "12"]), ("celeba/list_attr_celeba.txt", "001.png  1", "999.png  1", ["999.png"]),
-    ("celeba/list_eval_partition.txt", "005.png 1", "003.png 1", ["003.png", "two splits"]),
+    ("celeba/list_eval_partition.txt", "005.png 1", "003.png 1", ["003.png", "two splits"]), ("celeba/list_eval_partition.txt", "005.png 1", "005.png", ["005.png", "split missing"]),
+    ("celeba/list_eval_partition.txt", "", None, ["list_eval_partition.txt", "No such file", "README"]),
     ("fashion/Anno_coarse/list_attr_cloth.txt", "3\nattr", "4\nattr", ["list_attr_cloth", "4"]), ("fashion/Eval/list_eval_partition.txt", "train", "dev", ["the split dev"]),
     ("fashion/Anno_fine/train_attr.txt", "0 0", "0 2", ["train_attr"]), ("fashion/Anno_fine/val.txt", "img/Sheer_Blouse/003.png", "img/Sheer_Blouse/001.png", ["train and val"]),
     ("fashion/Anno_fine/test_attr.txt", "0 0", "0", ["test_attr", "1 labels"]), ("fashion/Anno_fine/test.txt", "img/Sheer_Blouse/005.png", "img/none.png", ["none.png", "no image below"]),
@@ -3009,7 +3010,9 @@ def test_bad_tables_of_others(file, old, new, words, small, tmp_path):
     attribute_folders(tmp_path)
     text = (tmp_path / file).read_text()
     assert old in text
-    (tmp_path / file).write_text(text.replace(old, new, 1) if old != "train" else text.replace(old, new))
+    (tmp_path / file).write_text(text.replace(old, new or "", 1) if old != "train" else text.replace(old, new))
+    if new is None:
+        (tmp_path / file).unlink()
     root = tmp_path / "/".join(file.split("/")[:2 if "Anno" in file else 1])
     if "Eval" in file:
         root = tmp_path / "fashion/Anno_coarse"
@@ -3101,7 +3104,7 @@ def test_bad_folders(stage, make, small, tmp_path):
 
 
 @pytest.mark.parametrize("text,words", [("file,split,hat\na/000.png,train,1\nx/1.png,val,0\n", ["line 3", "x/1.png"]),
-                                        ("file,hat\na/000.png,1\n", ["'split'"]), (None, ["attributes.csv"]),
+                                        ("file,hat\na/000.png,1\n", ["'split'"]), (None, ["attributes.csv"]), ("file,split,hat,hat\n", ["'hat'", "twice"]),
                                         ("file,split,hat\na/000.png,train,1\nb/001.png,val,1\n", ["no attribute"])])
 def test_bad_tables(text, words, small, tmp_path):
     """A wrong attribute table ends in a traceback, or is used."""
