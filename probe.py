@@ -249,22 +249,26 @@ def latent_size(config, size):
     return config["z_channels"] * (size // 2 ** (len(config["ch_mult"]) - 1)) ** 2
 
 
-def token_features(args, images, order, dimension, device):
+def token_features(vfm, images, order, dimension, device):
     """A VFM's tokens, averaged over windows to about `dimension` numbers: a ceiling. -> collect()'s pair, and tokens a side."""
-    vfm = VFM(args.vfm, images.size, args.grid or max(8, images.size // 16), args.vfm_ckpt, args.vfm_layer).to(device)
     side = min(vfm.grid, max(1, int((dimension / vfm.dim) ** 0.5)))
 
     def encode(pixels):
         tokens = vfm(data.to_float(pixels.to(device))).transpose(1, 2).unflatten(2, (vfm.grid, vfm.grid))  # (B, D, grid, grid)
         return F.adaptive_avg_pool2d(tokens, side).flatten(1)
 
-    return *collect(images, order, encode, vfm.dim * side * side, f"encode {args.vfm}"), side
+    return *collect(images, order, encode, vfm.dim * side * side, f"encode {vfm.name}"), side
 
 
 def pixel_features(images, order, dimension):
     """Images shrunk (box filter) to about `dimension` numbers in [-1, 1]: collect()'s pair, and pixels a side."""
     side = min(images.size, max(1, round((dimension / 3) ** 0.5)))
     return *collect(images, order, lambda pixels: F.interpolate(data.to_float(pixels), (side, side), mode="area").flatten(1), 3 * side * side, "pixels"), side
+
+
+def evenly(part, count):
+    """At most `count` rows spread over the slice `part`: tables are often sorted by class."""
+    return torch.linspace(part.start, part.stop - 1, min(count, part.stop - part.start)).round().long()
 
 
 def usable_attributes(table):
@@ -300,10 +304,14 @@ def gini(density):
 def kde_gini(vectors):
     """Uniformity (VA-VAE, arXiv 2501.01423, and its tools/latent_vis.py): Gini coefficient of a Gaussian kernel density at the points
     themselves, in two dimensions. vectors (N, c): one random position an image. VA-VAE reduces with t-SNE, here the
-    first two principal components stand for it: deterministic, and needs no further library. Lower is more uniform."""
+    first two principal components stand for it: deterministic, and needs no further library. Lower is more uniform; None where the points have no
+    spread."""
     x = vectors.double() - vectors.double().mean(0)
     plane = (x @ torch.linalg.eigh(x.T @ x).eigenvectors[:, -2:]).numpy() if x.shape[1] > 2 else x.numpy()
-    return gini(scipy.stats.gaussian_kde(plane.T)(plane.T))
+    try:
+        return gini(scipy.stats.gaussian_kde(plane.T)(plane.T))
+    except (np.linalg.LinAlgError, ValueError):  # fewer points than dimensions, or points on a line
+        return None
 
 
 def gmm_nll(train, test, components=10, steps=50, starts=4):
@@ -370,13 +378,13 @@ def rivals(vae, X, z_shape, labels, part, pixels, solver):
     """All rivals of one VAE: X (m, D) its features, of z_shape (c, h, w) each; labels (m,); part {split: slice}; uint8 pixels of some
     test images, for the reconstruction (PSNR in dB) and the equivariance, both in float32; solver: fit_probe's device. -> {name: float}"""
     device = next(vae.parameters()).device
-    chosen = torch.cat([torch.arange(len(X))[part[s]][:5000] for s in ("train", "test")])
-    z = X[chosen].float().view(-1, *z_shape)
+    chosen = evenly(part["train"], 5000), evenly(part["test"], 5000)
+    z = X[torch.cat(chosen)].float().view(-1, *z_shape)
     mean, std = z.mean((0, 2, 3), keepdim=True), z.std((0, 2, 3), keepdim=True).clamp_min(1e-6)
     z = (z - mean) / std
     at = (data.draw_noise(0, range(len(z)), 2)[0] * torch.tensor(z_shape[1:])).long()  # one random position an image
     vectors = z[torch.arange(len(z)), :, at[:, 0].clamp(max=z_shape[1] - 1), at[:, 1].clamp(max=z_shape[2] - 1)]
-    cut = min(5000, part["train"].stop)
+    cut = len(chosen[0])
     found = dict(class_accuracy=class_accuracy(X, labels, part, solver), kde_gini=kde_gini(vectors), gmm_nll=gmm_nll(vectors[:cut], vectors[cut:]),
                  high_frequency_share=high_frequency_share(z))
     errors, quality = [], []
@@ -461,9 +469,9 @@ def read_run(path):
     """Rows {name, run, measure (network, count and SiT of the distance), psnr, fd, scores...} of a run: each arm of RUN/report.json;
     one SiT, or all, of an arm of run.sh imagenet (ARM/SiT-*/samples.npz.json, ARM/recon.json, ARM/probe.json); or a .json
     list of such rows, in which run and measure may be missing. Raises UserError."""
-    path = Path(path)
+    path = Path(path).parent if Path(path).name == "report.json" else Path(path)
     try:
-        if path.is_file() or not path.exists():
+        if not path.is_dir():
             return [dict({"run": f"{path}:{i}", "measure": ""}, **row) for i, row in enumerate(read_json(path))]
         if (path / "report.json").exists():
             report = read_json(path / "report.json")
@@ -474,6 +482,8 @@ def read_run(path):
             (fd,), (n,) = score["fd"].values(), score["n"].values()
             rows.append(dict(numbers(next(iter(read_json(arm / "probe.json")["results"].values())), "probe_"), name=str(file.parent), run=str(arm),
                              measure=f"FD({score['network']})-{n} of {file.parent.name}", psnr=read_json(arm / "recon.json")["psnr"], fd=fd))
+    except UserError:
+        raise
     except (KeyError, TypeError, ValueError, AttributeError) as e:
         raise UserError(f"{path}: no runs in what is written there ({type(e).__name__}: {e}); expected report.json of fid.py, or rows with name, psnr, fd and scores")
     if not rows:
@@ -684,18 +694,24 @@ def main():
     if dropped:
         print(f"left out, constant in a split: {', '.join(dropped)}")
     images = data.ImageFolder(root, args.resolution or configs[0]["resolution"])
+    for path, c in zip(args.vae, configs):
+        step = 2 ** (len(c["ch_mult"]) - 1) * (2 if args.rivals else 1)  # the rivals halve the image
+        if images.size % step:
+            raise UserError(f"--resolution {images.size}: expected a multiple of {step} for {path}{' with --rivals' if args.rivals else ''}")
     at = {f: i for i, f in enumerate(images.files)}
     lines = sorted(range(len(table.files)), key=lambda i: data.SPLITS.index(table.splits[i]))  # train, val, test
     order, sizes = [at[table.files[i]] for i in lines], [latent_size(c, images.size) for c in configs]
     if args.dry_run:
         return plan(args, images, order, len(keep), sizes)
+    if args.vfm:
+        vfm = VFM(args.vfm, images.size, args.grid or max(8, images.size // 16), args.vfm_ckpt, args.vfm_layer).to(device)
     labelled = {row: (torch.from_numpy(table.values[i, keep]), table.splits[i]) for i, row in zip(lines, order)}
 
     def features():
         for path in args.vae:
             yield path, *latent_features(path, images, order, device, args.precision)
         if args.vfm:
-            X, rows, side = token_features(args, images, order, sizes[0], device)
+            X, rows, side = token_features(vfm, images, order, sizes[0], device)
             yield f"{args.vfm} {side} x {side}", X, rows
         X, rows, side = pixel_features(images, order, sizes[0])
         yield f"pixels {side} x {side}", X, rows
@@ -713,13 +729,13 @@ def main():
         found = results[name] = dict(scores(Y[test], logits, tune_thresholds(Y[val], probe(X[val]))), dimension=X.shape[1], strength=probe.strength.tolist())
         predictions[name] = logits > 0
         if name in args.vae and (args.rivals or args.png):
-            vae, pixels = load_vae(name).to(device, memory_format=torch.channels_last), torch.stack([images[i][0] for i in rows[test][:512]])
+            vae, pixels = load_vae(name).to(device, memory_format=torch.channels_last), torch.stack([images[rows[i]][0] for i in evenly(test, 512)])
         if name in args.vae and args.rivals:
             side = images.size // vae.factor
             found.update(rivals(vae, X, (vae.config["z_channels"], side, side), torch.tensor(images.labels)[rows], part, pixels, solver))
         if name in args.vae and args.png:
             shown = shown or torch.tensor(found["per_attribute"]["f1"]).topk(min(6, len(names))).indices.tolist()
-            reached, leak, pictures = see(vae, probe, pixels[:16], logits.std(0).clamp_min(1e-6), shown)
+            reached, leak, pictures = see(vae, probe, pixels[evenly(slice(0, len(pixels)), 16)], logits.std(0).clamp_min(1e-6), shown)
             found["per_attribute"].update(reached=reached.tolist(), leak=leak.tolist())
             found.update(reached=reached.mean().item(), leak=leak.mean().item())
             blocks[name] = [f"{names[a]}\nreached {reached[a]:.2f}\nleak {leak[a]:.3f}" for a in shown], pictures

@@ -2719,10 +2719,10 @@ def test_features_beyond_memory_lie_in_a_file(small, monkeypatch, tmp_path):
 
 def test_tokens_and_pixels_are_baselines_of_equal_size(small):
     """The ceiling and the pixel baseline have many more numbers than the latent, or other tokens and pixels."""
-    images, args = data.ImageFolder(small / "images", 32), SimpleNamespace(vfm="tf_efficientnet_lite0", vfm_ckpt=LITE0, vfm_layer=None, grid=4)
-    X, rows, side = probe.token_features(args, images, [5, 1], 500, torch.device("cpu"))
+    images, vfm = data.ImageFolder(small / "images", 32), mapper.VFM("tf_efficientnet_lite0", 32, 4, LITE0)
+    X, rows, side = probe.token_features(vfm, images, [5, 1], 500, torch.device("cpu"))
     assert X.shape == (2, 112 * 4) and side == 2 and rows == [5, 1]
-    tokens = mapper.VFM("tf_efficientnet_lite0", 32, 4, LITE0)(data.to_float(images[1][0][None]))[0]
+    tokens = vfm(data.to_float(images[1][0][None]))[0]
     torch.testing.assert_close(X[1].view(112, 4)[:, 3], tokens.view(4, 4, 112)[2:, 2:].mean((0, 1)), rtol=1e-4, atol=1e-4)
     X, _, side = probe.pixel_features(images, [5, 1], 200)
     assert side == 8 and X.shape == (2, 192)
@@ -2765,6 +2765,7 @@ def test_gini_by_hand():
     assert probe.gini(x) == pytest.approx(np.abs(x[:, None] - x[None]).mean() / (2 * x.mean()))
     assert probe.gini(np.ones(9)) == pytest.approx(0)
     plane = torch.from_numpy(np.random.default_rng(1).normal(size=(80, 2)))
+    assert probe.kde_gini(torch.ones(5, 3)) is None
     turned = torch.cat([plane @ torch.linalg.qr(torch.randn(2, 2, dtype=torch.float64)).Q, torch.zeros(80, 3)], 1)
     expected = probe.gini(probe.scipy.stats.gaussian_kde(plane.numpy().T)(plane.numpy().T))
     assert probe.kde_gini(turned) == pytest.approx(expected, rel=1e-6)
@@ -2810,6 +2811,13 @@ def test_equivariance_by_hand():
     assert shift < 1e-8 and scale < 1e-3
     shift, scale = probe.equivariance(Anchored(), ramp, Anchored().encode(ramp).mean, one)
     assert shift > 1e-3
+
+
+def test_a_part_is_taken_evenly():
+    """A part of a sorted table is its beginning, or a row comes twice."""
+    assert probe.evenly(slice(10, 15), 9).tolist() == [10, 11, 12, 13, 14] and probe.evenly(slice(0, 1001), 3).tolist() == [0, 500, 1000]
+    rows = probe.evenly(slice(7, 160_007), 5000)
+    assert len(set(rows.tolist())) == 5000 and rows[0] == 7 and rows[-1] == 160_006
 
 
 def test_rivals_know_no_scale(small):
@@ -2893,6 +2901,7 @@ def test_correlate_command(demo, tmp_path):
     assert [r["fd"] for r in probe.read_run(tmp_path / "arm/SiT-XL-1")] == [6.0]
     (tmp_path / "bad.json").write_text('[{"name": "a", "fd": 1}]')
     (tmp_path / "text.json").write_text("{")
+    assert probe.read_run(runs[0] / "report.json") == rows[:2]
     other = make(3, "inception")
     for words, found in (((tmp_path / "bad.json",), ["a has no psnr"]), ((tmp_path / "none",), ["none"]), ((), ["--paper"]), (("--paper", runs[0]), ["--paper"]), ((tmp_path / "text.json",), ["text.json"]),
                          ((*runs, other), ["do not mix", "inception", "net@96"]), ((tmp_path / "arm",), ["do not mix", "SiT-XL-1"]), ((runs[0],), ["2 rows"]), ((runs[0], *runs), ["twice"]), ((tmp_path,), ["report.json"])):
@@ -3034,6 +3043,8 @@ def test_probe_of_celeba(small, tmp_path):
     assert [r["attribute"] for r in rows] == ["Smiling", "Young"] and float(rows[0][f"{small}/vae/vae.pt f1"]) == pytest.approx(first["per_attribute"]["f1"][0], abs=1e-4)
     assert [float(r["share"]) for r in rows] == [0.5, 0.75]
     assert_refused(call(*common, "--show", "Hat"), "--show Hat", "Smiling")
+    assert_refused(call(*common[:-1], 36, "--rivals"), "--resolution 36", "multiple of 8")
+    assert_refused(call(*common, "--vfm", "no_such_model"), "no_such_model")
     assert_refused(call("probe", small / "vae/vae.pt", small / "vae/vae.pt", "--data", celeba), "twice")
     for name, folder in (("list_attr_celeba.txt", "Anno"), ("list_eval_partition.txt", "Eval"), ("img_align_celeba", "Img")):  # as the owners' folders are
         (celeba / folder).mkdir()
