@@ -188,16 +188,21 @@ def check_folder(images, batch=1):
                         "(images of one class go into one folder)")
     if batch > n:
         raise UserError(f"--batch {batch} is larger than the {n} images of {images.root}; use --batch {n} or less")
-    short_sides = []
-    for file in images.files[::max(1, n // 256)]:
+    small = median_short_side(images)
+    if small is not None and small < images.size:  # single small images are enlarged, as ADM does
+        raise UserError(f"{images.root}: the median short side is {small} pixels, below the crop of {images.size}; use --resolution {small} or less")
+
+
+def median_short_side(images):
+    """In pixels, of about 256 images; None when none of them can be read."""
+    sides = []
+    for file in images.files[::max(1, len(images.files) // 256)]:
         try:
             with Image.open(images.root / file) as image:
-                short_sides.append(min(image.size))
+                sides.append(min(image.size))
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
             continue  # unreadable files are named and counted when their turn comes
-    if short_sides and np.median(short_sides) < images.size:  # single small images are enlarged, as ADM does
-        raise UserError(f"{images.root}: the median short side is {int(np.median(short_sides))} pixels, below the "
-                        f"crop of {images.size}; use --resolution {int(np.median(short_sides))} or less")
+    return int(np.median(sides)) if sides else None
 
 
 class Batches(torch.utils.data.Dataset):
@@ -296,32 +301,41 @@ def words(path, expected=None):
     try:
         rows = [line.split() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"{path}: cannot be read ({getattr(e, 'strerror', e)}); README's table of data sets says which files belong together")
+        raise UserError(f"{path}: cannot be read ({getattr(e, 'strerror', None) or e}); README's table of data sets says which files belong together")
     if expected is not None and len(rows) != expected:
         raise UserError(f"{path}: {len(rows)} lines, expected {expected}")
     return rows
 
 
-def listing(path):
+def listing(path, rows=None):
     """MMLAB's tables: a count, a header, then a row an image -> (header, rows). Raises UserError when the count disagrees."""
-    rows = words(path)
-    if len(rows) < 2 or not rows[0][0].isdigit() or int(rows[0][0]) != len(rows) - 2:
-        raise UserError(f"{path}: its first line says {' '.join(rows[0]) if rows else 'nothing'}, but {max(0, len(rows) - 2)} rows follow the header; the file is cut or of another kind")
-    return rows[1], rows[2:]
+    head, *rows = (words(path) if rows is None else rows) or [["nothing"]]
+    if not rows or not head[0].isdigit() or int(head[0]) != len(rows) - 1:
+        raise UserError(f"{path}: its first line says {' '.join(head[:9])}, but {max(0, len(rows) - 1)} rows follow the header; the file is cut or of another kind (.csv is not read)")
+    return rows[0], rows[1:]
 
 
-def signs(path, rows, width):
-    """Rows `file -1 1 0 ...` -> (files, float32 (N, width) in {0, 1, nan}). Raises UserError for another width or value."""
-    values = np.empty((len(rows), width), np.float32)
-    codes = {"-1": 0.0, "1": 1.0, "0": np.nan}
-    for i, row in enumerate(rows):
-        if len(row) != width + 1:
-            raise UserError(f"{path}: {row[0]} has {len(row) - 1} labels; expected {width}, one an attribute")
-        try:
-            values[i] = [codes[w] for w in row[1:]]
-        except KeyError as e:
-            raise UserError(f"{path}: {row[0]} has the label {e}; expected -1, 1, or 0 (unknown)")
-    return [row[0] for row in rows], values
+def signs(path, width=None):
+    """A listing with the rows `file -1 1 0 ...` -> (header, files, float32 (N, width) in {0, 1, nan}), width: the header's unless
+    given. Line by line: DeepFashion's 289 million labels would be 20 GiB of words. Raises UserError for another width or value."""
+    lines = []
+    try:
+        with open(path, encoding="utf-8") as f:
+            for line in f:
+                row = line.split()
+                if row and len(lines) > 1:
+                    expected = width or len(lines[1])
+                    if len(row) != expected + 1:
+                        raise UserError(f"{path}: {row[0]} has {len(row) - 1} labels; expected {expected}, one an attribute")
+                    if set(row[1:]) - {"-1", "0", "1"}:
+                        raise UserError(f"{path}: {row[0]} has the label '{min(set(row[1:]) - {'-1', '0', '1'})}'; expected -1, 1, or 0 (unknown)")
+                    row = row[0], np.array(row[1:], np.int8)
+                lines += [row] if row else []
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"{path}: cannot be read ({getattr(e, 'strerror', None) or e}); README's table of data sets says which files belong together")
+    header, rows = listing(path, lines)
+    values = np.stack([signs for _, signs in rows]) if rows else np.empty((0, width or len(header)), np.int8)
+    return header, [file for file, _ in rows], np.array([np.nan, 1, 0], np.float32)[values]  # -1 is the last
 
 
 def partition(path, files, rows, codes):
@@ -338,20 +352,18 @@ def partition(path, files, rows, codes):
 
 def read_celeba(root):
     """CelebA, aligned images: 40 attributes, official partition (Liu et al. 2015). Its own folders (Img, Anno, Eval) or all in one."""
-    whole = (root / "Anno").exists()
-    table, parts, images = (root / (f"{folder}/{name}" if whole else name) for folder, name in
+    table, parts, images = (root / name if (root / name).exists() else root / folder / name for folder, name in
                             (("Anno", "list_attr_celeba.txt"), ("Eval", "list_eval_partition.txt"), ("Img", "img_align_celeba")))
-    names, rows = listing(table)
-    files, values = signs(table, rows, len(names))
+    names, files, values = signs(table)
     return images, files, partition(parts, files, words(parts, len(files)), dict(zip("012", SPLITS))), names, values
 
 
 def read_deepfashion(root):
     """DeepFashion category and attribute prediction (Liu et al. 2016): root is its Anno_coarse (1,000 attributes) or Anno_fine (26)."""
     names = [" ".join(row[:-1]) for row in listing(root / "list_attr_cloth.txt")[1]]  # the last word is the type
-    if not (root / "train_attr.txt").exists():
+    if root.name != "Anno_fine" and (root / "list_attr_img.txt").exists():
         path = root.parent / "Eval/list_eval_partition.txt"
-        files, values = signs(root / "list_attr_img.txt", listing(root / "list_attr_img.txt")[1], len(names))
+        _, files, values = signs(root / "list_attr_img.txt", len(names))
         splits = partition(path, files, listing(path)[1], {s: s for s in SPLITS})
     else:
         files, splits, values = [], [], []
@@ -404,13 +416,18 @@ def load_attributes(root):
     readers = {"list_attr_celeba.txt": read_celeba, "Anno/list_attr_celeba.txt": read_celeba, "list_attr_cloth.txt": read_deepfashion,
                "predicate-matrix-binary.txt": read_awa2}
     found = [reader for file, reader in readers.items() if (root / file).exists()]
-    if (root / "Anno_coarse").exists():
-        raise UserError(f"{root}: DeepFashion has two attribute tables; give {root}/Anno_coarse or {root}/Anno_fine")
+    below = [str(root / folder) for folder in ("Anno", "Anno_coarse", "Anno_fine") if (root / folder / "list_attr_cloth.txt").exists()]
+    if below:
+        raise UserError(f"{root}: DeepFashion's attribute tables lie below it; give {' or '.join(below)}")
     if (root / "attributes.csv").exists():
         return root, read_attributes(root)
     if not found:
         raise UserError(f"{root}: no attribute table; expected attributes.csv, list_attr_celeba.txt (also below Anno/), list_attr_cloth.txt or predicate-matrix-binary.txt in it")
     images, files, splits, names, values = found[0](root)
+    if not images.is_dir():
+        raise UserError(f"{images}: no such folder; expected the data set's images there, unpacked")
+    if not files:
+        raise UserError(f"{root}: no image stands in its tables")
     known = set(find_images(images))
     missing = [f for f in files if f not in known]
     if missing:
@@ -710,6 +727,8 @@ def run_script(main):
         main()
     except UserError as e:
         message = str(e)
+    except KeyboardInterrupt:
+        message = "interrupted"
     except torch.OutOfMemoryError as e:
         message = f"out of GPU memory ({str(e).splitlines()[0]}); use a smaller --micro-batch where the script has it: the result stays the same (except with --disc-ckpt)"
     except OSError as e:

@@ -44,13 +44,14 @@ REACH = 4.0  # how far an attribute is moved, in standard deviations of its logi
 
 @dataclass
 class Probe:
-    """logits = X @ weight + bias for raw features X (N, D); weight (D, A), bias (A,), strength (A,) the L2 chosen."""
+    """logits = (X - mean) @ weight + bias for features X (N, D); weight (D, A), bias (A,), strength (A,) the L2 chosen, mean (D,)."""
     weight: torch.Tensor
     bias: torch.Tensor
     strength: torch.Tensor
+    mean: torch.Tensor
 
     def __call__(self, X):
-        return torch.cat([x @ self.weight + self.bias for _, x in pieces(X)])
+        return torch.cat([(x - self.mean) @ self.weight + self.bias for _, x in pieces(X)])
 
 
 def pieces(X, device="cpu"):
@@ -61,7 +62,7 @@ def pieces(X, device="cpu"):
 
 
 def principal_axes(X, device):
-    """Columns of X (N, D) -> mean (D,), std (D,), and of the standardised columns, in B blocks of at most BLOCK, the
+    """Columns of X (N, D) -> mean (D,), std (D,; inf for a column that is constant but for rounding), and of the standardised columns, in B blocks of at most BLOCK, the
     variance along each principal axis (D, 1) and the axes (B, D/B, D/B), one a column."""
     n, D = X.shape
     blocks = next(b for b in range(1, D + 1) if D % b == 0 and D // b <= BLOCK)
@@ -70,7 +71,8 @@ def principal_axes(X, device):
     for _, x in pieces(X, device):
         z = (x - mean).view(len(x), blocks, -1).transpose(0, 1)
         square += z.mT @ z
-    std = (square.diagonal(dim1=1, dim2=2) / max(1, n - 1)).sqrt().clamp_min(1e-6)  # (B, D/B)
+    std = (square.diagonal(dim1=1, dim2=2) / max(1, n - 1)).sqrt()  # (B, D/B)
+    std = torch.where(std > 1e-6 * mean.view(std.shape).abs().clamp_min(1e-6), std, torch.inf)
     power, axes = torch.linalg.eigh(square / n / (std[:, :, None] * std[:, None]))
     return mean, std.flatten(), power.clamp_min(0).view(D, 1), axes
 
@@ -82,50 +84,49 @@ def bce(logits, Y):
     return loss.sum(0) / known.sum(0).clamp_min(1)
 
 
-def fit_probe(X, Y, X_val, Y_val, steps=200, tolerance=1e-3, device="cpu", progress=False):
+def fit_probe(X, Y, X_val, Y_val, steps=200, tolerance=1e-3, device="cpu", progress=None):
     """Multi-label logistic regression: X (N, D), Y (N, A) in {0, 1, nan} -> Probe (on the CPU).
 
     Minimises, for each attribute, mean cross-entropy + strength / 2 |w|^2 on features standardised with the training
     set's mean and std (bias free of penalty), and keeps the strength with the least cross-entropy on the validation set.
-    Full-batch L-BFGS, until no gradient exceeds `tolerance`, in coordinates along the features' principal axes, scaled by
-    the Hessian's diagonal there: in raw coordinates hundreds of steps do not converge, here tens do. Features may lie in
-    a file: they are read in pieces. Raises UserError for an attribute without both values in the training set.
+    Full-batch L-BFGS, until no gradient exceeds `tolerance` (or `steps`, and then it says so), in coordinates along the
+    features' principal axes, scaled by the Hessian's diagonal there: in raw coordinates hundreds of steps do not get that
+    far, here tens do. Features may lie in a file: they are read in pieces. progress: the label of a bar.
+    Raises UserError for an attribute without both values in the training set.
     """
     low, high = Y.nan_to_num(1).amin(0), Y.nan_to_num(0).amax(0)
     if (low >= high).any():
         raise UserError(f"attribute {int((low >= high).nonzero()[0])} is constant in the training split; drop it before the fit")
     mean, std, power, axes = principal_axes(X, device)
+    centred = lambda: ((rows, x - mean) for rows, x in pieces(X, device))
+    kept = list(centred()) if X.shape[0] * X.shape[1] <= 8 * PIECE else None  # half a GiB spares the subtraction in each sweep
     share = (1 / (~Y.isnan()).sum(0)).to(device)  # of one known label in its attribute's mean
 
     def along(axes, W):
         return (axes @ W.view(len(axes), -1, W.shape[1])).view(W.shape)
 
-    def raw(W, b):
-        """Weights for standardised features -> for features as they are."""
-        return W / std[:, None], b - (mean / std) @ W
-
     def sweep(W, b):
         """Cross-entropy, summed over attributes; its gradients (D, A) and (A,); each attribute's mean p (1 - p)."""
         loss, dW, db, curvature = 0, torch.zeros_like(W), torch.zeros_like(b), torch.zeros_like(b)
-        weight, bias = raw(W, b)
-        for rows, x in pieces(X, device):
-            y, logits = Y[rows].to(device), x @ weight + bias
+        weight = W / std[:, None]
+        for rows, x in kept or centred():
+            y, logits = Y[rows].to(device), x @ weight + b
             each, y, p = share * ~y.isnan(), y.nan_to_num(), torch.sigmoid(logits)
-            loss += F.binary_cross_entropy_with_logits(logits, y, each, reduction="sum")
+            loss += F.binary_cross_entropy_with_logits(logits, y, each, reduction="none").sum(dtype=torch.float64)
             g = (p - y) * each
             dW += x.T @ g
             db += g.sum(0)
             curvature += (p * (1 - p) * each).sum(0)
-        return loss, (dW - mean[:, None] * db) / std[:, None], db, curvature.clamp_min(1e-6)
+        return loss, dW / std[:, None], db, curvature.clamp_min(1e-6)
 
     W, b = torch.zeros(X.shape[1], Y.shape[1], device=device), torch.logit(Y.nanmean(0)).to(device)
     best, chosen = torch.full((Y.shape[1],), torch.inf), torch.zeros(Y.shape[1])
     kept_W, kept_b = torch.zeros(W.shape), torch.zeros(b.shape)
-    for strength in tqdm(STRENGTHS, "probe", disable=None if progress else True):
+    for strength in tqdm(STRENGTHS, progress, disable=None if progress else True):
         curvature = sweep(W, b)[3]
         scale_W, scale_b = (curvature * power + strength).rsqrt(), curvature.rsqrt()
         U, u = along(axes.mT, W) / scale_W, b / scale_b
-        solver = torch.optim.LBFGS([U, u], max_iter=steps, history_size=10, tolerance_grad=tolerance, tolerance_change=0, line_search_fn="strong_wolfe")
+        solver = torch.optim.LBFGS([U, u], max_iter=steps, max_eval=2 * steps, history_size=10, tolerance_grad=tolerance, tolerance_change=0, line_search_fn="strong_wolfe")
 
         @torch.no_grad()
         def objective():
@@ -135,13 +136,17 @@ def fit_probe(X, Y, X_val, Y_val, steps=200, tolerance=1e-3, device="cpu", progr
             return loss + 0.5 * strength * W.square().sum()
 
         solver.step(objective)
+        objective()  # a line search may leave the gradient of another point
+        left = max(U.grad.abs().max().item(), u.grad.abs().max().item())
+        if left > 3 * tolerance:
+            print(f"{progress or 'probe'}: strength {strength:g} stopped at gradient {left:.1e}, expected {tolerance:.1e}: its weights are not the minimum's")
         W, b = along(axes, scale_W * U), scale_b * u
-        weight, bias = (v.cpu() for v in raw(W, b))
-        loss = bce(Probe(weight, bias, chosen)(X_val), Y_val)
+        now = Probe((W / std[:, None]).cpu(), b.cpu(), chosen, mean.cpu())
+        loss = bce(now(X_val), Y_val)
         better = loss < best
         best[better], chosen[better] = loss[better], strength
-        kept_W[:, better], kept_b[better] = weight[:, better], bias[better]
-    return Probe(kept_W, kept_b, chosen)
+        kept_W[:, better], kept_b[better] = now.weight[:, better], now.bias[better]
+    return Probe(kept_W, kept_b, chosen, mean.cpu())
 
 
 def f1(Y, predicted):
@@ -155,6 +160,8 @@ def average_precision(Y, logits):
     out = torch.zeros(Y.shape[1])
     for a in range(Y.shape[1]):
         known = ~Y[:, a].isnan()
+        if not known.any():
+            continue
         logit, by = logits[known, a].sort(descending=True)
         last = torch.cat([logit[1:] != logit[:-1], torch.ones(1, dtype=torch.bool)])  # of equal logits
         hits, count = Y[known, a][by].cumsum(0)[last], torch.arange(1, len(by) + 1)[last]
@@ -164,20 +171,30 @@ def average_precision(Y, logits):
 
 def top_recall(Y, logits, k=5):
     """Top-k recall (DeepFashion, Liu et al. 2016): of all attributes that images have, the share among the k of their image
-    with the highest probability -> float."""
+    with the highest probability, pooled over attributes -> float."""
     chosen = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, logits.topk(min(k, logits.shape[1]), 1).indices, True)
     return (((Y == 1) & chosen).sum() / (Y == 1).sum().clamp_min(1)).item()
 
 
 def tune_thresholds(Y, logits):
-    """The logit threshold of each attribute with the best F1 on (Y, logits), tried at 99 quantiles -> (A,)."""
-    candidates = torch.stack([torch.quantile(column, torch.linspace(0.01, 0.99, 99)) for column in logits.T], 1)  # (99, A)
-    return candidates[torch.stack([f1(Y, logits > c) for c in candidates]).argmax(0), torch.arange(Y.shape[1])]
+    """The logit threshold of each attribute with the best F1 on its known labels in (Y, logits): half way between two logits -> (A,)."""
+    out = torch.zeros(Y.shape[1])
+    for a in range(Y.shape[1]):
+        known = ~Y[:, a].isnan()
+        if not known.any():
+            continue
+        logit, by = logits[known, a].sort(descending=True)
+        hits, count = Y[known, a][by].cumsum(0), torch.arange(1, len(by) + 1)
+        score = 2 * hits / (count + hits[-1])  # F1 when the `count` highest are predicted
+        score[:-1][logit[1:] == logit[:-1]] = -1  # equal logits are not parted
+        best = score.argmax()
+        out[a] = (logit[best] + logit[min(best + 1, len(by) - 1)]) / 2 if best + 1 < len(by) else logit[best] - 1
+    return out
 
 
 def scores(Y, logits, thresholds=None):
     """Y (N, A) in {0, 1, nan}, logits (N, A) -> dict: f1 (macro, at probability 0.5), f1_micro, average_precision (macro),
-    balanced_accuracy (macro), top5_recall, f1_tuned when thresholds (A,) are given, and per_attribute (lists of A)."""
+    balanced_accuracy (macro), top5_recall (for more than 5 attributes), f1_tuned when thresholds (A,) are given, and per_attribute (lists of A)."""
     predicted, positive, negative = logits > 0, Y == 1, Y == 0
     hit, false = (positive & predicted).sum(), (negative & predicted).sum()
     recall = (positive & predicted).sum(0) / positive.sum(0).clamp_min(1)
@@ -186,11 +203,12 @@ def scores(Y, logits, thresholds=None):
     if thresholds is not None:
         each["f1_tuned"] = f1(Y, logits > thresholds)
     return {**{k: v.mean().item() for k, v in each.items()}, "f1_micro": (2 * hit / (hit + false + positive.sum()).clamp_min(1)).item(),
-            "top5_recall": top_recall(Y, logits), "per_attribute": {k: v.tolist() for k, v in each.items()}}
+            **({"top5_recall": top_recall(Y, logits)} if Y.shape[1] > 5 else {}), "per_attribute": {k: v.tolist() for k, v in each.items()}}
 
 
 def bootstrap_f1(Y, predictions, draws=500):
-    """Macro F1 on resampled test images, the same for every set of predictions: {name: (N, A) bool} -> {name: (draws,)}."""
+    """Macro F1 on resampled test images, the same for every set of predictions: {name: (N, A) bool} -> {name: (draws,)}, shifted to the
+    mean of the F1 itself: draws without a positive of a rare attribute lower it."""
     n = len(Y)
     weights = torch.from_numpy(np.random.Generator(np.random.Philox(key=0)).multinomial(n, np.full(n, 1 / n), draws)).float()  # (draws, N)
     positive, negative = (Y == 1).float(), (Y == 0).float()
@@ -198,7 +216,8 @@ def bootstrap_f1(Y, predictions, draws=500):
     for name, predicted in predictions.items():
         p = predicted.float()
         hit, false = weights @ (positive * p), weights @ (negative * p)
-        out[name] = (2 * hit / (hit + false + weights @ positive).clamp_min(1)).mean(1)
+        drawn = (2 * hit / (hit + false + weights @ positive).clamp_min(1)).mean(1)
+        out[name] = drawn - drawn.mean() + f1(Y, predicted).mean()
     return out
 
 
@@ -225,10 +244,10 @@ def collect(images, order, compute, dimension, label):
         X = torch.from_numpy(np.memmap(tempfile.TemporaryFile(), np.float16, "w+", shape=shape))
     rows, kept = data.chunks(order, max(1, 2 ** (22 if cuda else 18) // images.size ** 2)), []
     for pixels, _, read in tqdm(data.load_batches(images, rows, 4 * cuda), label, len(rows), disable=None):
-        found = compute(pixels).cpu()
+        found = compute(pixels).cpu().to(X.dtype)
         if not found.isfinite().all():
-            raise UserError(f"{label}: features of {images.files[read[0]]} and its batch are not finite")
-        X[len(kept):len(kept) + len(read)] = found.to(X.dtype)
+            raise UserError(f"{label}: features of {images.files[read[0]]} and its batch are not finite (or exceed float16, in a file)")
+        X[len(kept):len(kept) + len(read)] = found
         kept += read
     return X[:len(kept)], kept
 
@@ -290,7 +309,7 @@ def class_accuracy(X, labels, part, device):
     if len(splits[0]) < 2 or splits[1:] != splits[:1] * 2:
         return None
     Y = F.one_hot(labels).float()[:, sorted(splits[0])]
-    fitted = fit_probe(X[part["train"]], Y[part["train"]], X[part["val"]], Y[part["val"]], device=device)
+    fitted = fit_probe(X[part["train"]], Y[part["train"]], X[part["val"]], Y[part["val"]], device=device, progress="class probe")
     return (fitted(X[part["test"]]).argmax(1) == Y[part["test"]].argmax(1)).float().mean().item()
 
 
@@ -303,8 +322,8 @@ def gini(density):
 
 def kde_gini(vectors):
     """Uniformity (VA-VAE, arXiv 2501.01423, and its tools/latent_vis.py): Gini coefficient of a Gaussian kernel density at the points
-    themselves, in two dimensions. vectors (N, c): one random position an image. VA-VAE reduces with t-SNE, here the
-    first two principal components stand for it: deterministic, and needs no further library. Lower is more uniform; None where the points have no
+    themselves, in two dimensions. vectors (N, c): one random position an image (rivals() takes the mean of ten draws). VA-VAE
+    reduces with t-SNE, here the first two principal components stand for it: deterministic, and needs no further library. Lower is more uniform; None where the points have no
     spread."""
     x = vectors.double() - vectors.double().mean(0)
     plane = (x @ torch.linalg.eigh(x.T @ x).eigenvectors[:, -2:]).numpy() if x.shape[1] > 2 else x.numpy()
@@ -316,13 +335,24 @@ def kde_gini(vectors):
 
 def gmm_nll(train, test, components=10, steps=50, starts=4):
     """Discrimination (MAETok, arXiv 2502.03444): negative log-likelihood of held-out vectors a dimension, in nats, under a mixture of
-    Gaussians with full covariances, fitted by EM (the best of a few k-means++ starts): (N, c), (M, c) -> float. Lower: fewer modes
-    suffice. Fewer components for fewer than 20 vectors each."""
+    Gaussians with full covariances, fitted by EM (the best of a few k-means++ starts): (N, c), (M, c) -> float; None for fewer
+    than 4 c vectors, fewer components for fewer than 4 c or 20 vectors each. Of whitened vectors one Gaussian has
+    1.42 (log(2 pi e) / 2); lower: the few modes say more."""
     x, generator = train.double(), np.random.Generator(np.random.Philox(key=2))
-    components = max(1, min(components, len(x) // 20))
+    if len(x) < 4 * x.shape[1]:
+        return None
+    components = max(1, min(components, len(x) // max(20, 4 * x.shape[1])))
     fits = [fit_mixture(x, components, steps, generator) for _ in range(starts)]
     best = max(fits, key=lambda mixture: log_densities(x, *mixture).logsumexp(1).mean())
     return -log_densities(test.double(), *best).logsumexp(1).mean().item() / x.shape[1]
+
+
+def whiten(train, test):
+    """Vectors (N, c), (M, c) -> uncorrelated, of unit variance in train; directions without variance are dropped."""
+    mean = train.double().mean(0)
+    power, axes = torch.linalg.eigh(torch.cov(train.double().T).view(train.shape[1], -1))
+    live = power > 1e-6 * power[-1].clamp_min(1e-12)
+    return tuple((v.double() - mean) @ axes[:, live] / power[live].sqrt() for v in (train, test))
 
 
 def log_densities(x, weight, mean, roots):
@@ -338,8 +368,10 @@ def fit_mixture(x, components, steps, generator):
     centres = x[generator.integers(n)][None]
     while len(centres) < components:
         d = torch.cdist(x, centres).amin(1).square().numpy()
+        if d.sum() == 0:  # fewer distinct vectors than components
+            break
         centres = torch.cat([centres, x[generator.choice(n, p=d / d.sum())][None]])
-    share = F.one_hot(torch.cdist(x, centres).argmin(1), components).double()  # (N, K)
+    share = F.one_hot(torch.cdist(x, centres).argmin(1), len(centres)).double()  # (N, K)
     for _ in range(steps):
         count = share.sum(0) + 1e-10
         weight, mean = count / n, (share.T @ x) / count[:, None]
@@ -382,11 +414,13 @@ def rivals(vae, X, z_shape, labels, part, pixels, solver):
     z = X[torch.cat(chosen)].float().view(-1, *z_shape)
     mean, std = z.mean((0, 2, 3), keepdim=True), z.std((0, 2, 3), keepdim=True).clamp_min(1e-6)
     z = (z - mean) / std
-    at = (data.draw_noise(0, range(len(z)), 2)[0] * torch.tensor(z_shape[1:])).long()  # one random position an image
-    vectors = z[torch.arange(len(z)), :, at[:, 0].clamp(max=z_shape[1] - 1), at[:, 1].clamp(max=z_shape[2] - 1)]
-    cut = len(chosen[0])
-    found = dict(class_accuracy=class_accuracy(X, labels, part, solver), kde_gini=kde_gini(vectors), gmm_nll=gmm_nll(vectors[:cut], vectors[cut:]),
-                 high_frequency_share=high_frequency_share(z))
+    u = data.draw_noise(0, range(len(z)), 20)[0].view(len(z), 10, 2)
+    at = (u * torch.tensor(z_shape[1:])).long().minimum(torch.tensor(z_shape[1:]) - 1)  # ten random positions an image
+    vectors = [z[torch.arange(len(z)), :, at[:, k, 0], at[:, k, 1]] for k in range(10)]
+    some, cut = evenly(slice(0, len(z)), 3000), len(chosen[0])
+    uniformity = [kde_gini(v[some]) for v in vectors]
+    found = dict(class_accuracy=class_accuracy(X, labels, part, solver), kde_gini=None if None in uniformity else float(np.mean(uniformity)),
+                 gmm_nll=gmm_nll(*whiten(vectors[0][:cut], vectors[0][cut:])), high_frequency_share=high_frequency_share(z))
     errors, quality = [], []
     for some in pixels.split(16):
         x = data.to_float(some.to(device)).contiguous(memory_format=torch.channels_last)
@@ -394,7 +428,7 @@ def rivals(vae, X, z_shape, labels, part, pixels, solver):
         quality.append(psnr(some, data.to_uint8(vae.decode(z)).cpu()))
         errors += [equivariance(vae, x, z, std.to(device))] * len(some)
     found.update(zip(("shift_error", "scale_error"), np.mean(errors, 0).tolist()), psnr=torch.cat(quality).mean().item())
-    return {k: v for k, v in found.items() if v is not None}
+    return {k: v for k, v in found.items() if v is not None and np.isfinite(v)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -412,7 +446,8 @@ def move(vae, probe, z, a, reach):
 def disentanglement(vae, probe, z, spread):
     """Move each attribute up and down by REACH standard deviations of its logit (spread (A,)), decode, encode again, probe again.
     -> reached (A,): the share of the asked-for change that the pictures show, 1 is all of it; leak (A,): how far the other
-    attributes' logits went in mean, for one unit of the attribute's own (both in standard deviations), 0 is disentangled.
+    attributes' logits went in mean, for one unit of the attribute's own (both in standard deviations), 0 is disentangled
+    (an attribute with less than 1 % reached counts as 1 %).
     Attributes that exclude or entail each other leak rightly: compare VAEs, not numbers with 0."""
     reached, leak = torch.zeros(len(spread)), torch.zeros(len(spread))
     for a in tqdm(range(len(spread)), "directions", disable=None):
@@ -451,7 +486,7 @@ PAPER = [dict(name="IN-VAE", psnr=28.59, celeba_f1=.6222, deepfashion_f1=.0786, 
          dict(name="VA-VAE", psnr=27.96, celeba_f1=.6347, deepfashion_f1=.1094, awa_f1=.5948, fd=11.40),
          dict(name="E2E-VAE", psnr=27.63, celeba_f1=.6439, deepfashion_f1=.1177, awa_f1=.6441, fd=8.96),
          dict(name="Send-VAE", psnr=27.62, celeba_f1=.6647, deepfashion_f1=.1385, awa_f1=.6623, fd=7.57)]
-NEEDED = 8  # independent runs, below which no score is called a predictor
+NEEDED = 8  # runs, and kinds of VAE, below which nothing is said of a score
 
 
 def numbers(record, prefix=""):
@@ -466,7 +501,7 @@ def read_json(path):
 
 
 def read_run(path):
-    """Rows {name, run, measure (network, count and SiT of the distance), psnr, fd, scores...} of a run: each arm of RUN/report.json;
+    """Rows {name, run, kind (of VAE: its arm), measure (network, count and SiT of the distance), psnr, fd, scores...} of a run: each arm of RUN/report.json;
     one SiT, or all, of an arm of run.sh imagenet (ARM/SiT-*/samples.npz.json, ARM/recon.json, ARM/probe.json); or a .json
     list of such rows, in which run and measure may be missing. Raises UserError."""
     path = Path(path).parent if Path(path).name == "report.json" else Path(path)
@@ -475,7 +510,7 @@ def read_run(path):
             return [dict({"run": f"{path}:{i}", "measure": ""}, **row) for i, row in enumerate(read_json(path))]
         if (path / "report.json").exists():
             report = read_json(path / "report.json")
-            return [dict(numbers(arm), name=f"{path}/{name}", run=str(path), measure=f"FD({report['network']})-{arm['fd_n']}", psnr=arm["psnr"]) for name, arm in report["arms"].items()]
+            return [dict(numbers(arm), name=f"{path}/{name}", run=str(path), kind=name, measure=f"FD({report['network']})-{arm['fd_n']}", psnr=arm["psnr"]) for name, arm in report["arms"].items()]
         rows = []
         for file in sorted([*path.glob("samples.npz.json"), *path.glob("SiT-*/samples.npz.json")]):
             arm, score = file.parent.parent, read_json(file)
@@ -494,17 +529,22 @@ def read_run(path):
 def check_rows(rows):
     """Raise UserError for rows that cannot be compared."""
     for r in rows:
-        lacking = [k for k in ("psnr", "fd") if not isinstance(r.get(k), (int, float))]
+        lacking = [k for k in ("psnr", "fd") if not isinstance(r.get(k), (int, float)) or not np.isfinite(r[k])]
         if lacking:
-            raise UserError(f"correlate: {r.get('name', r)} has no {lacking[0]}; expected numbers for psnr and fd in every row")
-    measures = {r["measure"]: r.get("name") for r in rows}
+            raise UserError(f"correlate: {r.get('name', r)} has no {lacking[0]}; expected finite numbers for psnr and fd in every row")
+    measures = {str(r["measure"]): r.get("name") for r in rows}
     if len(measures) > 1:
         raise UserError(f"correlate: distances of other networks, counts or SiTs do not mix; found {'; '.join(f'{m} in {n}' for m, n in measures.items())}")
     names = [r["name"] for r in rows if "name" in r]
     if len(set(names)) < len(names):
         raise UserError(f"correlate: {max(names, key=names.count)} is given twice; expected different runs")
     if len(rows) < 3:
-        raise UserError(f"correlate: {len(rows)} rows; a correlation needs three or more")
+        raise UserError(f"correlate: {len(rows)} rows (a run of the demo has two, its arms); a correlation needs three or more: name further runs")
+
+
+def shared_scores(rows):
+    """Names of the scores that every row has."""
+    return [k for k in rows[0] if k not in ("name", "run", "kind", "measure", "fd", "psnr") and all(isinstance(r.get(k), (int, float)) and np.isfinite(r[k]) for r in rows)]
 
 
 def correlation(x, y):
@@ -523,12 +563,12 @@ def partial_correlation(x, y, given):
 def correlate(rows, draws=2000):
     """For each score that all rows have: Pearson, Spearman and partial correlation (given PSNR) with the distance `fd`, each with
     the middle 95 % over resampled runs (arms of one run share seed and data: they are drawn together)
-    -> {score: {n, runs, statistic: value, statistic_interval: (low, high)}}; nan where it is not defined."""
+    -> {score: {n, runs, kinds, statistic: value, statistic_interval: (low, high)}}; None where it is not defined."""
     fd, quality = (np.array([r[k] for r in rows], np.float64) for k in ("fd", "psnr"))
-    names = [k for k in rows[0] if k not in ("name", "run", "measure", "fd", "psnr") and all(isinstance(r.get(k), (int, float)) for r in rows)]
+    names = shared_scores(rows)
     runs = {}
     for i, r in enumerate(rows):
-        runs.setdefault(r.get("run", i), []).append(i)
+        runs.setdefault(str(r.get("run", i)), []).append(i)
     members, generator = list(runs.values()), np.random.Generator(np.random.Philox(key=3))
     picks = [sum((members[g] for g in generator.integers(len(members), size=len(members))), []) for _ in range(draws)]
     out = {}
@@ -537,39 +577,42 @@ def correlate(rows, draws=2000):
         statistics = dict(pearson=lambda i: correlation(x[i], fd[i]), spearman=lambda i: correlation(scipy.stats.rankdata(x[i]), scipy.stats.rankdata(fd[i])))
         if name != "psnr":
             statistics["partial"] = lambda i: partial_correlation(x[i], fd[i], quality[i])
-        out[name] = {"n": len(rows), "runs": len(members)}
+        out[name] = {"n": len(rows), "runs": len(members), "kinds": len({r.get("kind", r.get("name", i)) for i, r in enumerate(rows)})}
         for k, statistic in statistics.items():
             values = np.array([statistic(i) for i in picks])
             defined = values[np.isfinite(values)]
-            out[name][k], out[name][f"{k}_interval"] = statistic(list(range(len(rows)))), interval(defined) if len(defined) > 0.9 * draws else (-1.0, 1.0)
+            value = statistic(list(range(len(rows))))
+            out[name][k], out[name][f"{k}_interval"] = value if np.isfinite(value) else None, interval(defined) if len(defined) > 0.9 * draws else None
     return out
 
 
 def verdict(r):
-    """What the rows say of a score, in words: r is its entry of correlate()."""
+    """What the rows say of a score, in words: r is its entry of correlate(). Seeds of the same two arms are no evidence that a score
+    predicts: whatever one arm changes would follow the distance. So different kinds of VAE are counted, not rows."""
     if "partial" not in r:
         return "the yardstick"
-    if r["runs"] < NEEDED:
-        return f"undecided: {r['runs']} independent runs, {NEEDED} are needed"
-    low, high = r["partial_interval"]
-    if not np.isfinite(r["partial"]) or low <= 0 <= high:
+    few = min(r["runs"], r["kinds"])
+    if few < NEEDED:
+        return f"undecided: {few} {'runs' if few == r['runs'] else 'kinds of VAE'}, {NEEDED} are needed"
+    if r["partial"] is None or r["partial_interval"] is None or r["partial_interval"][0] <= 0 <= r["partial_interval"][1]:
         return "undecided: the partial interval holds 0"
-    return "predicts beyond PSNR"
+    return f"follows the distance beyond PSNR ({'lower' if r['partial'] > 0 else 'higher'} is better)"
 
 
 def draw_scatter(path, rows, result):
     """One panel a score: the score across, the distance up."""
-    size, margin = 220, 34
-    sheet = Image.new("RGB", (len(result) * (size + margin) + margin, size + 2 * margin), "white")
+    size, margin, across = 220, 34, min(6, len(result))
+    tall = size + 2 * margin
+    sheet = Image.new("RGB", (across * (size + margin) + margin, -(-len(result) // across) * tall), "white")
     draw, fd = ImageDraw.Draw(sheet), np.array([r["fd"] for r in rows], float)
     for p, (name, r) in enumerate(result.items()):
-        x, left = np.array([row[name] for row in rows], float), margin + p * (size + margin)
-        draw.rectangle((left, margin, left + size, margin + size), outline="grey")
-        draw.text((left, margin - 28), f"{name}\nr = {r['pearson']:+.2f}, n = {r['n']}", fill="black")
+        x, left, top = np.array([row[name] for row in rows], float), margin + p % across * (size + margin), p // across * tall + margin
+        draw.rectangle((left, top, left + size, top + size), outline="grey")
+        draw.text((left, top - 28), f"{name}\nr {'undefined' if r['pearson'] is None else format(r['pearson'], '+.2f')}, n = {r['n']}", fill="black")
         for u, v in zip((x - x.min()) / max(np.ptp(x), 1e-12), (fd - fd.min()) / max(np.ptp(fd), 1e-12)):
-            cx, cy = left + 10 + u * (size - 20), margin + size - 10 - v * (size - 20)
+            cx, cy = left + 10 + u * (size - 20), top + size - 10 - v * (size - 20)
             draw.ellipse((cx - 4, cy - 4, cx + 4, cy + 4), fill="steelblue")
-        draw.text((left, margin + size + 4), f"{x.min():.4g} to {x.max():.4g}; fd {fd.min():.4g} to {fd.max():.4g}", fill="black")
+        draw.text((left, top + size + 4), f"{x.min():.4g} to {x.max():.4g}; fd {fd.min():.4g} to {fd.max():.4g}", fill="black")
     sheet.save(path)
 
 
@@ -581,24 +624,28 @@ def main_correlate(words):
     p.add_argument("--json", help="write all numbers here")
     args = p.parse_args(words)
     if args.paper == bool(args.runs):
-        raise UserError("correlate: give either runs or --paper (their distances do not mix)")
+        raise UserError("correlate: expected the folders of runs, or --paper, and not both")
     rows = [dict(r, run=r["name"], measure="") for r in PAPER] if args.paper else [r for path in args.runs for r in read_run(path)]
     check_rows(rows)
-    for path in filter(None, (args.png, args.json)):
-        data.open_out(Path(path).parent)
+    check_outputs(args.png, args.json)
     result = correlate(rows)
+    lost = {k for r in rows for k in numbers(r)} - {"fd", *result}
+    if lost:
+        print(f"left out, not in every row: {', '.join(sorted(lost))}")
     print(f"{'with the distance (lower is better)':36} {'Pearson':>22} {'Spearman':>22} {'partial, given PSNR':>22}   n = {len(rows)}")
     for name, r in result.items():
-        cells = [f"{r[k]:+.2f} [{r[f'{k}_interval'][0]:+.2f}, {r[f'{k}_interval'][1]:+.2f}]" if k in r else "" for k in ("pearson", "spearman", "partial")]
+        span = lambda pair: f"[{pair[0]:+.2f}, {pair[1]:+.2f}]" if pair else "[undefined]"
+        cells = ["" if k not in r else "undefined" if r[k] is None else f"{r[k]:+.2f} {span(r[f'{k}_interval'])}" for k in ("pearson", "spearman", "partial")]
         print(f"{name:36} {cells[0]:>22} {cells[1]:>22} {cells[2]:>22}   {verdict(r)}")
+    if len(result) > 5:
+        print(f"{len(result)} scores were tried: of those without any relation about one in 20 leaves 0 outside its interval by chance.")
     if args.paper:
         print(f"Four VAEs: they show that probe scores rise as gFID falls. They cannot show why: PSNR follows gFID as closely ({result['psnr']['pearson']:+.2f}), and given PSNR one degree of freedom\n"
               "is left. Semantic disentanglement and mere loss of pixel detail are not told apart by these rows.")
     if args.png:
         draw_scatter(args.png, rows, result)
     if args.json:
-        known = lambda v: v if not isinstance(v, float) or np.isfinite(v) else None
-        data.write_json(args.json, dict(rows=rows, correlations={k: {s: known(v) for s, v in r.items()} for k, r in result.items()}))
+        data.write_json(args.json, dict(rows=rows, correlations=result))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -620,6 +667,16 @@ def parse_args():
     p.add_argument("--precision", choices=("bf16", "fp32"), help="of the encoder (default: bf16 where it is fast)")
     p.add_argument("--dry-run", action="store_true", help="print the plan (images, attributes, memory), and end")
     return p.parse_args()
+
+
+def check_outputs(png, *others):
+    """Raise UserError before the work for a path that cannot be written at its end."""
+    for path in filter(None, (png, *others)):
+        data.open_out(Path(path).parent)
+        if Path(path).is_dir():
+            raise UserError(f"{path}: is a folder; expected the name of a file")
+    if png and Path(png).suffix.lower() != ".png":
+        raise UserError(f"--png {png}: expected a name that ends in .png")
 
 
 def print_table(results):
@@ -656,7 +713,7 @@ def plan(args, images, order, A, sizes):
     """--dry-run: what would be done, and the largest main memory, counted."""
     features = [min(4 * len(order) * s, 4 * IN_MEMORY if len(order) * s <= IN_MEMORY else 0) for s in sizes]
     files = [2 * len(order) * s if len(order) * s > IN_MEMORY else 0 for s in sizes]
-    fit = max(4 * s * (3 * min(s, BLOCK) + 30 * A) for s in sizes) + 4 * A * 8 * len(order) + 12 * PIECE  # axes; L-BFGS; labels, logits and their terms
+    fit = max(4 * s * (3 * min(s, BLOCK) + 30 * A) for s in sizes) + 4 * A * 8 * len(order) + 44 * PIECE  # axes; L-BFGS; labels, logits and their terms
     print(f"{A} attributes, {len(order)} images of {images.size} x {images.size}; features {', '.join(map(str, sizes))}; about {(max(features) + fit) / 2**30:.2f} GiB of main memory "
           f"beside the encoder, {max(files) / 2**30:.2f} GiB in {tempfile.gettempdir()}")
 
@@ -677,8 +734,11 @@ def main():
     args.precision = args.precision or data.fast_precision(device)
     solver = device if device.type == "cuda" else torch.device("cpu")  # MPS lacks float64 and eigh
     begin = time.time()
-    for path in filter(None, (args.json, args.csv, args.png) if not args.dry_run else ()):
-        data.open_out(Path(path).parent)
+    if not args.dry_run:
+        check_outputs(args.png, args.json, args.csv)
+    for flag, value, needed in (("--show", args.show, "png"), ("--vfm-ckpt", args.vfm_ckpt, "vfm"), ("--vfm-layer", args.vfm_layer, "vfm"), ("--grid", args.grid, "vfm")):
+        if value is not None and getattr(args, needed) is None:
+            raise UserError(f"{flag}: has no effect without --{needed}")
     configs = [load_vae(path).config for path in args.vae]
     if len(set(args.vae)) < len(args.vae):
         raise UserError(f"{max(args.vae, key=args.vae.count)} is given twice; expected different checkpoints")
@@ -689,7 +749,7 @@ def main():
         raise UserError(f"{args.data}: no attribute has both values in each of train, val and test")
     unknown = [s for s in args.show or () if s not in names]
     if unknown:
-        raise UserError(f"--show {unknown[0]}: no usable attribute of that name; there are {', '.join(names[:20])}")
+        raise UserError(f"--show {unknown[0]}: " + ("constant in a split, not probed" if unknown[0] in dropped else f"no attribute of that name; there are {', '.join(names)}"))
     shown = [names.index(s) for s in args.show or ()]
     if dropped:
         print(f"left out, constant in a split: {', '.join(dropped)}")
@@ -698,6 +758,9 @@ def main():
         step = 2 ** (len(c["ch_mult"]) - 1) * (2 if args.rivals else 1)  # the rivals halve the image
         if images.size % step:
             raise UserError(f"--resolution {images.size}: expected a multiple of {step} for {path}{' with --rivals' if args.rivals else ''}")
+    small = data.median_short_side(images)
+    if small is not None and small < images.size:
+        print(f"{root}: images are enlarged to {images.size} pixels, the median short side is {small}")
     at = {f: i for i, f in enumerate(images.files)}
     lines = sorted(range(len(table.files)), key=lambda i: data.SPLITS.index(table.splits[i]))  # train, val, test
     order, sizes = [at[table.files[i]] for i in lines], [latent_size(c, images.size) for c in configs]
@@ -705,26 +768,28 @@ def main():
         return plan(args, images, order, len(keep), sizes)
     if args.vfm:
         vfm = VFM(args.vfm, images.size, args.grid or max(8, images.size // 16), args.vfm_ckpt, args.vfm_layer).to(device)
-    labelled = {row: (torch.from_numpy(table.values[i, keep]), table.splits[i]) for i, row in zip(lines, order)}
+    labels, place = torch.from_numpy(table.values[lines][:, keep]), {row: k for k, row in enumerate(order)}
+    ends = np.cumsum([table.splits.count(s) for s in data.SPLITS])
 
     def features():
         for path in args.vae:
             yield path, *latent_features(path, images, order, device, args.precision)
         if args.vfm:
-            X, rows, side = token_features(vfm, images, order, sizes[0], device)
-            yield f"{args.vfm} {side} x {side}", X, rows
-        X, rows, side = pixel_features(images, order, sizes[0])
-        yield f"pixels {side} x {side}", X, rows
+            *found, side = token_features(vfm, images, order, sizes[0], device)
+            yield f"{args.vfm} {side} x {side}", *found
+        found = None  # one set at a time in memory
+        *found, side = pixel_features(images, order, sizes[0])
+        yield f"pixels {side} x {side}", *found
 
     results, predictions, blocks, start = {}, {}, {}, time.time()
     for name, X, rows in features():
-        Y = torch.stack([labelled[i][0] for i in rows])
-        ends = np.cumsum([sum(labelled[i][1] == s for i in rows) for s in data.SPLITS]).tolist()
-        part = {s: slice(a, b) for s, a, b in zip(data.SPLITS, [0, *ends], ends)}
+        places = [place[row] for row in rows]  # without the unreadable images
+        Y, stops = labels[places], np.searchsorted(places, ends).tolist()
+        part = {s: slice(a, b) for s, a, b in zip(data.SPLITS, [0, *stops], stops)}
         train, val, test = part.values()
         if not results:
             print(f"{len(keep)} attributes; {', '.join(f'{p.stop - p.start} {s}' for s, p in part.items())} images")
-        probe = fit_probe(X[train], Y[train], X[val], Y[val], device=solver, progress=True)
+        probe = fit_probe(X[train], Y[train], X[val], Y[val], device=solver, progress=f"probe {name}")
         logits = probe(X[test])
         found = results[name] = dict(scores(Y[test], logits, tune_thresholds(Y[val], probe(X[val]))), dimension=X.shape[1], strength=probe.strength.tolist())
         predictions[name] = logits > 0
@@ -740,14 +805,15 @@ def main():
             found.update(reached=reached.mean().item(), leak=leak.mean().item())
             blocks[name] = [f"{names[a]}\nreached {reached[a]:.2f}\nleak {leak[a]:.3f}" for a in shown], pictures
         found["seconds"], start = round(time.time() - start, 1), time.time()
+        del X  # before the next is made
     prior = Y[train].nanmean(0)
     results["majority"] = scores(Y[test], torch.logit(prior).expand(len(Y[test]), -1), torch.zeros(len(names)))
-    if blocks:
-        draw_directions(args.png, blocks)
     print_table(results)
     print_differences(results, bootstrap_f1(Y[test], predictions), args.vae)
     if args.csv:
         write_csv(args.csv, names, Y[test].nanmean(0), results)
+    if blocks:
+        draw_directions(args.png, blocks)
     if args.json:  # last: it marks the stage as done
         data.write_json(args.json, dict(data=args.data, attributes=names, left_out=dropped, n={s: p.stop - p.start for s, p in part.items()},
                                         precision=args.precision, results=results, seconds=round(time.time() - begin, 1)))
