@@ -155,17 +155,22 @@ def f1(Y, predicted):
     return 2 * hit / (hit + ((Y == 0) & predicted).sum(0) + (Y == 1).sum(0)).clamp_min(1)
 
 
+def ranked(Y, logits):
+    """Of one attribute (N,), its known labels from the highest logit down -> logits (n,), hits so far (n,)."""
+    known = ~Y.isnan()
+    logit, by = logits[known].sort(descending=True)
+    return logit, Y[known][by].cumsum(0)
+
+
 def average_precision(Y, logits):
-    """Area under precision over recall, a step at each distinct logit from the highest down: (N, A) -> (A,)."""
+    """Area under precision over recall, a step at each distinct logit from the highest down: (N, A) -> (A,); 0 without known labels."""
     out = torch.zeros(Y.shape[1])
     for a in range(Y.shape[1]):
-        known = ~Y[:, a].isnan()
-        if not known.any():
-            continue
-        logit, by = logits[known, a].sort(descending=True)
-        last = torch.cat([logit[1:] != logit[:-1], torch.ones(1, dtype=torch.bool)])  # of equal logits
-        hits, count = Y[known, a][by].cumsum(0)[last], torch.arange(1, len(by) + 1)[last]
-        out[a] = (hits / count * hits.diff(prepend=torch.zeros(1))).sum() / hits[-1].clamp_min(1)
+        logit, hits = ranked(Y[:, a], logits[:, a])
+        if len(hits):
+            last = torch.cat([logit[1:] != logit[:-1], torch.ones(1, dtype=torch.bool)])  # of equal logits
+            hits, count = hits[last], torch.arange(1, len(logit) + 1)[last]
+            out[a] = (hits / count * hits.diff(prepend=torch.zeros(1))).sum() / hits[-1].clamp_min(1)
     return out
 
 
@@ -180,15 +185,12 @@ def tune_thresholds(Y, logits):
     """The logit threshold of each attribute with the best F1 on its known labels in (Y, logits): half way between two logits -> (A,)."""
     out = torch.zeros(Y.shape[1])
     for a in range(Y.shape[1]):
-        known = ~Y[:, a].isnan()
-        if not known.any():
-            continue
-        logit, by = logits[known, a].sort(descending=True)
-        hits, count = Y[known, a][by].cumsum(0), torch.arange(1, len(by) + 1)
-        score = 2 * hits / (count + hits[-1])  # F1 when the `count` highest are predicted
-        score[:-1][logit[1:] == logit[:-1]] = -1  # equal logits are not parted
-        best = score.argmax()
-        out[a] = (logit[best] + logit[min(best + 1, len(by) - 1)]) / 2 if best + 1 < len(by) else logit[best] - 1
+        logit, hits = ranked(Y[:, a], logits[:, a])
+        if len(hits):
+            score = 2 * hits / (torch.arange(1, len(hits) + 1) + hits[-1])  # F1 when the highest 1, 2, ... are predicted
+            score[:-1][logit[1:] == logit[:-1]] = -1  # equal logits are not parted
+            best = score.argmax()
+            out[a] = (logit[best] + logit[best + 1]) / 2 if best + 1 < len(logit) else logit[best] - 1
     return out
 
 
