@@ -602,19 +602,25 @@ def verdict(r):
 
 
 def draw_scatter(path, rows, result):
-    """One panel a score: the score across, the distance up."""
+    """One panel a score: the score across, the distance up, a colour for each kind of VAE."""
     size, margin, across = 220, 34, min(6, len(result))
     tall = size + 2 * margin
-    sheet = Image.new("RGB", (across * (size + margin) + margin, -(-len(result) // across) * tall), "white")
+    kinds = list(dict.fromkeys(r.get("kind", r.get("name", "")) for r in rows))
+    colors = [f"hsl({360 * k // len(kinds)}, 70%, 45%)" for k in range(len(kinds))]
+    sheet = Image.new("RGB", (across * (size + margin) + margin, -(-len(result) // across) * tall + 14 * len(kinds) + 10), "white")
     draw, fd = ImageDraw.Draw(sheet), np.array([r["fd"] for r in rows], float)
     for p, (name, r) in enumerate(result.items()):
         x, left, top = np.array([row[name] for row in rows], float), margin + p % across * (size + margin), p // across * tall + margin
         draw.rectangle((left, top, left + size, top + size), outline="grey")
         draw.text((left, top - 28), f"{name}\nr {'undefined' if r['pearson'] is None else format(r['pearson'], '+.2f')}, n = {r['n']}", fill="black")
-        for u, v in zip((x - x.min()) / max(np.ptp(x), 1e-12), (fd - fd.min()) / max(np.ptp(fd), 1e-12)):
+        for row, u, v in zip(rows, (x - x.min()) / max(np.ptp(x), 1e-12), (fd - fd.min()) / max(np.ptp(fd), 1e-12)):
             cx, cy = left + 10 + u * (size - 20), top + size - 10 - v * (size - 20)
-            draw.ellipse((cx - 4, cy - 4, cx + 4, cy + 4), fill="steelblue")
+            draw.ellipse((cx - 4, cy - 4, cx + 4, cy + 4), fill=colors[kinds.index(row.get("kind", row.get("name", "")))])
         draw.text((left, top + size + 4), f"{x.min():.4g} to {x.max():.4g}; fd {fd.min():.4g} to {fd.max():.4g}", fill="black")
+    for k, (kind, color) in enumerate(zip(kinds, colors)):
+        top = sheet.height - 14 * (len(kinds) - k) - 4
+        draw.ellipse((margin, top + 2, margin + 8, top + 10), fill=color)
+        draw.text((margin + 14, top), kind, fill="black")
     sheet.save(path)
 
 

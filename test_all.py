@@ -2941,6 +2941,20 @@ def test_arms_of_a_run_are_drawn_together():
     assert width(double) > 1.2 * width([dict(r, run=r["name"]) for r in double])  # copies bring no certainty
 
 
+def test_scatter(tmp_path):
+    """A point lies in the wrong place, or has another colour than its kind of VAE in the legend."""
+    rows = [dict(name=str(i), kind="ab"[i % 2], psnr=float(i), fd=[0.0, 10, 5, 7][i], score=float(-i)) for i in range(4)]
+    probe.draw_scatter(tmp_path / "s.png", rows, probe.correlate(rows, draws=20))
+    sheet = Image.open(tmp_path / "s.png").convert("RGB")
+    assert sheet.size == (2 * 254 + 34, 288 + 28 + 10)
+    at = lambda panel, u, v: sheet.getpixel((int(34 + 254 * panel + 10 + u * 200), int(34 + 210 - v * 200)))
+    places = [(0, 0), (1 / 3, 1), (2 / 3, 0.5), (1, 0.7)]
+    first, second = ([at(panel, abs(panel - u), v) for u, v in places] for panel in (0, 1))
+    a, b = first[:2]
+    assert first == second == [a, b, a, b] and a != b and (255, 255, 255) not in (a, b)
+    assert [sheet.getpixel((38, sheet.height - 14 * k - 4 + 6)) for k in (2, 1)] == [a, b]
+
+
 def test_correlate_command(demo, tmp_path):
     """The command claims what the paper's four rows cannot show, misreads runs, or mixes distances."""
     out = do("probe", "correlate", "--paper", "--png", tmp_path / "s.png", "--json", tmp_path / "s.json")
