@@ -1926,7 +1926,9 @@ def test_thresholds():
     logits = -torch.arange(500.0)[:, None]
     assert probe.f1(rare, logits > probe.tune_thresholds(rare, logits)).item() == 1
     assert probe.f1(rare, logits > probe.tune_thresholds(torch.cat([rare, unknown]), torch.cat([logits, torch.full((500, 1), 9.0)]))).item() == 1
-    assert probe.tune_thresholds(torch.ones(4, 1), torch.tensor([[1.0], [1], [2], [2]])).item() < 1  # equal logits are not parted
+    tied, logits = torch.tensor([[1.0], [1], [0], [0]]), torch.tensor([[2.0], [1], [1], [0]])  # equal logits are not parted
+    assert probe.f1(tied, logits > probe.tune_thresholds(tied, logits)).item() == pytest.approx(0.8)
+    assert probe.tune_thresholds(torch.ones(4, 1), torch.tensor([[1.0], [1], [2], [2]])).item() < 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------
