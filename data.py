@@ -296,12 +296,18 @@ def read_attributes(root):
     return Attributes(files, splits, [header[i] for i in attribute_at], values)
 
 
-def words(path, expected=None):
-    """Non-empty lines of a text table, split at blanks. Raises UserError for a missing file or (expected) another number of lines."""
+def split_lines(path):
+    """Yield the non-empty lines of a text table, split at blanks. Raises UserError for a missing file."""
     try:
-        rows = [line.split() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+        with open(path, encoding="utf-8") as f:
+            yield from (line.split() for line in f if line.strip())
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f"{path}: cannot be read ({getattr(e, 'strerror', None) or e}); README's table of data sets says which files belong together")
+
+
+def words(path, expected=None):
+    """All split_lines of a table. Raises UserError for (expected) another number of lines."""
+    rows = list(split_lines(path))
     if expected is not None and len(rows) != expected:
         raise UserError(f"{path}: {len(rows)} lines, expected {expected}")
     return rows
@@ -319,20 +325,15 @@ def signs(path, width=None):
     """A listing with the rows `file -1 1 0 ...` -> (header, files, float32 (N, width) in {0, 1, nan}), width: the header's unless
     given. Line by line: DeepFashion's 289 million labels would be 20 GiB of words. Raises UserError for another width or value."""
     lines = []
-    try:
-        with open(path, encoding="utf-8") as f:
-            for line in f:
-                row = line.split()
-                if row and len(lines) > 1:
-                    expected = width or len(lines[1])
-                    if len(row) != expected + 1:
-                        raise UserError(f"{path}: {row[0]} has {len(row) - 1} labels; expected {expected}, one an attribute")
-                    if set(row[1:]) - {"-1", "0", "1"}:
-                        raise UserError(f"{path}: {row[0]} has the label '{min(set(row[1:]) - {'-1', '0', '1'})}'; expected -1, 1, or 0 (unknown)")
-                    row = row[0], np.array(row[1:], np.int8)
-                lines += [row] if row else []
-    except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"{path}: cannot be read ({getattr(e, 'strerror', None) or e}); README's table of data sets says which files belong together")
+    for row in split_lines(path):
+        if len(lines) > 1:
+            expected, strange = width or len(lines[1]), set(row[1:]) - {"-1", "0", "1"}
+            if len(row) != expected + 1:
+                raise UserError(f"{path}: {row[0]} has {len(row) - 1} labels; expected {expected}, one an attribute")
+            if strange:
+                raise UserError(f"{path}: {row[0]} has the label '{min(strange)}'; expected -1, 1, or 0 (unknown)")
+            row = row[0], np.array(row[1:], np.int8)
+        lines.append(row)
     header, rows = listing(path, lines)
     values = np.stack([signs for _, signs in rows]) if rows else np.empty((0, width or len(header)), np.int8)
     return header, [file for file, _ in rows], np.array([np.nan, 1, 0], np.float32)[values]  # -1 is the last

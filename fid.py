@@ -553,6 +553,8 @@ def read_json(path):
         return json.loads(Path(path).read_text())
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; run the stage before (bash run.sh runs them all)")
+    except ValueError as e:
+        raise UserError(f"{path}: not the JSON that a stage wrote ({e}); delete it and run that stage again")
 
 
 def last_seconds(path):

@@ -11,7 +11,7 @@ beside it, so that good can be told from bad.
 """
 import argparse
 import csv
-import json
+import math
 import shutil
 import sys
 import tempfile
@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 import data
 from data import UserError
-from fid import psnr
+from fid import psnr, read_json
 from mapper import VFM
 from vae import load_vae
 
@@ -62,8 +62,8 @@ def pieces(X, device="cpu"):
 
 
 def principal_axes(X, device):
-    """Columns of X (N, D) -> mean (D,), std (D,; inf for a column that is constant but for rounding), and of the standardised columns, in B blocks of at most BLOCK, the
-    variance along each principal axis (D, 1) and the axes (B, D/B, D/B), one a column."""
+    """Columns of X (N, D) -> mean (D,), std (D,), inf for a column that is constant but for rounding, and of the standardised
+    columns, in B blocks of at most BLOCK, the variance along each principal axis (D, 1) and the axes (B, D/B, D/B), one a column."""
     n, D = X.shape
     blocks = next(b for b in range(1, D + 1) if D % b == 0 and D // b <= BLOCK)
     mean = (sum(x.sum(0, dtype=torch.float64) for _, x in pieces(X, device)) / n).float()
@@ -254,20 +254,21 @@ def collect(images, order, compute, dimension, label):
     return X[:len(kept)], kept
 
 
-def latent_features(path, images, order, device, precision):
+def latent_shape(vae, size):
+    """(c, h, w) of an image of size x size."""
+    return vae.config["z_channels"], size // vae.factor, size // vae.factor
+
+
+def latent_features(vae, images, order, precision, label):
     """Flattened posterior mean: collect()'s (features (m, c*h*w), rows)."""
-    vae = load_vae(path).to(device, memory_format=torch.channels_last)
+    device = next(vae.parameters()).device
 
     @torch.no_grad()
     def encode(pixels):
         with data.autocast(device, precision):
             return vae.encode(data.to_float(pixels.to(device)).contiguous(memory_format=torch.channels_last)).mean.flatten(1).float()
 
-    return collect(images, order, encode, latent_size(vae.config, images.size), f"encode {path}")
-
-
-def latent_size(config, size):
-    return config["z_channels"] * (size // 2 ** (len(config["ch_mult"]) - 1)) ** 2
+    return collect(images, order, encode, math.prod(latent_shape(vae, images.size)), f"encode {label}")
 
 
 def token_features(vfm, images, order, dimension, device):
@@ -294,11 +295,10 @@ def evenly(part, count):
 
 def usable_attributes(table):
     """Indices of attributes with both values in every split, and the names of the others."""
-    splits, keep = np.asarray(table.splits), []
-    for a in range(len(table.names)):
-        values = [table.values[splits == s, a] for s in data.SPLITS]
-        keep += [a] if all((v == 0).any() and (v == 1).any() for v in values) else []
-    return keep, [n for a, n in enumerate(table.names) if a not in keep]
+    splits = np.asarray(table.splits)
+    parts = [table.values[splits == s] for s in data.SPLITS]
+    usable = np.all([(v == 0).any(0) & (v == 1).any(0) for v in parts], axis=0)
+    return np.flatnonzero(usable).tolist(), [n for n, u in zip(table.names, usable) if not u]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -325,8 +325,8 @@ def gini(density):
 def kde_gini(vectors):
     """Uniformity (VA-VAE, arXiv 2501.01423, and its tools/latent_vis.py): Gini coefficient of a Gaussian kernel density at the points
     themselves, in two dimensions. vectors (N, c): one random position an image (rivals() takes the mean of ten draws). VA-VAE
-    reduces with t-SNE, here the first two principal components stand for it: deterministic, and needs no further library. Lower is more uniform; None where the points have no
-    spread."""
+    reduces with t-SNE, here the first two principal components stand for it: deterministic, and needs no further library. Lower is
+    more uniform; None where the points have no spread."""
     x = vectors.double() - vectors.double().mean(0)
     plane = (x @ torch.linalg.eigh(x.T @ x).eigenvectors[:, -2:]).numpy() if x.shape[1] > 2 else x.numpy()
     try:
@@ -408,10 +408,10 @@ def equivariance(vae, x, z, std):
 
 
 @torch.no_grad()
-def rivals(vae, X, z_shape, labels, part, pixels, solver):
-    """All rivals of one VAE: X (m, D) its features, of z_shape (c, h, w) each; labels (m,); part {split: slice}; uint8 pixels of some
+def rivals(vae, X, labels, part, pixels, solver):
+    """All rivals of one VAE: X (m, D) its features; labels (m,); part {split: slice}; uint8 pixels of some
     test images, for the reconstruction (PSNR in dB) and the equivariance, both in float32; solver: fit_probe's device. -> {name: float}"""
-    device = next(vae.parameters()).device
+    device, z_shape = next(vae.parameters()).device, latent_shape(vae, pixels.shape[-1])
     chosen = evenly(part["train"], 5000), evenly(part["test"], 5000)
     z = X[torch.cat(chosen)].float().view(-1, *z_shape)
     mean, std = z.mean((0, 2, 3), keepdim=True), z.std((0, 2, 3), keepdim=True).clamp_min(1e-6)
@@ -461,6 +461,14 @@ def disentanglement(vae, probe, z, spread):
     return reached, leak
 
 
+@torch.no_grad()
+def see(vae, probe, pixels, spread, shown):
+    """What the probe of one VAE saw, on uint8 test images: (reached, leak) of each attribute, pictures of the attributes `shown`."""
+    z = vae.encode(data.to_float(pixels.to(next(vae.parameters()).device))).mean
+    pictures = [torch.stack([move(vae, probe, z[:4], a, sign * REACH * spread[a]).cpu() for sign in (-1, 0, 1)], 1) for a in shown]
+    return *disentanglement(vae, probe, z, spread), torch.stack(pictures)
+
+
 def draw_directions(path, blocks):
     """blocks {VAE: (title of each attribute, pictures (A, n, 3, 3, S, S))}: under the VAE's name a row an attribute, in it three
     pictures an image: attribute down, as it is, up."""
@@ -493,13 +501,6 @@ NEEDED = 8  # runs, and kinds of VAE, below which nothing is said of a score
 
 def numbers(record, prefix=""):
     return {prefix + k: v for k, v in record.items() if isinstance(v, float) and k not in ("psnr", "seconds")}
-
-
-def read_json(path):
-    try:
-        return json.loads(Path(path).read_text())
-    except (OSError, ValueError) as e:
-        raise UserError(f"{path}: cannot be read ({e}); expected what fid.py and probe.py write with --json, or a list of rows with name, psnr, fd and scores")
 
 
 def read_run(path):
@@ -544,6 +545,11 @@ def check_rows(rows):
         raise UserError(f"correlate: {len(rows)} rows (a run of the demo has two, its arms); a correlation needs three or more: name further runs")
 
 
+def kind_of(row):
+    """The kind of VAE: its arm, or where that is not said its name."""
+    return str(row.get("kind", row.get("name", "")))
+
+
 def shared_scores(rows):
     """Names of the scores that every row has."""
     return [k for k in rows[0] if k not in ("name", "run", "kind", "measure", "fd", "psnr") and all(isinstance(r.get(k), (int, float)) and np.isfinite(r[k]) for r in rows)]
@@ -579,7 +585,7 @@ def correlate(rows, draws=2000):
         statistics = dict(pearson=lambda i: correlation(x[i], fd[i]), spearman=lambda i: correlation(scipy.stats.rankdata(x[i]), scipy.stats.rankdata(fd[i])))
         if name != "psnr":
             statistics["partial"] = lambda i: partial_correlation(x[i], fd[i], quality[i])
-        out[name] = {"n": len(rows), "runs": len(members), "kinds": len({r.get("kind", r.get("name", i)) for i, r in enumerate(rows)})}
+        out[name] = {"n": len(rows), "runs": len(members), "kinds": len(set(map(kind_of, rows)))}
         for k, statistic in statistics.items():
             values = np.array([statistic(i) for i in picks])
             defined = values[np.isfinite(values)]
@@ -605,7 +611,7 @@ def draw_scatter(path, rows, result):
     """One panel a score: the score across, the distance up, a colour for each kind of VAE."""
     size, margin, across = 220, 34, min(6, len(result))
     tall = size + 2 * margin
-    kinds = list(dict.fromkeys(r.get("kind", r.get("name", "")) for r in rows))
+    kinds = list(dict.fromkeys(map(kind_of, rows)))
     colors = [f"hsl({360 * k // len(kinds)}, 70%, 45%)" for k in range(len(kinds))]
     sheet = Image.new("RGB", (across * (size + margin) + margin, -(-len(result) // across) * tall + 14 * len(kinds) + 10), "white")
     draw, fd = ImageDraw.Draw(sheet), np.array([r["fd"] for r in rows], float)
@@ -615,7 +621,7 @@ def draw_scatter(path, rows, result):
         draw.text((left, top - 28), f"{name}\nr {'undefined' if r['pearson'] is None else format(r['pearson'], '+.2f')}, n = {r['n']}", fill="black")
         for row, u, v in zip(rows, (x - x.min()) / max(np.ptp(x), 1e-12), (fd - fd.min()) / max(np.ptp(fd), 1e-12)):
             cx, cy = left + 10 + u * (size - 20), top + size - 10 - v * (size - 20)
-            draw.ellipse((cx - 4, cy - 4, cx + 4, cy + 4), fill=colors[kinds.index(row.get("kind", row.get("name", "")))])
+            draw.ellipse((cx - 4, cy - 4, cx + 4, cy + 4), fill=colors[kinds.index(kind_of(row))])
         draw.text((left, top + size + 4), f"{x.min():.4g} to {x.max():.4g}; fd {fd.min():.4g} to {fd.max():.4g}", fill="black")
     for k, (kind, color) in enumerate(zip(kinds, colors)):
         top = sheet.height - 14 * (len(kinds) - k) - 4
@@ -717,21 +723,13 @@ def write_csv(path, names, share, results):
         writer.writerows([name, round(share[i].item(), 4), *(round(v[i], 4) for v in columns.values())] for i, name in enumerate(names))
 
 
-def plan(args, images, order, A, sizes):
+def plan(images, order, A, sizes):
     """--dry-run: what would be done, and the largest main memory, counted."""
-    features = [min(4 * len(order) * s, 4 * IN_MEMORY if len(order) * s <= IN_MEMORY else 0) for s in sizes]
-    files = [2 * len(order) * s if len(order) * s > IN_MEMORY else 0 for s in sizes]
+    counts = [len(order) * s for s in sizes]
+    features, files = ([4 * n for n in counts if n <= IN_MEMORY], [2 * n for n in counts if n > IN_MEMORY])
     fit = max(4 * s * (3 * min(s, BLOCK) + 30 * A) for s in sizes) + 4 * A * 8 * len(order) + 44 * PIECE  # axes; L-BFGS; labels, logits and their terms
-    print(f"{A} attributes, {len(order)} images of {images.size} x {images.size}; features {', '.join(map(str, sizes))}; about {(max(features) + fit) / 2**30:.2f} GiB of main memory "
-          f"beside the encoder, {max(files) / 2**30:.2f} GiB in {tempfile.gettempdir()}")
-
-
-@torch.no_grad()
-def see(vae, probe, pixels, spread, shown):
-    """What the probe of one VAE saw, on uint8 test images: (reached, leak) of each attribute, pictures of the attributes `shown`."""
-    z = vae.encode(data.to_float(pixels.to(next(vae.parameters()).device))).mean
-    pictures = [torch.stack([move(vae, probe, z[:4], a, sign * REACH * spread[a]).cpu() for sign in (-1, 0, 1)], 1) for a in shown]
-    return *disentanglement(vae, probe, z, spread), torch.stack(pictures)
+    print(f"{A} attributes, {len(order)} images of {images.size} x {images.size}; features {', '.join(map(str, sizes))}; about {(max(features, default=0) + fit) / 2**30:.2f} GiB of main memory "
+          f"beside the encoder, {max(files, default=0) / 2**30:.2f} GiB in {tempfile.gettempdir()}")
 
 
 def main():
@@ -747,9 +745,9 @@ def main():
     for flag, value, needed in (("--show", args.show, "png"), ("--vfm-ckpt", args.vfm_ckpt, "vfm"), ("--vfm-layer", args.vfm_layer, "vfm"), ("--grid", args.grid, "vfm")):
         if value is not None and getattr(args, needed) is None:
             raise UserError(f"{flag}: has no effect without --{needed}")
-    configs = [load_vae(path).config for path in args.vae]
     if len(set(args.vae)) < len(args.vae):
         raise UserError(f"{max(args.vae, key=args.vae.count)} is given twice; expected different checkpoints")
+    vaes = {path: load_vae(path) for path in args.vae}
     root, table = data.load_attributes(args.data)
     keep, dropped = usable_attributes(table)
     names = [table.names[a] for a in keep]
@@ -761,9 +759,9 @@ def main():
     shown = [names.index(s) for s in args.show or ()]
     if dropped:
         print(f"left out, constant in a split: {', '.join(dropped)}")
-    images = data.ImageFolder(root, args.resolution or configs[0]["resolution"])
-    for path, c in zip(args.vae, configs):
-        step = 2 ** (len(c["ch_mult"]) - 1) * (2 if args.rivals else 1)  # the rivals halve the image
+    images = data.ImageFolder(root, args.resolution or vaes[args.vae[0]].config["resolution"])
+    for path, vae in vaes.items():
+        step = vae.factor * (2 if args.rivals else 1)  # the rivals halve the image
         if images.size % step:
             raise UserError(f"--resolution {images.size}: expected a multiple of {step} for {path}{' with --rivals' if args.rivals else ''}")
     small = data.median_short_side(images)
@@ -771,17 +769,17 @@ def main():
         print(f"{root}: images are enlarged to {images.size} pixels, the median short side is {small}")
     at = {f: i for i, f in enumerate(images.files)}
     lines = sorted(range(len(table.files)), key=lambda i: data.SPLITS.index(table.splits[i]))  # train, val, test
-    order, sizes = [at[table.files[i]] for i in lines], [latent_size(c, images.size) for c in configs]
+    order, sizes = [at[table.files[i]] for i in lines], [math.prod(latent_shape(vae, images.size)) for vae in vaes.values()]
     if args.dry_run:
-        return plan(args, images, order, len(keep), sizes)
+        return plan(images, order, len(keep), sizes)
     if args.vfm:
         vfm = VFM(args.vfm, images.size, args.grid or max(8, images.size // 16), args.vfm_ckpt, args.vfm_layer).to(device)
     labels, place = torch.from_numpy(table.values[lines][:, keep]), {row: k for k, row in enumerate(order)}
     ends = np.cumsum([table.splits.count(s) for s in data.SPLITS])
 
     def features():
-        for path in args.vae:
-            yield path, *latent_features(path, images, order, device, args.precision)
+        for path, vae in vaes.items():
+            yield path, *latent_features(vae.to(device, memory_format=torch.channels_last), images, order, args.precision, path)
         if args.vfm:
             *found, side = token_features(vfm, images, order, sizes[0], device)
             yield f"{args.vfm} {side} x {side}", *found
@@ -801,14 +799,13 @@ def main():
         logits = probe(X[test])
         found = results[name] = dict(scores(Y[test], logits, tune_thresholds(Y[val], probe(X[val]))), dimension=X.shape[1], strength=probe.strength.tolist())
         predictions[name] = logits > 0
-        if name in args.vae and (args.rivals or args.png):
-            vae, pixels = load_vae(name).to(device, memory_format=torch.channels_last), torch.stack([images[rows[i]][0] for i in evenly(test, 512)])
-        if name in args.vae and args.rivals:
-            side = images.size // vae.factor
-            found.update(rivals(vae, X, (vae.config["z_channels"], side, side), torch.tensor(images.labels)[rows], part, pixels, solver))
-        if name in args.vae and args.png:
+        if name in vaes and (args.rivals or args.png):
+            pixels = torch.stack([images[rows[i]][0] for i in evenly(test, 512)])
+        if name in vaes and args.rivals:
+            found.update(rivals(vaes[name], X, torch.tensor(images.labels)[rows], part, pixels, solver))
+        if name in vaes and args.png:
             shown = shown or torch.tensor(found["per_attribute"]["f1"]).topk(min(6, len(names))).indices.tolist()
-            reached, leak, pictures = see(vae, probe, pixels[evenly(slice(0, len(pixels)), 16)], logits.std(0).clamp_min(1e-6), shown)
+            reached, leak, pictures = see(vaes[name], probe, pixels[evenly(slice(0, len(pixels)), 16)], logits.std(0).clamp_min(1e-6), shown)
             found["per_attribute"].update(reached=reached.tolist(), leak=leak.tolist())
             found.update(reached=reached.mean().item(), leak=leak.mean().item())
             blocks[name] = [f"{names[a]}\nreached {reached[a]:.2f}\nleak {leak[a]:.3f}" for a in shown], pictures

@@ -2759,19 +2759,19 @@ def test_features_beyond_memory_lie_in_a_file(small, monkeypatch, tmp_path):
     shutil.copytree(small / "images", tmp_path / "images")
     images = data.ImageFolder(tmp_path / "images", 32)
     order = list(reversed(range(40)))
-    whole, rows = probe.latent_features(small / "vae/vae.pt", images, order, torch.device("cpu"), "fp32")
+    whole, rows = probe.latent_features(vae.load_vae(small / "vae/vae.pt"), images, order, "fp32", "vae")
     assert whole.dtype == torch.float32 and whole.shape == (40, 256) and rows == order
     one = vae.load_vae(small / "vae/vae.pt").encode(data.to_float(images[37][0][None])).mean.flatten()
     torch.testing.assert_close(whole[2], one.detach(), rtol=1e-4, atol=1e-4)
     truncate(tmp_path / "images" / images.files[35])
     images.max_bad = 0.1
     monkeypatch.setattr(probe, "IN_MEMORY", 100)
-    stored, rows = probe.latent_features(small / "vae/vae.pt", images, order, torch.device("cpu"), "fp32")
+    stored, rows = probe.latent_features(vae.load_vae(small / "vae/vae.pt"), images, order, "fp32", "vae")
     assert stored.dtype == torch.float16 and rows == [i for i in order if i != 35]
     torch.testing.assert_close(stored.float(), whole[[i for i in range(40) if i != 4]], rtol=2e-3, atol=2e-3)
     monkeypatch.setattr(probe.shutil, "disk_usage", lambda folder: SimpleNamespace(free=100))
     with pytest.raises(UserError, match="TMPDIR"):
-        probe.latent_features(small / "vae/vae.pt", images, order, torch.device("cpu"), "fp32")
+        probe.latent_features(vae.load_vae(small / "vae/vae.pt"), images, order, "fp32", "vae")
     monkeypatch.setattr(probe, "IN_MEMORY", 10 ** 6)
     with pytest.raises(UserError, match="not finite"):
         probe.collect(images, [3], lambda pixels: torch.full((len(pixels), 2), torch.inf), 2, "x")
@@ -2892,10 +2892,10 @@ def test_rivals_know_no_scale(small):
     images, model = data.ImageFolder(small / "images", 32), vae.load_vae(small / "vae/vae.pt")
     torch.manual_seed(0)
     order = torch.randperm(40).tolist()
-    X, rows = probe.latent_features(small / "vae/vae.pt", images, order, torch.device("cpu"), "fp32")
+    X, rows = probe.latent_features(vae.load_vae(small / "vae/vae.pt"), images, order, "fp32", "vae")
     labels, pixels = torch.tensor(images.labels)[rows], torch.stack([images[i][0] for i in rows[:20]])
     part = {"train": slice(0, 20), "val": slice(20, 30), "test": slice(30, 40)}
-    found, moved = (probe.rivals(model, x, (4, 8, 8), labels, part, pixels, "cpu") for x in (X, 100 * X + 7))
+    found, moved = (probe.rivals(model, x, labels, part, pixels, "cpu") for x in (X, 100 * X + 7))
     for name in ("kde_gini", "gmm_nll", "high_frequency_share"):
         assert found[name] == pytest.approx(moved[name], rel=1e-3)
     with torch.no_grad():
