@@ -9,6 +9,7 @@ The last part of the file is the plumbing that all scripts share: errors, proces
 import argparse
 import contextlib
 import csv
+import ctypes
 import errno
 import functools
 import hashlib
@@ -18,10 +19,13 @@ import math
 import multiprocessing
 import os
 import pickle
+import platform
+import queue
 import shutil
 import signal
 import struct
 import sys
+import threading
 import time
 import weakref
 import zipfile
@@ -32,13 +36,17 @@ from importlib import metadata, resources
 from pathlib import Path
 from unittest import mock
 
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large memory pages for PyTorch on the CPU; read at its first allocation
+
 import numpy as np
 import safetensors.torch
 import torch
 import torch.distributed as dist
 from PIL import Image, ImageOps
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -245,6 +253,53 @@ def load_batches(images, batches, workers=0, replace=False):
     for pixels, labels, rows, bad in loader:
         images.note_bad(bad)
         yield pixels, labels, rows
+
+
+def ahead(items, device):
+    """The same items in the same order; for a GPU a thread makes the next two meanwhile, their tensors in pinned memory."""
+    return threaded(items, lambda item: tree_map(lambda v: v.pin_memory() if isinstance(v, torch.Tensor) else v, item)) if device.type == "cuda" else iter(items)
+
+
+def threaded(items, finish, depth=2):
+    """finish(item) of each item, worked out in a thread at most `depth` items ahead; its errors are raised here."""
+    made = queue.Queue(depth)
+
+    def work():
+        try:
+            for item in items:
+                made.put((finish(item), None))
+            made.put((None, StopIteration()))
+        except BaseException as e:  # noqa: B902: carried to the reader
+            made.put((None, e))
+
+    threading.Thread(target=work, daemon=True).start()
+    while True:
+        item, error = made.get()
+        if isinstance(error, StopIteration):
+            return
+        if error is not None:
+            raise error
+        yield item
+
+
+def one_behind(items):
+    """The same items, each after the next was begun: a GPU computes the next while this one is stored."""
+    held = None
+    for item in items:
+        if held is not None:
+            yield held
+        held = item
+    if held is not None:
+        yield held
+
+
+def to_host(x):
+    """A tensor on its way to the CPU -> a function that waits for it and returns it."""
+    if x.device.type != "cuda":
+        return lambda: x.cpu()
+    host, arrived = torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True), torch.cuda.Event()
+    arrived.record()
+    return lambda: (arrived.synchronize(), host)[1]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -753,9 +808,18 @@ def setup():
         torch.cuda.set_device(device)
     else:
         device = torch.device("mps" if torch.backends.mps.is_available() and world == 1 else "cpu")
-    if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
+    keep_memory(device)
+    if world > 1:  # gloo too, for tensors on the CPU: they never wait for the GPU
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
     return device, rank, world
+
+
+def keep_memory(device):
+    """glibc gives large freed blocks back to the system, and each step of a CPU pays for their pages anew: keep them."""
+    libc = ctypes.CDLL(None) if sys.platform == "linux" and device.type == "cpu" else None
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no mappings of their own
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never shrink
 
 
 def fast_precision(device):
@@ -771,9 +835,17 @@ def autocast(device, precision):
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
+def cast_matmuls(module, device, precision):
+    """Keep the weights of a frozen network's matmuls and convolutions in bf16: the values that autocast would make of them in each
+    pass. Norms and embeddings stay float32."""
+    for m in module.modules() if precision == "bf16" and device.type != "meta" else ():
+        if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d)):
+            m.to(torch.bfloat16)
+    return module.to(device)
+
+
 def barrier():
-    if dist.is_initialized():
-        dist.barrier()
+    all_reduce(torch.zeros(1))
 
 
 @contextlib.contextmanager
@@ -792,20 +864,39 @@ def sync_if(module, last):
     return contextlib.nullcontext() if last or not hasattr(module, "no_sync") else module.no_sync()
 
 
-def mean_over_ranks(parts):
-    """{name: scalar tensor of this rank} -> {name: float}, the mean over ranks."""
-    values = torch.stack([v.detach().float() for v in parts.values()])
-    values = all_reduce(values) / (dist.get_world_size() if dist.is_initialized() else 1)
-    return dict(zip(parts, values.tolist()))
+def any_batch(x, varies):
+    """x; where the size of batches `varies`, torch.compile is told, and compiles once for all sizes."""
+    if varies:
+        torch._dynamo.maybe_mark_dynamic(x, 0)
+    return x
 
 
 def all_reduce(x, op=None):
-    """Sum (or `op`) of a tensor over all ranks, in place; returns it. CPU tensors may come with any backend."""
+    """Sum (or `op`) of a tensor over all ranks, in place; returns it."""
     if dist.is_initialized():
-        moved = x.cuda() if dist.get_backend() == "nccl" else x
-        dist.all_reduce(moved, op or dist.ReduceOp.SUM)
-        x.copy_(moved)
+        dist.all_reduce(x, op or dist.ReduceOp.SUM)
     return x
+
+
+class Parts:
+    """The loss parts of the steps since the last look. They stay on the device until then: only a look waits for it."""
+
+    def __init__(self):
+        self.steps, self.names, self.values = [], [], []
+
+    def add(self, step, parts):
+        """parts: {name: scalar tensor of this rank}."""
+        self.steps.append(step), self.names.append(list(parts)), self.values.append(torch.stack([v.detach().float() for v in parts.values()]))
+
+    def look(self, advice):
+        """{name: float} of the last step, means over ranks. Raises UserError for the first step since the last look with a value
+        that is not finite."""
+        values = all_reduce(torch.cat(self.values)) / (dist.get_world_size() if dist.is_initialized() else 1)
+        for step, names, row in zip(self.steps, self.names, values.cpu().split([len(n) for n in self.names])):
+            parts = dict(zip(names, row.tolist()))
+            stop_if_not_finite(step, parts, advice)
+        self.__init__()
+        return parts
 
 
 def split_rows(n, rank, world):
@@ -943,7 +1034,7 @@ def load_newest(path):
 
 
 # Flags that may change between the first and the second half of a run without changing what it computes.
-FREE_FLAGS = {"out", "steps", "micro_batch", "workers", "save_every", "log_every", "compile", "eval_every", "eval_stats", "eval_images"}
+FREE_FLAGS = {"out", "steps", "micro_batch", "workers", "save_every", "log_every", "compile", "eval_every", "eval_stats", "eval_images", "grad_checkpointing"}
 
 
 def same_run(checkpoint, args, path):
@@ -1037,11 +1128,162 @@ def peak_bytes(run):
     return counter.peak
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Speed: what --bench of every stage measures
+
+def bench_flags(p):
+    p.add_argument("--bench", type=positive, metavar="STEPS", help="speed of STEPS steps on random data of the real shapes (no data, no weights needed), and end")
+    p.add_argument("--json", help="with --bench: write its numbers here too")
+
+
+def required(p, args, *names):
+    """argparse's own message for flags that only --bench does without."""
+    missing = [f"--{n}" for n in names if getattr(args, n.replace("-", "_")) is None]
+    if missing and not args.bench:
+        p.error(f"the following arguments are required: {', '.join(missing)}")
+    if args.json and not args.bench:
+        p.error("--json: has no effect without --bench")
+
+
+def synchronise(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class Clock:
+    """Seconds of the parts of a step: `with clock("forward"): ...`. Free until `on` is set (by --bench alone): then it waits for the
+    device at both ends of each part."""
+
+    def __init__(self, device):
+        self.device, self.on, self.seconds = device, False, Counter()
+
+    @contextlib.contextmanager
+    def __call__(self, part):
+        if not self.on:
+            yield
+            return
+        synchronise(self.device)
+        begin = time.perf_counter()
+        yield
+        synchronise(self.device)
+        self.seconds[part] += time.perf_counter() - begin
+
+
+def count_flops(run):
+    """Floating-point operations of the matmuls, convolutions and attention products of run(), backward passes too."""
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # the flop counter does not know the CPU's fused kernel
+        run()
+    return counter.get_total_flops()
+
+
+def matmul_rate(device, precision):
+    """FLOP/s of large matmuls in the layout of a linear layer, over all processes: the limit of the machine. Median over half a second."""
+    n, dtype = 8192 if device.type == "cuda" else 2048, torch.bfloat16 if precision == "bf16" else torch.float32
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    seconds, end = [], time.perf_counter() + 0.5
+    while len(seconds) < 8 or time.perf_counter() < end:
+        synchronise(device)
+        begin = time.perf_counter()
+        a @ b.T
+        synchronise(device)
+        seconds.append(time.perf_counter() - begin)
+    return float(all_reduce(torch.tensor(2 * n ** 3 / np.median(seconds[3:]), dtype=torch.float64)))
+
+
+def peak_mib(device):
+    """Largest memory so far: what PyTorch allocated on a GPU, the resident set of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2 ** 20
+    import resource  # not on Windows
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 20 if sys.platform == "darwin" else 2 ** 10)
+
+
+def machine(device):
+    threads = f", {torch.get_num_threads()} thread(s)" if device.type != "cuda" else ""
+    return (torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()) + threads + f", torch {torch.__version__}"
+
+
+def cpu_name():
+    """The processor's name where the system tells it."""
+    info = Path("/proc/cpuinfo")
+    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def run_bench(args, title, device, step, images, flops, clock, bare=None, warmup=2, **more):
+    """Time args.bench calls of step(), each of `images` images over all processes and `flops` operations an image, in turn with bare(), which
+    does what a step cannot do without; then up to three more by parts (clock). Prints on rank 0, and writes --json: images_per_s
+    (median), spread (quartiles), ms, peak_mib, flops_per_image, matmul_rate, share_of_limit (operations a second over that rate),
+    share_of_bare (bare's median over the step's), and `more`."""
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rates, seconds, bares = [matmul_rate(device, args.precision)], [], []
+    for _ in tqdm(range(warmup + args.bench), "bench", disable=rank > 0 or None):
+        for run, taken in ((step, seconds), (bare, bares)):
+            if run is not None:
+                synchronise(device)
+                begin = time.perf_counter()
+                run()
+                synchronise(device)
+                taken.append(time.perf_counter() - begin)
+    low, median, high = (float(np.quantile(seconds[warmup:], q)) for q in (0.25, 0.5, 0.75))
+    clock.on, parts = True, min(3, args.bench)
+    for _ in range(parts):
+        step()
+    clock.on = False
+    rates.append(matmul_rate(device, args.precision))
+    if bare is not None:
+        more["share_of_bare"] = float(np.median(bares[warmup:])) / median
+    rate, ms = sum(rates) / 2, {k: 1e3 * v / parts for k, v in clock.seconds.items()}
+    record = dict(stage=title, machine=machine(device), processes=world, precision=args.precision, command=" ".join(sys.argv), images_per_s=images / median,
+                  spread=[images / high, images / low], ms=ms, step_ms=1e3 * median, peak_mib=peak_mib(device), flops_per_image=flops, matmul_rate=rate,
+                  share_of_limit=flops * images / median / rate, **more)
+    if rank == 0:
+        print(f"{title}; {record['machine']}, {world} process(es), {device.type} {args.precision}")
+        print(f"{record['images_per_s']:.4g} images/s, median of {args.bench} steps of {images} images and {record['step_ms']:.0f} ms (middle half: {record['spread'][0]:.4g} to {record['spread'][1]:.4g})")
+        print("ms a step: " + ", ".join(f"{k} {v:.1f}" for k, v in ms.items()) + f"; peak memory {record['peak_mib']:.0f} MiB a process")
+        print(f"{flops / 1e9:.4g} GFLOP an image: {flops * images / median / 1e9:.0f} GFLOP/s, {record['share_of_limit']:.0%} of the {rate / 1e9:.0f} that matmuls reach here in {args.precision}")
+        for key, value in more.items():
+            print(f"{key.replace('_', ' ')}: " + (f"{value:.4g}" if isinstance(value, float) else str(value)))
+        if args.json:
+            write_json(args.json, record)
+
+
+def largest_micro_batch(memory, used, device):
+    """How many images a process can take at a time: memory(n) is the estimate in bytes for n images, `used` the number that ran. On a
+    GPU the measured peak corrects the estimate, which counts in float32."""
+    each = memory(2) - memory(1)
+    fixed, scale = memory(1) - each, 1.0
+    if device.type == "cuda":
+        limit, scale = torch.cuda.mem_get_info(device)[1], (peak_mib(device) * 2 ** 20 - fixed) / (used * each)
+    else:
+        limit = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return max(0, int((0.9 * limit - fixed) / (each * min(1.0, max(0.1, scale)))))
+
+
+def random_images(folder, n, size):
+    """n JPEG files of 2 x 1.5 times `size` pixels (ImageNet's usual 500 x 375 for 256), smooth with a little noise."""
+    rng = np.random.default_rng(0)
+    for i in range(n):
+        smooth = Image.fromarray(rng.integers(0, 256, (9, 12, 3), np.uint8)).resize((2 * size, 3 * size // 2), Image.Resampling.BICUBIC)
+        noisy = np.asarray(smooth) + rng.normal(0, 8, (3 * size // 2, 2 * size, 3))
+        Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(Path(folder, f"{i:04d}.jpg"), quality=90)
+    return folder
+
+
 def write_json(path, record):
     """Whole or not at all."""
     temporary = Path(str(path) + ".tmp")
     temporary.write_text(json.dumps(record, indent=1) + "\n")
     os.replace(temporary, path)
+
+
+def read_json(path):
+    try:
+        return json.loads(Path(path).read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; run the stage before (bash run.sh runs them all)")
+    except ValueError as e:
+        raise UserError(f"{path}: not the JSON that a stage wrote ({e}); delete it and run that stage again")
 
 
 class Stop:

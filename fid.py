@@ -4,7 +4,7 @@
     python fid.py score out/demo/avatars out/demo/send/samples.npz --split train --net tf_efficientnet_lite0 --net-ckpt W.pth
     python fid.py recon --vae out/demo/send/vae.pt --data out/demo/avatars --split test --net none --lpips 0
     python fid.py report out/demo --arms control send
-    python fid.py bench                                                                     # speed, on random weights and images
+    python fid.py --bench 5                                                                 # speed, on random weights and images
 
 A source is an image folder, an .npz with arr_0 (uint8 NHWC), an .npz of statistics (mu, sigma, mu_s, sigma_s: ADM's reference
 files, or ours of --save-stats), or ADM's files that hold both. A Fréchet distance is printed with its network's name, input
@@ -14,8 +14,8 @@ the Inception network of 2015 alone.
 import argparse
 import json
 import os
-import platform
 import struct
+import sys
 import tempfile
 import time
 import warnings
@@ -33,7 +33,7 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 import data
-from data import UserError
+from data import UserError, read_json
 from mapper import empty_model, pretrained
 from vae import load_vae
 
@@ -548,28 +548,12 @@ def recon(args):
 # ---------------------------------------------------------------------------------------------------------------------
 # The demo's report
 
-def read_json(path):
-    try:
-        return json.loads(Path(path).read_text())
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; run the stage before (bash run.sh runs them all)")
-    except ValueError as e:
-        raise UserError(f"{path}: not the JSON that a stage wrote ({e}); delete it and run that stage again")
-
-
 def last_seconds(path):
     """Training time from the last line of a metrics.jsonl."""
     try:
         return json.loads(Path(path).read_text().splitlines()[-1])["seconds"]
     except (FileNotFoundError, IndexError, KeyError):
         raise UserError(f"{path}: no training log with seconds; run the stage before")
-
-
-def cpu_name():
-    """The processor's name where the system tells it."""
-    info = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def report(args):
@@ -592,7 +576,7 @@ def report(args):
                      probe_f1_majority=probe["results"]["majority"]["f1"])
     result = dict(arms=arms, baselines=baselines, network=fd["network"], probe_attributes=len(probe["attributes"]),
                   seconds=dict(pretrain=last_seconds(run / "pretrain/metrics.jsonl"), fd=fd["seconds"], probe=probe["seconds"]),
-                  torch=torch.__version__, cpu=cpu_name(), threads=torch.get_num_threads())
+                  torch=torch.__version__, cpu=data.cpu_name(), threads=torch.get_num_threads())
     if (run / "avatars.time.json").exists():  # not when DATA= pointed elsewhere
         result["seconds"]["avatars"] = read_json(run / "avatars.time.json")["seconds"]
     data.write_json(run / "report.json", result)
@@ -645,14 +629,22 @@ def timed(run, repeat=3):
 
 
 def bench(args):
-    """Images/s of the Inception network beside torch-fidelity's (when installed), seconds of the Fréchet distance beside
+    """Images/s of the Inception network in float32 beside torch-fidelity's (when installed), seconds of the Fréchet distance beside
     scipy's sqrtm, of precision and recall, on random images and features."""
     import scipy.linalg
     device, _, _ = data.setup()
+    torch.backends.cudnn.allow_tf32, args.precision = False, "fp32"
     images = torch.randint(0, 256, (32, 3, 256, 256), dtype=torch.uint8, device=device)
-    net = FIDInception(weights=False).to(device, memory_format=torch.channels_last)
-    print(f"{device.type} {cpu_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    print(f"inception: {len(images) / timed(lambda: net.features(images)[0].cpu()):.1f} images/s of 256 x 256")
+    net, clock, moments = FIDInception(weights=False).to(device, memory_format=torch.channels_last), data.Clock(device), Moments()
+
+    def step():
+        with clock("network"):
+            pool = net(images).cpu()
+        with clock("statistics"):
+            moments.add(pool)
+
+    flops = data.count_flops(lambda: net(images[:1]))
+    data.run_bench(args, "fid.py inception, 32 images of 256 x 256 at a time", device, step, len(images), flops, clock)
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
         with tempfile.TemporaryDirectory() as folder:
@@ -699,12 +691,16 @@ def main():
     t = commands.add_parser("report", help="the demo's table and picture")
     t.add_argument("run", help="folder with a subfolder an arm")
     t.add_argument("--arms", nargs="+", default=["control", "send"])
-    b = commands.add_parser("bench", help="speed of the network and the scores, beside peers")
-    b.add_argument("--images", type=data.positive, default=10_000, help="features of precision and recall (default 10,000)")
+    if "--bench" in sys.argv[1:2]:  # no command
+        b = argparse.ArgumentParser(prog="fid.py --bench", description="Speed of the network and the scores, beside peers.")
+        data.bench_flags(b)
+        b.add_argument("--images", type=data.positive, default=10_000, help="features of precision and recall (default 10,000)")
+        args = b.parse_args()
+        return bench(args)
     args = p.parse_args()
     for path in filter(None, (getattr(args, k, None) for k in ("json", "png", "save_stats") if not getattr(args, "dry_run", False))):
         data.open_out(Path(path).parent)
-    {"score": score, "recon": recon, "report": report, "bench": bench}[args.command](args)
+    {"score": score, "recon": recon, "report": report}[args.command](args)
 
 
 if __name__ == "__main__":

@@ -6,14 +6,20 @@
     L_align = mean_n [1 - cos(h_phi(z_t)[n], y[n])]                                   (2)     Mapper, align_loss
     L(theta, phi) = lambda_align L_align + L_VAE                                      (3)     train_vae.py
 """
+import hashlib
 from pathlib import Path
 
+import numpy as np
 import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from tqdm import tqdm
+
+import data
 from data import UserError, load_checkpoint
+from vae import attention
 
 
 def add_noise(z, generator=None, a=None, eps=None):
@@ -43,7 +49,7 @@ class Block(nn.Module):
     def forward(self, x):  # (B, N, dim) -> same
         B, N, dim = x.shape
         q, k, v = self.qkv(self.norm1(x)).view(B, N, 3, self.heads, dim // self.heads).permute(2, 0, 3, 1, 4)  # (B, heads, N, d)
-        x = x + self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, N, dim))
+        x = x + self.proj(attention(q, k, v).transpose(1, 2).reshape(B, N, dim))
         return x + self.mlp(self.norm2(x))
 
 
@@ -163,12 +169,65 @@ class VFM(nn.Module):
     def train(self, mode=True):  # frozen: batch norm must never leave evaluation mode
         return super().train(False)
 
-    @torch.no_grad()
     def forward(self, x):
-        x = ((x + 1) / 2 - self.mean) / self.std
-        if x.shape[-1] != self.size:
-            x = F.interpolate(x, (self.size, self.size), mode="bicubic")  # as REPA: normalised first, no antialiasing
-        return self.tokens(self.net, x).flatten(2).transpose(1, 2).float()  # (B, grid*grid, dim)
+        with torch.inference_mode():
+            x = ((x + 1) / 2 - self.mean) / self.std
+            if x.shape[-1] != self.size:
+                x = F.interpolate(x, (self.size, self.size), mode="bicubic")  # as REPA: normalised first, no antialiasing
+            tokens = self.tokens(self.net, x).flatten(2).transpose(1, 2).float()  # (B, grid*grid, dim)
+        return tokens.clone()  # a tensor that a loss may keep for its backward pass
+
+
+class TokenCache:
+    """The VFM's tokens of each crop of an image folder on disk, so that no step computes them: cache[rows] -> (B, grid*grid, dim).
+
+    Row i < N is image i, row N + i (flips = 2) its mirror image. folder: tokens.npy (float16), done.npy (which rows are there; a
+    stopped run goes on) and meta.json. weights: the VFM's hash before it was cast. Raises UserError for a folder of other tokens, and
+    for a disk that is too small.
+    """
+
+    def __init__(self, folder, vfm, weights, images, flips, args, device, rank, world):
+        self.folder, rows = Path(folder), flips * len(images.files)
+        shape = (rows, vfm.grid ** 2, vfm.dim)
+        meta = dict(vfm=vfm.name, weights=weights, layer=vfm.layer, input=vfm.size, crop=images.size, precision=args.precision, shape=list(shape),
+                    files=hashlib.sha256("\n".join(images.files).encode()).hexdigest()[:16])
+        if rank == 0:
+            print(f"--cache-vfm {folder}: {rows} crops x {shape[1]} tokens x {shape[2]} in float16, {2 * np.prod(shape) / 2**30:.2f} GiB of disk")
+            self.begin_or_resume(meta, shape)
+        data.barrier()
+        try:
+            self.tokens, self.done = (np.load(self.folder / name, mmap_mode="r+", allow_pickle=False) for name in ("tokens.npy", "done.npy"))
+        except (OSError, ValueError, EOFError) as e:
+            raise UserError(f"--cache-vfm {folder}: damaged ({e}); delete it and run again")
+        missing = np.flatnonzero(self.done == 0)
+        data.barrier()  # all have read what is missing before anyone adds to it
+        mine = data.chunks(missing[data.split_rows(len(missing), rank, world)].tolist(), args.micro_batch or 64)
+        for pixels, _, part in tqdm(data.load_batches(images, mine, args.workers, replace=True), "tokens", len(mine), disable=rank > 0 or None):
+            with data.autocast(device, args.precision):
+                tokens = vfm(data.to_float(pixels.to(device)).contiguous(memory_format=torch.channels_last)).half().cpu()
+            if not tokens.isfinite().all():
+                raise UserError(f"--cache-vfm: tokens of {images.files[part[0] % len(images.files)]} and its batch exceed float16 or are not finite")
+            self.tokens[part] = tokens.numpy()
+            self.tokens.flush()
+            self.done[part] = 1  # after the tokens: a kill in between repeats the batch
+            self.done.flush()
+        data.barrier()
+
+    def begin_or_resume(self, meta, shape):
+        if (self.folder / "meta.json").exists():
+            found = data.read_json(self.folder / "meta.json")
+            different = [k for k in meta if found.get(k) != meta[k]]
+            if different:
+                raise UserError(f"--cache-vfm {self.folder} holds tokens with {different[0]} {found.get(different[0])}, this run needs {meta[different[0]]}; "
+                                "choose another folder or delete it")
+            return
+        data.open_out(self.folder, need_bytes=2 * int(np.prod(shape)))
+        np.lib.format.open_memmap(self.folder / "tokens.npy", "w+", np.float16, shape)
+        np.lib.format.open_memmap(self.folder / "done.npy", "w+", np.uint8, shape[:1])
+        data.write_json(self.folder / "meta.json", meta)  # last: without it the others do not count
+
+    def __getitem__(self, rows):
+        return torch.from_numpy(self.tokens[rows]).float()
 
 
 def empty_model(name, **kwargs):

@@ -4,6 +4,7 @@
     python probe.py a/vae.pt b/vae.pt --data celeba --rivals --png directions.png     # CelebA as it is distributed
     python probe.py correlate out/demo out/demo_1 out/demo_2 --png scatter.png        # does it predict the Fréchet distance?
     python probe.py correlate --paper
+    python probe.py --bench 3                                                         # speed, on random features
 
 One logistic regression an attribute on the flattened posterior mean, trained on the table's train split, its strength
 chosen on val, scored on test. The majority guess and a probe on as many raw pixels as the latent has numbers stand
@@ -27,8 +28,8 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 import data
-from data import UserError
-from fid import psnr, read_json
+from data import UserError, read_json
+from fid import psnr
 from mapper import VFM
 from vae import load_vae
 
@@ -84,7 +85,7 @@ def bce(logits, Y):
     return loss.sum(0) / known.sum(0).clamp_min(1)
 
 
-def fit_probe(X, Y, X_val, Y_val, steps=200, tolerance=1e-3, device="cpu", progress=None):
+def fit_probe(X, Y, X_val, Y_val, steps=200, tolerance=1e-3, device="cpu", progress=None, clock=data.Clock(torch.device("cpu"))):
     """Multi-label logistic regression: X (N, D), Y (N, A) in {0, 1, nan} -> Probe (on the CPU).
 
     Minimises, for each attribute, mean cross-entropy + strength / 2 |w|^2 on features standardised with the training
@@ -97,7 +98,8 @@ def fit_probe(X, Y, X_val, Y_val, steps=200, tolerance=1e-3, device="cpu", progr
     low, high = Y.nan_to_num(1).amin(0), Y.nan_to_num(0).amax(0)
     if (low >= high).any():
         raise UserError(f"attribute {int((low >= high).nonzero()[0])} is constant in the training split; drop it before the fit")
-    mean, std, power, axes = principal_axes(X, device)
+    with clock("axes"):
+        mean, std, power, axes = principal_axes(X, device)
     centred = lambda: ((rows, x - mean) for rows, x in pieces(X, device))
     kept = list(centred()) if X.shape[0] * X.shape[1] <= 8 * PIECE else None  # half a GiB spares the subtraction in each sweep
     share = (1 / (~Y.isnan()).sum(0)).to(device)  # of one known label in its attribute's mean
@@ -135,7 +137,8 @@ def fit_probe(X, Y, X_val, Y_val, steps=200, tolerance=1e-3, device="cpu", progr
             U.grad, u.grad = scale_W * along(axes.mT, dW + strength * W), scale_b * db
             return loss + 0.5 * strength * W.square().sum()
 
-        solver.step(objective)
+        with clock("solver"):
+            solver.step(objective)
         objective()  # a line search may leave the gradient of another point
         left = max(U.grad.abs().max().item(), u.grad.abs().max().item())
         if left > 3 * tolerance:
@@ -666,8 +669,8 @@ def main_correlate(words):
 
 def parse_args():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("vae", nargs="+", help="checkpoints to compare, any format of vae.load_vae (or: correlate, see its --help)")
-    p.add_argument("--data", required=True, help="folder with attributes.csv, CelebA, DeepFashion's Anno_coarse or Anno_fine, or AwA2, as distributed")
+    p.add_argument("vae", nargs="*", help="checkpoints to compare, any format of vae.load_vae (or: correlate, see its --help)")
+    p.add_argument("--data", help="folder with attributes.csv, CelebA, DeepFashion's Anno_coarse or Anno_fine, or AwA2, as distributed")
     p.add_argument("--resolution", type=data.positive, help="crop in pixels (default: the first VAE's)")
     p.add_argument("--rivals", action="store_true", help="class probe, KDE Gini, GMM, high frequencies, equivariance, PSNR too")
     p.add_argument("--vfm", help="a ceiling: tokens of this timm model, averaged to as many numbers")
@@ -676,11 +679,25 @@ def parse_args():
     p.add_argument("--grid", type=data.positive, help="its tokens a side before averaging (default: resolution / 16, at least 8)")
     p.add_argument("--png", help="draw what the probe saw here: attributes down and up in decoded images")
     p.add_argument("--show", nargs="+", metavar="ATTRIBUTE", help="attributes of --png (default: the six that the first VAE's probe reads best)")
-    p.add_argument("--json", help="write all scores here")
+    p.add_argument("--bench", type=data.positive, metavar="STEPS", help="speed of STEPS fits on random features of f16d32 at 256, and end")
+    p.add_argument("--json", help="write all scores (--bench: its numbers) here")
     p.add_argument("--csv", help="write the scores of every attribute here")
     p.add_argument("--precision", choices=("bf16", "fp32"), help="of the encoder (default: bf16 where it is fast)")
     p.add_argument("--dry-run", action="store_true", help="print the plan (images, attributes, memory), and end")
-    return p.parse_args()
+    args = p.parse_args()
+    if not args.bench and not (args.vae and args.data):
+        p.error("the following arguments are required: vae, --data")
+    return args
+
+
+def bench(args, device, solver):
+    """--bench: fits of 2,000 images with the 8,192 numbers of f16d32 at 256 and CelebA's 40 attributes, made up (encoding: vae.py --bench)."""
+    n, D, A, generator, clock = 2000, 8192, 40, torch.Generator().manual_seed(0), data.Clock(solver)
+    X, W = torch.randn(n, D, generator=generator), torch.randn(D, A, generator=generator)
+    Y = (X @ W + D ** 0.5 * torch.randn(n, A, generator=generator) > 0).float()
+    args.precision = "fp32"
+    fit = lambda: fit_probe(X[:1600], Y[:1600], X[1600:], Y[1600:], device=solver, clock=clock)
+    data.run_bench(args, f"probe.py fit of {n} images, {D} numbers, {A} attributes", device, fit, n, data.count_flops(fit) // n, clock, warmup=0)
 
 
 def check_outputs(png, *others):
@@ -740,6 +757,8 @@ def main():
     args.precision = args.precision or data.fast_precision(device)
     solver = device if device.type == "cuda" else torch.device("cpu")  # MPS lacks float64 and eigh
     begin = time.time()
+    if args.bench:
+        return bench(args, device, solver)
     if not args.dry_run:
         check_outputs(args.png, args.json, args.csv)
     for flag, value, needed in (("--show", args.show, "png"), ("--vfm-ckpt", args.vfm_ckpt, "vfm"), ("--vfm-layer", args.vfm_layer, "vfm"), ("--grid", args.grid, "vfm")):

@@ -3,6 +3,7 @@
     python sample.py --sit out/sit/sit.pt --vae out/send/vae.pt --images 50000 --out out/samples.npz         # one process
     torchrun --nproc_per_node=8 sample.py --sit out/sit/sit.pt --vae out/send/vae.pt --images 50000 --out out/samples.npz
     python sample.py --sit out/demo/send/sit/sit.pt --sampler heun --steps 10 --images 16 --out out/tiny/samples.npz     # tiny
+    python sample.py --bench 3 --sit SiT-B/1 --steps 5 --micro-batch 4                      # speed, on random weights
     python sample.py --sit sit-repae-vavae.pt --cfg 2.5 --out out/repae.npz                # a released checkpoint of REPA-E
 
 Image i depends on (seed, i) only, not on the number of processes or the batch. t = 1 is noise, t = 0 is data.
@@ -13,8 +14,10 @@ v_u is the velocity of that weaker SiT, which knows the class.
 import argparse
 import json
 import os
+import tempfile
 import time
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,20 +26,19 @@ from tqdm import tqdm
 
 import data
 from data import UserError
-from sit import load_sit, sample_ode, sample_sde
-from vae import AutoencoderKL, load_vae
-
+from sit import SIT_MODELS, SiT, load_sit, sample_ode, sample_sde
+from vae import VAE_CONFIGS, AutoencoderKL, load_vae
 
 STREAM, LABELS = 2 ** 32, 2 ** 62  # added to the seed: noise of SDE step i, and labels, apart from the first noise
 
 
 def parse_args():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--sit", required=True, help="checkpoint of train_sit.py, REPA, REPA-E or SiT")
+    p.add_argument("--sit", help="checkpoint of train_sit.py, REPA, REPA-E or SiT (--bench: or the name of a size, such as SiT-B/1)")
     p.add_argument("--vae", help="VAE to decode with (default: the one the latents were made with)")
     p.add_argument("--latent-stats", help="for other projects' SiT without statistics: REPA-E's NAME-latents-stats.pt, vae.py's stats.npz, "
                    "or a scaling factor (0.18215 for SiT and REPA on SD-VAE)")
-    p.add_argument("--out", required=True, help="NAME.npz; NAME.png is written beside it")
+    p.add_argument("--out", help="NAME.npz; NAME.png is written beside it")
     p.add_argument("--images", type=data.positive, default=50_000, help="how many")
     p.add_argument("--sampler", default="sde", choices=("sde", "euler", "heun"), help="sde: Euler-Maruyama, w(t) = 2t (paper)")
     p.add_argument("--steps", type=data.positive, default=250)
@@ -49,8 +51,12 @@ def parse_args():
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--micro-batch", type=data.positive, default=64, help="images at a time and process: memory only")
     p.add_argument("--precision", choices=("bf16", "fp32"), help="default: bf16 where it is fast")
+    p.add_argument("--compile", type=int, default=int(torch.cuda.is_available()), choices=(0, 1))
     p.add_argument("--dry-run", action="store_true", help="print the plan (images, evaluations, memory, disk), and end")
-    return p.parse_args()
+    data.bench_flags(p)
+    args = p.parse_args()
+    data.required(p, args, "sit", "out")
+    return args
 
 
 def read_sit(path, weights):
@@ -139,22 +145,90 @@ def choose_labels(args, num_classes):
 
 
 @torch.no_grad()
-def sample_batch(model, vae, guide, checkpoint, args, rows, labels, device):
-    """Rows (indices of images) and their labels -> uint8 (B, 3, H, W) on the CPU."""
+def sample_batch(model, vae, guide, checkpoint, args, rows, labels, device, clock):
+    """Rows (indices of images) and their labels -> functions that wait for the images, uint8 (B, H, W, 3), and for whether they are
+    finite. Nothing here waits for a GPU."""
     shape = (model.config["in_channels"], model.config["input_size"], model.config["input_size"])
     noise = data.draw_noise(args.seed, rows, 0, shape)[1]
     y = torch.from_numpy(labels).to(device)
     common = dict(steps=args.steps, cfg=args.cfg, interval=args.interval, path=checkpoint["path"], guide=guide)
-    with data.autocast(device, args.precision):
+    with clock("sit"), data.autocast(device, args.precision):
         if args.sampler == "sde":
             z = sample_sde(model, noise.to(device), y, draw=lambda i: data.draw_noise(args.seed + (i + 1) * STREAM, rows, 0, shape)[1], **common)
         else:
             z = sample_ode(model, noise.to(device), y, method=args.sampler, **common)
+    with clock("decode"), data.autocast(device, args.precision):
         mean, std = (checkpoint[k].view(1, -1, 1, 1).to(device) for k in ("latent_mean", "latent_std"))
         x = vae.decode((z * std + mean).contiguous(memory_format=torch.channels_last))
-    if not x.isfinite().all():
-        raise UserError(f"{args.sit}: samples {rows[0]} to {rows[-1]} are not finite; train longer, or use --precision fp32")
-    return data.to_uint8(x).cpu()
+        return data.to_host(data.to_uint8(x).permute(0, 2, 3, 1)), data.to_host(x.isfinite().all())
+
+
+def sample_batches(model, vae, guide, checkpoint, args, parts, labels, images, done, device, clock):
+    """Sample each list of rows into `images` and mark it in `done`, while the next is under way; yield once a list."""
+    launched = ((part, *sample_batch(model, vae, guide, checkpoint, args, part, labels[part], device, clock)) for part in parts)
+    for part, pixels, finite in data.one_behind(launched):
+        with clock("store"):
+            if not finite():
+                raise UserError(f"{args.sit}: samples {part[0]} to {part[-1]} are not finite; train longer, or use --precision fp32")
+            images[part] = pixels().numpy()
+            images.flush()
+            done[part] = 1  # after the images: a kill in between repeats the batch, with the same result
+            done.flush()
+        yield
+
+
+def prepare(model, vae, guide, args, device):
+    """On the device, as the sampling pass wants them."""
+    for network in filter(None, (model, vae.to(memory_format=torch.channels_last), guide)):
+        data.cast_matmuls(network, device, args.precision)
+    if args.compile:
+        model.compile(), vae.decoder.compile()
+
+
+class Evaluations:
+    """Stands for a SiT, and notes the size of each batch it is asked for."""
+
+    def __init__(self, num_classes):
+        self.num_classes, self.sizes = num_classes, []
+
+    def __call__(self, x, t, y):
+        self.sizes.append(len(x))
+        return torch.zeros_like(x)
+
+
+def bench(args, device, world):
+    """--bench: whole batches of --micro-batch images on random weights, beside the bare forward passes that they need."""
+    if args.sit in SIT_MODELS:
+        patch = SIT_MODELS[args.sit].keywords["patch_size"]
+        vae = AutoencoderKL(**VAE_CONFIGS["demo" if "demo" in args.sit else "f16d32" if patch == 1 else "f8d4"]).eval().requires_grad_(False)
+        c = vae.config["z_channels"]
+        model = SIT_MODELS[args.sit](input_size=vae.config["resolution"] // vae.factor, in_channels=c, num_classes=1000).eval().requires_grad_(False)
+        checkpoint = dict(path="linear", latent_mean=torch.zeros(c), latent_std=torch.ones(c))
+    else:
+        model, checkpoint, vae = load_pair(args)
+    config, n, clock = model.config, args.micro_batch, data.Clock(device)
+    shape = (config["in_channels"], config["input_size"], config["input_size"])
+    stub, keep = Evaluations(config["num_classes"]), (sample_sde if args.sampler == "sde" else partial(sample_ode, method=args.sampler))
+    keep(stub, torch.zeros(1, *shape), torch.zeros(1, dtype=torch.long), args.steps, args.cfg, args.interval, path=checkpoint["path"])
+    with torch.device("meta"):
+        one = (torch.empty(1, *shape), torch.empty(1), torch.zeros(1, dtype=torch.long))
+        flops = sum(stub.sizes) * data.count_flops(lambda: SiT(**config)(*one)) + data.count_flops(lambda: AutoencoderKL(**vae.config).decode(one[0]))
+    prepare(model, vae, None, args, device)
+    x, t, y = (v.to(device) for v in (torch.zeros(2 * n, *shape), torch.ones(2 * n), torch.zeros(2 * n, dtype=torch.long)))
+
+    @torch.no_grad()
+    def bare():
+        with data.autocast(device, args.precision):
+            for size in stub.sizes:
+                model(x[:size * n], t[:size * n], y[:size * n])
+            vae.decode(x[:n].contiguous(memory_format=torch.channels_last))
+
+    with tempfile.TemporaryDirectory() as folder:
+        rows, side = (args.bench + 10) * n, config["input_size"] * vae.factor
+        images, done = (np.lib.format.open_memmap(f"{folder}/{k}.npy", "w+", np.uint8, s) for k, s in (("images", (rows, side, side, 3)), ("done", (rows,))))
+        source = sample_batches(model, vae, None, checkpoint, args, data.chunks(range(rows), n), np.arange(rows) % config["num_classes"], images, done, device, clock)
+        data.run_bench(args, f"sample.py {args.sit}, {n} images at a time, {args.sampler} {args.steps} steps, {sum(stub.sizes)} evaluations an image",
+                       device, lambda: next(source), n * world, flops, clock, bare)
 
 
 def decode_memory(model, vae, guide, batch):
@@ -205,14 +279,15 @@ def main():
     args = parse_args()
     device, rank, world = data.setup()
     args.precision = args.precision or data.fast_precision(device)
+    if args.bench:
+        args.sit = args.sit or "SiT-XL/1"
+        return bench(args, device, world)
     out = Path(args.out)
     if out.suffix != ".npz":
         raise UserError(f"--out {args.out}: expected a name ending in .npz")
     begin = time.time()
     model, checkpoint, vae = load_pair(args)
     guide = load_guide(args, model, checkpoint)
-    model, vae = model.to(device), vae.to(device, memory_format=torch.channels_last)
-    guide = guide and guide.to(device)
     side = model.config["input_size"] * vae.factor
     shape = (args.images, side, side, 3)
     nfe = {"sde": args.steps, "euler": args.steps, "heun": 2 * args.steps - 1}[args.sampler]
@@ -225,7 +300,7 @@ def main():
     if args.dry_run:
         return
     labels = choose_labels(args, model.num_classes)
-    settings = {k: v for k, v in vars(args).items() if k not in ("out", "micro_batch", "dry_run")}
+    settings = {k: v for k, v in vars(args).items() if k not in ("out", "micro_batch", "dry_run", "compile", "bench", "json")}
     settings.update(interval=list(args.interval), step=checkpoint["step"], vae_hash=checkpoint["vae_hash"], nfe=nfe, sit_hash=data.weights_hash(model.state_dict()),
                     guide_hash=guide and data.weights_hash(guide.state_dict()), stats_hash=data.weights_hash({k: checkpoint[k] for k in ("latent_mean", "latent_std")}))
     if finished(out, settings):
@@ -240,12 +315,10 @@ def main():
     missing = np.flatnonzero(done == 0)
     data.barrier()  # all have read what is missing before anyone adds to it
     rows = missing[data.split_rows(len(missing), rank, world)].tolist()
-    for i in tqdm(range(0, len(rows), args.micro_batch), "sample", disable=rank > 0 or None):
-        part = rows[i:i + args.micro_batch]
-        images[part] = sample_batch(model, vae, guide, checkpoint, args, part, labels[part], device).permute(0, 2, 3, 1).numpy()
-        images.flush()
-        done[part] = 1  # after the images: a kill in between repeats the batch, with the same result
-        done.flush()
+    prepare(model, vae, guide, args, device)
+    parts = data.chunks(rows, args.micro_batch)
+    for _ in tqdm(sample_batches(model, vae, guide, checkpoint, args, parts, labels, images, done, device, data.Clock(device)), "sample", len(parts), disable=rank > 0 or None):
+        pass
     data.barrier()
     if rank:
         return

@@ -14,6 +14,7 @@ from functools import partial
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 
 def modulate(x, shift, scale):  # (B, N, d), (B, d), (B, d)
@@ -61,6 +62,14 @@ class LabelEmbedder(nn.Module):
         return self.embedding_table(y)
 
 
+def attention(q, k, v):
+    """softmax(q k^T / sqrt(d)) v for (B, heads, N, d) each. On CPUs in bf16, with few tokens, plain products run 1.5 to 3 times faster than
+    the fused kernel."""
+    if v.device.type == "cpu" and v.dtype == torch.bfloat16 and v.shape[-2] <= 256:
+        return (q * q.shape[-1] ** -0.5 @ k.mT).softmax(-1) @ v
+    return F.scaled_dot_product_attention(q, k, v)
+
+
 class Attention(nn.Module):
     def __init__(self, dim, heads, qk_norm):
         super().__init__()
@@ -71,7 +80,7 @@ class Attention(nn.Module):
     def forward(self, x):  # (B, N, dim) -> same
         B, N, dim = x.shape
         q, k, v = self.qkv(x).view(B, N, 3, self.heads, dim // self.heads).permute(2, 0, 3, 1, 4)  # (B, heads, N, d)
-        h = F.scaled_dot_product_attention(self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype), v)
+        h = attention(self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype), v)
         return self.proj(h.transpose(1, 2).reshape(B, N, dim))
 
 
@@ -115,8 +124,11 @@ class SiT(nn.Module):
     """x (B, c, h, w) normalised latents, t (B,) in [0, 1], y (B,) labels -> velocity (B, c, h, w), float32.
 
     y = num_classes means no class. z_dim > 0 adds REPA's projector after block `repa_block` (counted from 1); forward
-    with features=True then returns (velocity, projection (B, N, z_dim)).
+    with features=True then returns (velocity, projection (B, N, z_dim)). With `checkpointing` set, the backward pass computes each
+    block anew instead of keeping what is in it: about a third more time, a fraction of the memory.
     """
+
+    checkpointing = False
 
     def __init__(self, input_size, in_channels, num_classes, depth, hidden_size, num_heads, patch_size, qk_norm=False,
                  z_dim=0, repa_block=8, projector_dim=2048):
@@ -159,7 +171,7 @@ class SiT(nn.Module):
         c = self.t_embedder(t) + self.y_embedder(y)  # (B, d)
         projection = None
         for i, block in enumerate(self.blocks):
-            h = block(h, c)
+            h = checkpoint(block, h, c, use_reentrant=False, preserve_rng_state=False) if self.checkpointing else block(h, c)
             if features and i + 1 == self.repa_block:
                 projection = self.projectors[0](h)
         h = self.final_layer(h, c)  # (B, N, p*p*c)
@@ -293,11 +305,11 @@ def score_from_velocity(v, x, t, path="linear"):
 
 
 def guided_velocity(model, x, t, labels, cfg, interval, guide=None):
-    """v_u + cfg (v_c - v_u) on all channels where interval[0] <= t <= interval[1]; elsewhere, and at cfg = 1, v_c alone
+    """t: a 0-dim tensor on the CPU (so that no step waits for a GPU). v_u + cfg (v_c - v_u) on all channels where interval[0] <= t <= interval[1]; elsewhere, and at cfg = 1, v_c alone
     (one evaluation instead of two). v_u is the model's velocity without a class, or (AutoGuidance, Karras et al. 2024,
     arXiv 2406.02507) that of a weaker model `guide` with the class."""
     def run(network, x, y):
-        return network(x.to(torch.float32), t.to(torch.float32).expand(len(x)), y).to(x.dtype)
+        return network(x.to(torch.float32), torch.full((len(x),), float(t), device=x.device), y).to(x.dtype)
 
     if cfg == 1.0 or not interval[0] <= float(t) <= interval[1]:
         return run(model, x, labels)
@@ -316,7 +328,7 @@ def sample_ode(model, noise, labels, steps, cfg=1.0, interval=(0, 1), method="he
     if method not in ("euler", "heun"):
         raise ValueError(f"ODE method '{method}': expected euler or heun")
     x = noise.to(torch.float64 if noise.device.type != "mps" else torch.float32)
-    times = torch.linspace(1, 0, steps + 1, dtype=x.dtype, device=x.device)
+    times = torch.linspace(1, 0, steps + 1, dtype=x.dtype)
     for t, t_next in zip(times[:-1], times[1:]):
         v = guided_velocity(model, x, t, labels, cfg, interval, guide)
         x_next = x + (t_next - t) * v
@@ -333,7 +345,7 @@ def sample_sde(model, noise, labels, steps, cfg=1.0, interval=(0, 1), path="line
     draw(i) gives the normal noise (B, c, h, w) of step i; torch.randn by default."""
     x = noise.to(torch.float64 if noise.device.type != "mps" else torch.float32)
     draw = draw or (lambda i: torch.randn_like(x))
-    times = torch.cat([torch.linspace(1, 0.04, steps, dtype=x.dtype), torch.zeros(1, dtype=x.dtype)]).to(x.device)
+    times = torch.cat([torch.linspace(1, 0.04, steps, dtype=x.dtype), torch.zeros(1, dtype=x.dtype)])
     for i, (t, t_next) in enumerate(zip(times[:-1], times[1:])):
         v = guided_velocity(model, x, t, labels, cfg, interval, guide)
         w = 2 * t

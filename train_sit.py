@@ -3,12 +3,14 @@
     python train_sit.py --latents out/latents --data images --out out/sit                               # one process
     torchrun --nproc_per_node=8 train_sit.py --latents out/latents --data images --out out/sit
     python train_sit.py --latents out/demo/send/latents --model SiT-demo/2 --repa 0 --batch 64 --steps 20 --out out/tiny/sit
+    python train_sit.py --bench 10 --model SiT-B/1 --batch 32 --micro-batch 8                            # speed, on random data
 
 Rerunning a command goes on where it stopped. Random numbers depend on (seed, step, place in the global batch) alone.
 The latents are normalised with the mean and std that vae.py stored; the checkpoint carries both for sample.py.
 """
 import argparse
 import copy
+import tempfile
 import time
 from pathlib import Path
 
@@ -21,7 +23,7 @@ from tqdm import tqdm
 import data
 from data import UserError
 from fid import frechet_distance, load_stats, statistics
-from mapper import VFM
+from mapper import VFM, TokenCache
 from sit import SIT_MODELS, draw_time, interpolate, repa_loss, sample_ode, velocity_loss
 from vae import load_vae
 
@@ -29,8 +31,8 @@ from vae import load_vae
 def parse_args():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     on_gpu = torch.cuda.is_available()
-    p.add_argument("--latents", required=True, help="folder written by vae.py")
-    p.add_argument("--out", required=True, help="folder for sit.pt and metrics.jsonl")
+    p.add_argument("--latents", help="folder written by vae.py")
+    p.add_argument("--out", help="folder for sit.pt and metrics.jsonl")
     p.add_argument("--model", default="SiT-XL/1", choices=SIT_MODELS, help="size / patch (paper: XL/1 on f16, XL/2 on f8)")
     p.add_argument("--qk-norm", type=int, default=0, choices=(0, 1))
     # Optimisation: the paper's values
@@ -52,6 +54,7 @@ def parse_args():
     p.add_argument("--vfm", default="vit_base_patch14_dinov2.lvd142m", help="any timm model")
     p.add_argument("--vfm-ckpt", help="local weights of the VFM")
     p.add_argument("--vfm-layer", type=int, help="block (ViT, default the last) or stage (CNN, default stride 16)")
+    p.add_argument("--cache-vfm", metavar="DIR", help="compute the VFM's tokens once, into this folder, instead of in each step")
     # Scores during training: one convergence curve out of one run (the paper's Figure 4)
     p.add_argument("--eval-every", type=data.positive, help="steps between scores of averaged samples (default: none)")
     p.add_argument("--eval-stats", help="reference: a file of fid.py score ... --save-stats FILE; it names the network too")
@@ -60,11 +63,15 @@ def parse_args():
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--precision", choices=("bf16", "fp32"), help="default: bf16 where it is fast")
     p.add_argument("--compile", type=int, default=int(on_gpu), choices=(0, 1))
+    p.add_argument("--grad-checkpointing", type=int, default=0, choices=(0, 1), help="1: less memory for about a third more time; the result stays the same")
     p.add_argument("--workers", type=int, default=4 if on_gpu else 0, help="image reading processes (REPA)")
     p.add_argument("--save-every", type=data.positive, default=5000, help="steps between checkpoints")
     p.add_argument("--log-every", type=data.positive, default=50, help="steps between lines of metrics.jsonl")
     p.add_argument("--dry-run", action="store_true", help="print the plan (parameters, tokens, memory, disk), and end; needs no VFM weights")
-    return p.parse_args()
+    data.bench_flags(p)
+    args = p.parse_args()
+    data.required(p, args, "latents", "out")
+    return args
 
 
 class SiTLoss(nn.Module):
@@ -111,7 +118,8 @@ class Trainer:
         n, self.flips, c2, side, _ = latents.moments.shape
         self.latent_shape = (c2 // 2, side, side)
         self.num_classes = len(latents.meta["classes"])
-        self.vfm, self.paired = None, None
+        self.vfm = self.paired = self.tokens = None
+        self.clock = data.Clock(device)
         torch.manual_seed(args.seed)  # initial weights only
         make = SIT_MODELS[args.model]
         patch = make.keywords["patch_size"]
@@ -120,11 +128,15 @@ class Trainer:
         if args.repa:
             self.paired = PairedImages(latents, args.data)
             with data.rank_zero_first():
-                self.vfm = VFM(args.vfm, latents.meta["resolution"], side // patch, args.vfm_ckpt, args.vfm_layer, weights=not args.dry_run)
-            self.vfm.to(device, memory_format=torch.channels_last)
+                self.vfm = VFM(args.vfm, latents.meta["resolution"], side // patch, args.vfm_ckpt, args.vfm_layer, weights=not (args.dry_run or args.bench))
+            weights = data.weights_hash(self.vfm.state_dict()) if args.cache_vfm else None
+            data.cast_matmuls(self.vfm.to(memory_format=torch.channels_last), device, args.precision)
+            if args.cache_vfm and not (args.dry_run or args.bench):
+                self.tokens = TokenCache(args.cache_vfm, self.vfm, weights, self.paired.images, self.flips, args, device, rank, world)
             torch.manual_seed(args.seed)
         self.model = make(input_size=side, in_channels=c2 // 2, num_classes=self.num_classes, qk_norm=bool(args.qk_norm),
                           z_dim=self.vfm.dim if self.vfm is not None else 0).to(device)
+        self.model.checkpointing = bool(args.grad_checkpointing)
         self.ema = copy.deepcopy(self.model).requires_grad_(False)
         self.loss = SiTLoss(self.model, args.path, args.repa)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), args.lr, weight_decay=0.0, fused=device.type in ("cpu", "cuda"))
@@ -132,10 +144,13 @@ class Trainer:
         self.step, self.seconds = 0, 0.0
 
     def parallel(self):
-        """Compiled and wrapped handle; the plain module stays for checkpoints and EMA."""
-        self.run = torch.compile(self.loss, disable=not self.args.compile)
+        """Compiled and wrapped handle; the plain module stays for checkpoints and EMA. The VFM is compiled in place."""
+        self.run = torch.compile(self.loss, fullgraph=True, disable=not self.args.compile)
+        if self.args.compile and self.vfm is not None:
+            self.vfm.compile()
         if self.world > 1:
-            self.run = DDP(self.run, device_ids=[self.device.index] if self.device.type == "cuda" else None)
+            self.run = DDP(self.run, device_ids=[self.device.index] if self.device.type == "cuda" else None, gradient_as_bucket_view=True,
+                           broadcast_buffers=False)
 
     def state(self):
         return dict(config=self.model.config, model=self.model.state_dict(), ema=self.ema.state_dict(),
@@ -170,46 +185,53 @@ class Trainer:
         y = torch.from_numpy(self.latents.labels[rows]).where(u[:, 2] >= self.args.label_dropout, torch.tensor(self.num_classes))
         return x, y, draw_time(u[:, 1], normal[:, 0], self.args.time, self.args.path), eps
 
-    def train_step(self, batch, pixels):
-        """One optimiser step; returns the rank's loss parts. batch: (x, y, t, eps); pixels: the raw images or None."""
-        args, local = self.args, len(batch[0])
+    def train_step(self, batch, pixels, tokens):
+        """One optimiser step; returns the rank's loss parts. batch: (x, y, t, eps); pixels: the raw images; tokens: the VFM's of them; REPA
+        needs one of the two."""
+        args, local, clock = self.args, len(batch[0]), self.clock
         size = args.micro_batch or local
         for group in self.optimizer.param_groups:
             group["lr"] = data.learning_rate(args, self.step)
         self.optimizer.zero_grad(set_to_none=True)
         parts = {}
         for i in range(0, local, size):
-            part = [b[i:i + size].to(self.device, non_blocking=True) for b in batch]
+            part = [v if v is None else v[i:i + size].to(self.device, non_blocking=True) for v in (*batch, tokens)]
             share = len(part[0]) / local
             with data.autocast(self.device, args.precision), data.sync_if(self.run, i + size >= local):
-                tokens = None
-                if self.vfm is not None:
-                    images = data.to_float(pixels[i:i + size].to(self.device, non_blocking=True))
-                    tokens = self.vfm(images.contiguous(memory_format=torch.channels_last))
-                total, each = self.run(*part, tokens)
-                (total * share).backward()
+                if pixels is not None:
+                    with clock("vfm"):
+                        images = data.to_float(pixels[i:i + size].to(self.device, non_blocking=True))
+                        part[-1] = self.vfm(data.any_batch(images.contiguous(memory_format=torch.channels_last), local % size))
+                with clock("forward"):
+                    total, each = self.run(*(v if v is None else data.any_batch(v, local % size) for v in part))
+                with clock("backward"):
+                    (total * share).backward()
             for k, v in each.items():
                 parts[k] = parts.get(k, 0) + v * share
-        parts["grad_norm"] = nn.utils.clip_grad_norm_(self.model.parameters(), args.clip)
-        self.optimizer.step()
-        data.update_ema(self.ema, self.model, self.step, args.ema)
+        with clock("optimiser"):
+            parts["grad_norm"] = nn.utils.clip_grad_norm_(self.model.parameters(), args.clip)
+            self.optimizer.step()
+        with clock("ema"):
+            data.update_ema(self.ema, self.model, self.step, args.ema)
         self.step += 1
         return parts
 
-    def memory(self):
+    def traced(self, n, given=False):
+        """What a step on n images computes; self must live on the "meta" device. given: the VFM's tokens are there."""
+        x, t, size = torch.empty(n, *self.latent_shape), torch.empty(n), self.latents.meta["resolution"]
+        tokens = None
+        if self.vfm is not None:
+            tokens = torch.empty(n, self.vfm.grid ** 2, self.vfm.dim) if given else self.vfm(torch.empty(n, 3, size, size))
+        self.loss(x, torch.zeros(n, dtype=torch.long), t, x, tokens)[0].backward()
+
+    def memory(self, n=None):
         """Estimated bytes at the peak of a step in float32, on each process; self must live on the "meta" device."""
+        n, given = n or self.args.micro_batch or self.args.batch // self.world, bool(self.args.cache_vfm)
         held = sum(4 * p.numel() for p in self.model.parameters()) * 5  # weight, gradient, two moments, average
-        held += sum(4 * p.numel() for p in self.vfm.parameters()) if self.vfm is not None else 0
-        n, size = self.args.micro_batch or self.args.batch // self.world, self.latents.meta["resolution"]
-
-        def step():
-            x, t = torch.empty(n, *self.latent_shape), torch.empty(n)
-            tokens = self.vfm(torch.empty(n, 3, size, size)) if self.vfm is not None else None
-            self.loss(x, torch.zeros(n, dtype=torch.long), t, x, tokens)[0].backward()
-
+        held += sum(4 * p.numel() for p in self.vfm.parameters()) if self.vfm is not None and not given else 0
         with torch.device("meta"):
-            step()  # the gradients, which are counted above, are there from the second step on
-            return held + data.peak_bytes(step)
+            self.traced(1, given)  # the gradients, which are counted above, are there from the second step on
+            return held + data.peak_bytes(lambda: self.traced(n, given))
 
 
 class Evaluation:
@@ -263,13 +285,50 @@ class RawRows:
 
 
 def batches(t):
-    """(latents, labels, times, noise) and raw images (or None) of every step that is left."""
+    """(latents, labels, times, noise), raw images and VFM tokens (one of the two for REPA, else None) of every step that is left."""
     steps = range(t.step, t.args.steps)
-    if t.paired is None:
-        yield from ((t.draw(s), None) for s in steps)
+    if t.vfm is None:
+        yield from ((t.draw(s), None, None) for s in steps)
+    elif t.tokens is not None:
+        yield from ((t.draw(s), None, t.tokens[rows]) for s, rows in zip(steps, RawRows(t, steps)))
     else:
         loader = data.load_batches(t.paired.images, RawRows(t, steps), t.args.workers, replace=True)
-        yield from ((t.draw(s), pixels) for s, (pixels, _, _) in zip(steps, loader))
+        yield from ((t.draw(s), pixels, None) for s, (pixels, _, _) in zip(steps, loader))
+
+
+def random_latents(args, folder):
+    """Latents of the size that belongs to --model at 256 pixels (patch 1: f16d32, patch 2: f8d4; demo: f4d4 at 64), and their images."""
+    images, patch = 64, SIT_MODELS[args.model].keywords["patch_size"]
+    resolution, c, side, classes = (64, 4, 16, 5) if "demo" in args.model else (256, 32, 16, 1000) if patch == 1 else (256, 4, 32, 1000)
+    data.random_images(folder, images if args.repa else 0, resolution)
+    moments = np.lib.format.open_memmap(f"{folder}/moments.npy", "w+", np.float16, (images, 1, 2 * c, side, side))
+    moments[:] = np.abs(np.random.default_rng(0).standard_normal(moments.shape))
+    meta = dict(resolution=resolution, split=None, classes=list(range(classes)), vae="random", vae_hash="random")
+    return data.Latents(moments, np.arange(images) % classes, [f"{i:04d}.jpg" for i in range(images)], torch.zeros(c), torch.ones(c), meta)
+
+
+def bench(args, device, rank, world):
+    """--bench: the loop of main() on random latents, images and weights."""
+    with tempfile.TemporaryDirectory() as folder:
+        args.data, args.steps = folder, args.bench + 10
+        t = Trainer(args, random_latents(args, folder), device, rank, world)
+        if args.repa and args.cache_vfm:
+            t.tokens = torch.randn(64, t.vfm.grid ** 2, t.vfm.dim)
+        t.parallel()
+        source, parts = data.ahead(batches(t), device), data.Parts()
+
+        def step():
+            with t.clock("data"):
+                batch = next(source)
+            parts.add(t.step + 1, t.train_step(*batch))
+
+        plan = Trainer(argparse.Namespace(**{**vars(args), "dry_run": True}), t.latents, torch.device("meta"), rank, world)
+        with torch.device("meta"):
+            flops = data.count_flops(lambda: plan.traced(1, bool(args.cache_vfm)))
+        used = args.micro_batch or args.batch // world
+        data.run_bench(args, f"train_sit {args.model}, batch {args.batch}, {used} at a time, "
+                       + ("REPA, tokens given" if args.cache_vfm else f"REPA with {args.vfm}" if args.repa else "no REPA"),
+                       device, step, args.batch, flops, t.clock, largest_micro_batch=data.largest_micro_batch(plan.memory, used, device))
 
 
 def plan(t, path, params, disk):
@@ -291,6 +350,8 @@ def main():
     args.precision = args.precision or data.fast_precision(device)
     if args.batch % world:
         raise UserError(f"--batch {args.batch}: expected a multiple of the {world} processes")
+    if args.bench:
+        return bench(args, device, rank, world)
     latents = data.load_latents(args.latents)
     if args.batch > len(latents.labels):
         raise UserError(f"--batch {args.batch} is larger than the {len(latents.labels)} latents of {args.latents}; use a smaller one")
@@ -313,14 +374,16 @@ def main():
         plan(t, path, params, disk)
     evaluate = Evaluation(args, latents, device, rank, world) if args.eval_every else None
     log = data.Log(out / "metrics.jsonl", t.step, vars(args), rank)
-    stop, since, seen = data.Stop(), time.time(), 0
+    stop, since, seen, pending = data.Stop(), time.time(), 0, data.Parts()
     bar = tqdm(total=args.steps, initial=t.step, disable=rank > 0 or None)
-    for batch, pixels in batches(t):
-        parts = data.mean_over_ranks(t.train_step(batch, pixels))
-        data.stop_if_not_finite(t.step, parts, "a smaller --lr, --qk-norm 1 or --precision fp32")
+    for batch in data.ahead(batches(t), device):
+        pending.add(t.step + 1, t.train_step(*batch))
         seen += args.batch
         bar.update()
         logs, saves = (t.step % n == 0 or t.step == args.steps for n in (args.log_every, args.save_every))
+        stopping = stop.asked()
+        if logs or saves or stopping:
+            parts = pending.look("a smaller --lr, --qk-norm 1 or --precision fp32")
         if logs:
             now = time.time()
             t.seconds, rate, since, seen = t.seconds + now - since, seen / (now - since), now, 0
@@ -330,7 +393,6 @@ def main():
             begin = time.time()
             log.write(step=t.step, **{evaluate.metric: evaluate(t.ema)})
             since += time.time() - begin  # no part of the training's speed
-        stopping = stop.asked()
         if (saves or stopping) and rank == 0:
             data.save_checkpoint(path, t.state())
         if stopping:

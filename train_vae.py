@@ -3,6 +3,7 @@
     python train_vae.py --data images --init vavae/vae.pt --out out/send                                # one process
     torchrun --nproc_per_node=8 train_vae.py --data images --init vavae/vae.pt --out out/send           # one node
     python train_vae.py --data out/tiny/avatars --preset demo --lambda-align 0 --lpips 0 --gan 0 --batch 64 --steps 20 --out out/tiny/vae
+    python train_vae.py --bench 10 --preset f16d32 --batch 4 --micro-batch 2                            # speed, on random data
 
 The control of every claim is the same command with --align none, the rival's arm with --align vavae. Rerunning a command goes on where it stopped.
 Random numbers depend on (seed, step, place in the global batch), so the checkpoint needs no generator state, and the
@@ -20,7 +21,9 @@ Send-VAE's or VA-VAE's):
 """
 import argparse
 import copy
+import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -32,15 +35,15 @@ from tqdm import tqdm
 import data
 from data import UserError
 from fid import build_lpips
-from mapper import VFM, LinearMapper, Mapper, add_noise, align_loss, vavae_loss
-from vae import VAE_CONFIGS, AutoencoderKL, load_vae
+from mapper import VFM, LinearMapper, Mapper, TokenCache, add_noise, align_loss, vavae_loss
+from vae import VAE_CONFIGS, AutoencoderKL, GroupNorm, load_vae
 
 
 def parse_args():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     on_gpu = torch.cuda.is_available()
-    p.add_argument("--data", required=True, help="image folder")
-    p.add_argument("--out", required=True, help="folder for vae.pt and metrics.jsonl")
+    p.add_argument("--data", help="image folder")
+    p.add_argument("--out", help="folder for vae.pt and metrics.jsonl")
     p.add_argument("--split", choices=data.SPLITS, help="only the images that attributes.csv puts there (default: all)")
     p.add_argument("--init", help="VAE to fine-tune (any format of vae.load_vae); its architecture is kept")
     p.add_argument("--preset", choices=VAE_CONFIGS, help="architecture for training from scratch (without --init)")
@@ -70,6 +73,7 @@ def parse_args():
     p.add_argument("--vfm", default="vit_base_patch14_dinov2.lvd142m", help="any timm model")
     p.add_argument("--vfm-ckpt", help="local weights of the VFM")
     p.add_argument("--vfm-layer", type=int, help="block (ViT, default the last) or stage (CNN, default stride 16)")
+    p.add_argument("--cache-vfm", metavar="DIR", help="compute the VFM's tokens once, into this folder, instead of in each step")
     p.add_argument("--grid", type=int, help="tokens a side (default: resolution / 16; below 256 pixels the latent's side)")
     p.add_argument("--mapper-depth", type=int, default=1, help="ViT blocks; 0: MLP only")
     p.add_argument("--mapper-width", type=int, help="default: the VFM's dimension")
@@ -84,7 +88,9 @@ def parse_args():
     p.add_argument("--save-every", type=data.positive, default=1000, help="steps between checkpoints")
     p.add_argument("--log-every", type=data.positive, default=50, help="steps between lines of metrics.jsonl")
     p.add_argument("--dry-run", action="store_true", help="print the plan (parameters, tokens, memory, disk), and end; needs no VFM or LPIPS weights")
+    data.bench_flags(p)
     args = p.parse_args()
+    data.required(p, args, "data", "out")
     if args.lambda_align is None:
         args.lambda_align = {"send": 1.0, "vavae": 0.1, "none": 0.0}[args.align]
     if args.align == "none" or not args.lambda_align:
@@ -104,7 +110,7 @@ class PatchGAN(nn.Module):
         super().__init__()
         layers = [nn.Conv2d(3, ch, 4, 2, 1), nn.LeakyReLU(0.2)]
         for c_in, c_out, stride in ((ch, 2 * ch, 2), (2 * ch, 4 * ch, 2), (4 * ch, 8 * ch, 1)):
-            layers += [nn.Conv2d(c_in, c_out, 4, stride, 1, bias=False), nn.BatchNorm2d(c_out) if norm == "batch" else nn.GroupNorm(32, c_out), nn.LeakyReLU(0.2)]
+            layers += [nn.Conv2d(c_in, c_out, 4, stride, 1, bias=False), nn.BatchNorm2d(c_out) if norm == "batch" else GroupNorm(c_out, eps=1e-5), nn.LeakyReLU(0.2)]
         self.main = nn.Sequential(*layers, nn.Conv2d(8 * ch, 1, 4, 1, 1))
         for m in self.modules():
             if isinstance(m, nn.Conv2d):
@@ -146,18 +152,19 @@ def gradient_ratio(reference, loss, most):
 class VAELoss(nn.Module):
     """Eq. (3) in one forward pass: images -> (weighted sum, each part, reconstruction, latent)."""
 
-    def __init__(self, vae, mapper, weights, rec, align):
+    def __init__(self, vae, mapper, weights, rec, align, varies=False):
+        """varies: whether the last micro-batch is a short one."""
         super().__init__()
-        self.vae, self.mapper, self.weights, self.rec, self.align = vae, mapper, weights, rec, align
+        self.vae, self.mapper, self.weights, self.rec, self.align, self.varies = vae, mapper, weights, rec, align, varies
 
     def losses(self, x, noise, tokens, stats, encoder_aligns, judge, lpips):
         """x (B, 3, H, W); noise: a (B,), eps of the posterior and of eq. (1), (B, c, h, w) each; tokens (B, N, D) of the
         VFM or None; stats: LatentStats; judge: the frozen discriminator or None; lpips: the frozen metric or None
         -> (each part of the loss, reconstruction, latent)."""
         a, eps_posterior, eps_align = noise
-        posterior = self.vae.encode(x)
+        posterior = self.vae.encode(data.any_batch(x, self.varies))
         z = posterior.sample(eps_posterior)
-        x_rec = self.vae.decode(z)
+        x_rec = data.any_batch(self.vae.decode(data.any_batch(z, self.varies)), self.varies)
         parts = {"rec": F.l1_loss(x_rec, x) if self.rec == "l1" else F.mse_loss(x_rec, x), "kl": posterior.kl()}
         if lpips is not None:
             parts["lpips"] = lpips(x_rec, x).mean()
@@ -167,7 +174,7 @@ class VAELoss(nn.Module):
         if self.align == "send":
             z_n = stats.normalise(aligned)
             z_t = z_n if a is None else add_noise(z_n, a=a, eps=eps_align)
-            parts["align"] = align_loss(self.mapper(z_t), tokens)
+            parts["align"] = align_loss(self.mapper(data.any_batch(z_t, self.varies)), tokens)
         elif self.align == "vavae":  # the latent as it is, without noise
             parts["align"] = vavae_loss(self.mapper(aligned), tokens)
         return parts, x_rec, z
@@ -246,19 +253,21 @@ class Trainer:
         attention = tuple(self.size // 2 ** i for i, m in enumerate(self.vae.encoder.down) if len(m.attn))
         self.vae.config |= dict(resolution=self.size, attn_resolutions=attention)  # the same network; its crop is now this one
         self.vfm = self.mapper = self.lpips = self.discriminator = None
+        self.clock, random, local = data.Clock(device), args.dry_run or args.bench, args.batch // world
         if args.align != "none":
             grid = args.grid or min(side, max(1, self.size // 16) if self.size >= 256 else side)
             with data.rank_zero_first():
-                self.vfm = VFM(args.vfm, self.size, grid, args.vfm_ckpt, args.vfm_layer, weights=not args.dry_run)
+                self.vfm = VFM(args.vfm, self.size, grid, args.vfm_ckpt, args.vfm_layer, weights=not random)
             torch.manual_seed(args.seed + 1)
             if args.align == "send":
                 self.mapper = Mapper(c, side, grid, self.vfm.dim, args.mapper_depth, args.mapper_width, mlp_width=args.mapper_mlp)
             else:
                 self.mapper = LinearMapper(c, side, grid, self.vfm.dim)
-            self.vfm.to(device, memory_format=torch.channels_last)
+            self.vfm_hash = data.weights_hash(self.vfm.state_dict()) if args.cache_vfm else None
+            data.cast_matmuls(self.vfm.to(memory_format=torch.channels_last), device, args.precision)
         if args.lpips:
             with data.rank_zero_first():
-                self.lpips = build_lpips(args.lpips_ckpt, device, weights=not args.dry_run)
+                self.lpips = build_lpips(args.lpips_ckpt, device, weights=not random)
         if args.gan:
             torch.manual_seed(args.seed + 2)
             self.discriminator = PatchGAN(norm="batch" if args.disc_ckpt else "group")
@@ -266,7 +275,7 @@ class Trainer:
                 load_discriminator(self.discriminator, args.disc_ckpt)
         self.ema = copy.deepcopy(self.vae).to(device).requires_grad_(False)
         weights = dict(rec=1.0, kl=args.kl, lpips=args.lpips, gan=args.gan, align=args.lambda_align)
-        self.loss = VAELoss(self.vae, self.mapper, weights, args.rec, args.align).to(device, memory_format=torch.channels_last)
+        self.loss = VAELoss(self.vae, self.mapper, weights, args.rec, args.align, varies=bool(local % (args.micro_batch or local))).to(device, memory_format=torch.channels_last)
         fused = device.type in ("cpu", "cuda")
         self.optimizer = torch.optim.AdamW(self.loss.parameters(), args.lr, weight_decay=0.0, fused=fused)
         if self.discriminator is not None:
@@ -281,13 +290,13 @@ class Trainer:
             torch._functorch.config.donated_buffer = False  # ratio_gradients runs parts of the backward pass twice
         for module in (self.vae.encoder, self.vae.decoder, self.mapper, self.discriminator, self.vfm):
             if self.args.compile and module is not None:
-                module.compile()
+                module.compile(fullgraph=module is not self.vfm)
         self.run = self.loss
         self.run_disc = self.disc_loss if self.discriminator is not None else None
         if self.world > 1:
             ids = [self.device.index] if self.device.type == "cuda" else None
-            self.run = DDP(self.run, device_ids=ids)
-            self.run_disc = self.run_disc and DDP(self.run_disc, device_ids=ids)
+            wrap = partial(DDP, device_ids=ids, gradient_as_bucket_view=True, broadcast_buffers=False)
+            self.run, self.run_disc = wrap(self.run), self.run_disc and wrap(self.run_disc)
 
     def state(self):
         modules = dict(vae=self.vae, ema=self.ema, mapper=self.mapper, discriminator=self.discriminator, optimizer=self.optimizer,
@@ -312,23 +321,32 @@ class Trainer:
     @torch.no_grad()
     def first_stats(self, batches):
         """Latent statistics of the first global batch, before the first step needs them."""
-        for x, noise, _ in batches:
+        for x, noise, _, _ in batches:
             with data.autocast(self.device, self.args.precision):
                 self.stats.add(self.vae.encode(x).sample(noise[1]))
         self.stats.update(momentum=1.0)
 
-    def micro_batches(self, pixels):
-        """The rank's images (B, 3, S, S) uint8 -> list of (x, noise, share of the rank's batch)."""
-        args, local = self.args, len(pixels)
-        first = self.step * args.batch + self.rank * local  # place of the rank's first image in the stream of samples
+    def draw(self, step):
+        """Noise of this rank's images at `step`: a (B,) of eq. (1) or None, eps of the posterior and of eq. (1), (B, c, h, w) each."""
+        local = self.args.batch // self.world
+        first = step * self.args.batch + self.rank * local  # place of the rank's first image in the stream of samples
+        a, *eps = data.draw_noise(self.args.seed, range(first, first + local), 1, self.latent_shape, self.latent_shape)
+        return (a[:, 0] if self.args.noise else None), *eps
+
+    def micro_batches(self, pixels, noise, tokens):
+        """The rank's images (B, 3, S, S) uint8, noise, and tokens when they are known -> list of (x, noise, tokens, share of the rank's
+        batch); x and what the VFM sees in it on the device."""
+        local = len(pixels)
+        size = self.args.micro_batch or local
+        move = lambda v, i: v if v is None else v[i:i + size].to(self.device, non_blocking=True)
         out = []
-        for i in range(0, local, args.micro_batch or local):
-            part = pixels[i:i + (args.micro_batch or local)]
-            a, *eps = data.draw_noise(args.seed, range(first + i, first + i + len(part)), 1, self.latent_shape, self.latent_shape)
-            noise = [(a[:, 0] if args.noise else None), *eps]
-            noise = [n if n is None else n.to(self.device, non_blocking=True) for n in noise]
-            x = data.to_float(part.to(self.device, non_blocking=True)).contiguous(memory_format=torch.channels_last)
-            out.append((x, noise, len(part) / local))
+        for i in range(0, local, size):
+            x = data.to_float(move(pixels, i)).contiguous(memory_format=torch.channels_last)
+            known = move(tokens, i)
+            if known is None and self.vfm is not None:
+                with self.clock("vfm"), data.autocast(self.device, self.args.precision):
+                    known = self.vfm(data.any_batch(x, self.loss.varies))
+            out.append((x, [move(n, i) for n in noise], known, len(x) / local))
         return out
 
     def adaptive_ratios(self, batches, judge):
@@ -338,18 +356,18 @@ class Trainer:
         wanted += ["align"] if args.align == "vavae" and self.step >= args.mapper_warmup else []
         if not wanted:
             return {}
-        for x, noise, share in batches:
+        for x, noise, tokens, share in batches:
             with data.autocast(self.device, args.precision):
-                tokens = self.vfm(x) if self.vfm is not None else None
                 gradients = self.loss.ratio_gradients(wanted, x, noise, tokens, self.stats, True, judge, self.lpips)
             for k, pair in gradients.items():
                 sums[k] = [share * g + s for g, s in zip(pair, sums.get(k, (0, 0)))]
         mean = {k: [data.all_reduce(g / self.world) for g in pair] for k, pair in sums.items()}
         return {k: gradient_ratio(*pair, most={"gan": 1e4, "align": 1e8}[k]) for k, pair in mean.items()}
 
-    def train_step(self, pixels):
-        """One optimiser step of the VAE and the mapper, then one of the discriminator; returns the rank's loss parts."""
-        args, batches = self.args, self.micro_batches(pixels)
+    def train_step(self, pixels, noise, tokens):
+        """One optimiser step of the VAE and the mapper, then one of the discriminator; returns the rank's loss parts. Arguments as
+        micro_batches()."""
+        args, clock, batches = self.args, self.clock, self.micro_batches(pixels, noise, tokens)
         if args.align == "send" and self.step == 0:
             self.first_stats(batches)
         for group in self.optimizer.param_groups:
@@ -360,23 +378,27 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         fakes, ratios = [], self.adaptive_ratios(batches, judge)
         parts = {f"{k}_ratio": v for k, v in ratios.items()}
-        for i, (x, noise, share) in enumerate(batches):
+        for i, (x, noise, tokens, share) in enumerate(batches):
             with data.autocast(self.device, args.precision), data.sync_if(self.run, i == len(batches) - 1):
-                tokens = self.vfm(x) if self.vfm is not None else None
-                total, each, x_rec, z = self.run(x, noise, tokens, self.stats, self.step >= args.mapper_warmup, judge, self.lpips, ratios=ratios)
-                (total * share).backward()
+                with clock("forward"):
+                    total, each, x_rec, z = self.run(x, noise, tokens, self.stats, self.step >= args.mapper_warmup, judge, self.lpips, ratios=ratios)
+                with clock("backward"):
+                    (total * share).backward()
             for k, v in each.items():
                 parts[k] = parts.get(k, 0) + v * share
             self.stats.add(z)
             fakes.append(x_rec)
-        parts["grad_norm"] = nn.utils.clip_grad_norm_(self.vae.parameters(), args.clip)
-        if self.mapper is not None:  # apart, so that the mapper's gradient does not shorten the VAE's step
-            parts["mapper_grad_norm"] = nn.utils.clip_grad_norm_(self.mapper.parameters(), args.clip)
+        with clock("optimiser"):
+            parts["grad_norm"] = nn.utils.clip_grad_norm_(self.vae.parameters(), args.clip)
+            if self.mapper is not None:  # apart, so that the mapper's gradient does not shorten the VAE's step
+                parts["mapper_grad_norm"] = nn.utils.clip_grad_norm_(self.mapper.parameters(), args.clip)
+            self.optimizer.step()
+            self.stats.update(momentum=0.1)
         if judge is not None:
-            parts |= self.disc_step(batches, fakes)
-        self.optimizer.step()
-        self.stats.update(momentum=0.1)
-        data.update_ema(self.ema, self.vae, self.step, args.ema)
+            with clock("discriminator"):
+                parts |= self.disc_step(batches, fakes)
+        with clock("ema"):
+            data.update_ema(self.ema, self.vae, self.step, args.ema)
         self.step += 1
         return parts
 
@@ -384,30 +406,80 @@ class Trainer:
         self.discriminator.requires_grad_(True)
         self.disc_optimizer.zero_grad(set_to_none=True)
         loss = 0
-        for i, ((x, _, share), fake) in enumerate(zip(batches, fakes)):
+        for i, ((x, _, _, share), fake) in enumerate(zip(batches, fakes)):
             with data.autocast(self.device, self.args.precision), data.sync_if(self.run_disc, i == len(batches) - 1):
-                part = self.run_disc(x, fake) * share
+                part = self.run_disc(data.any_batch(x, self.loss.varies), data.any_batch(fake, self.loss.varies)) * share
                 part.backward()
             loss = loss + part.detach()
         norm = nn.utils.clip_grad_norm_(self.discriminator.parameters(), self.args.clip)
         self.disc_optimizer.step()
         return {"disc": loss, "disc_grad_norm": norm}
 
-    def memory(self):
+    def traced(self, n):
+        """What a step on n images computes, without the discriminator's own; self must live on the "meta" device. -> the images."""
+        x, eps = torch.empty(n, 3, self.size, self.size), torch.empty(n, *self.latent_shape)
+        tokens = None
+        if self.vfm is not None:
+            tokens = torch.empty(n, self.vfm.grid ** 2, self.vfm.dim) if self.args.cache_vfm else self.vfm(x)
+        self.loss(x, (torch.empty(n), eps, eps), tokens, self.stats, True, self.discriminator, self.lpips, ratios={})[0].backward()
+        return x
+
+    def memory(self, n=None):
         """Estimated bytes at the peak of a step in float32, on each process; self must live on the "meta" device."""
         args, modules = self.args, [m for m in (self.loss, self.discriminator, self.vfm, self.lpips) if m is not None]
         parameters = {id(p): p for m in modules for p in m.parameters()}.values()
         held = sum(4 * p.numel() * (4 if p.requires_grad else 1) for p in (*parameters, *self.ema.parameters()))  # weight, gradient, two moments
-        n = args.micro_batch or args.batch // self.world
+        with torch.device("meta"):
+            self.traced(1)  # the gradients, which are counted above, are there from the second step on
+            return held + data.peak_bytes(lambda: self.traced(n or args.micro_batch or args.batch // self.world))
+
+
+def batches(t, images):
+    """Images, noise, and VFM tokens when --cache-vfm holds them, of every step that is left; the arguments of Trainer.train_step()."""
+    args, rows, cache = t.args, data.StepRows(len(images), t.args, t.step, t.rank, t.world), None
+    if args.cache_vfm and t.vfm is not None:
+        cache = RandomTokens(t.vfm) if args.bench else TokenCache(args.cache_vfm, t.vfm, t.vfm_hash, images, 1 + images.flip, args, t.device, t.rank, t.world)
+    for step, (pixels, _, chosen) in enumerate(data.load_batches(images, rows, args.workers, replace=True), t.step):
+        yield pixels, t.draw(step), None if cache is None else cache[chosen]
+
+
+class RandomTokens:
+    """Stands for a TokenCache in --bench."""
+
+    def __init__(self, vfm):
+        self.shape = vfm.grid ** 2, vfm.dim
+
+    def __getitem__(self, rows):
+        return torch.randn(len(rows), *self.shape)
+
+
+def bench(args, device, rank, world):
+    """--bench: the loop of main() on random images and weights."""
+    with tempfile.TemporaryDirectory() as folder:
+        args.steps = args.bench + 10
+        t = Trainer(args, device, rank, world)
+        t.parallel()
+        images = data.ImageFolder(data.random_images(folder, 64, t.size), t.size, flip=bool(args.flip))
+        source, parts = data.ahead(batches(t, images), device), data.Parts()
 
         def step():
-            x, eps = torch.empty(n, 3, self.size, self.size), torch.empty(n, *self.latent_shape)
-            tokens = self.vfm(x) if self.vfm is not None else None
-            self.loss(x, (torch.empty(n), eps, eps), tokens, self.stats, True, self.discriminator, self.lpips, ratios={})[0].backward()
+            with t.clock("data"):
+                batch = next(source)
+            parts.add(t.step + 1, t.train_step(*batch))
 
+        def traced():
+            x = plan.traced(1)
+            if plan.discriminator is not None:
+                plan.disc_loss(x, x).backward()
+
+        plan = Trainer(argparse.Namespace(**{**vars(args), "dry_run": True}), torch.device("meta"), rank, world)
         with torch.device("meta"):
-            step()  # the gradients, which are counted above, are there from the second step on
-            return held + data.peak_bytes(step)
+            flops = data.count_flops(traced)
+        used, switches = args.micro_batch or args.batch // world, dict(LPIPS=args.lpips, GAN=args.gan, mapper=plan.mapper is not None)
+        tokens = " (tokens given)" if args.cache_vfm else f" with {args.vfm}"
+        data.run_bench(args, f"train_vae {args.init or args.preset} at {t.size}, batch {args.batch}, {used} at a time, "
+                       + ", ".join(k if v else f"no {k}" for k, v in switches.items()) + tokens * (t.mapper is not None),
+                       device, step, args.batch, flops, t.clock, largest_micro_batch=data.largest_micro_batch(plan.memory, used, device))
 
 
 def plan(t, images, path, disk):
@@ -432,6 +504,8 @@ def main():
     args.precision = args.precision or data.fast_precision(device)
     if args.batch % world:
         raise UserError(f"--batch {args.batch}: expected a multiple of the {world} processes")
+    if args.bench:
+        return bench(args, device, rank, world)
     out = Path(args.out) if args.dry_run else data.open_out(args.out)
     path = out / "vae.pt"
     t = Trainer(args, torch.device("meta") if args.dry_run else device, rank, world)
@@ -451,22 +525,21 @@ def main():
     if rank == 0:
         plan(t, images, path, disk)
     log = data.Log(out / "metrics.jsonl", t.step, vars(args), rank)
-    stop, since, seen = data.Stop(), time.time(), 0
-    rows = data.StepRows(len(images), args, t.step, rank, world)
+    stop, since, seen, pending = data.Stop(), time.time(), 0, data.Parts()
     bar = tqdm(total=args.steps, initial=t.step, disable=rank > 0 or None)
-    for pixels, _, _ in data.load_batches(images, rows, args.workers, replace=True):
-        parts = t.train_step(pixels)
+    for batch in data.ahead(batches(t, images), device):
+        pending.add(t.step + 1, t.train_step(*batch))
         seen += args.batch
         bar.update()
         logs, saves = (t.step % n == 0 or t.step == args.steps for n in (args.log_every, args.save_every))
-        parts = data.mean_over_ranks(parts)
-        data.stop_if_not_finite(t.step, parts, "a smaller --lr, or --precision fp32")
+        stopping = stop.asked()
+        if logs or saves or stopping:
+            parts = pending.look("a smaller --lr, or --precision fp32")
         if logs:
             now = time.time()
             t.seconds, rate, since, seen = t.seconds + now - since, seen / (now - since), now, 0
             log.write(step=t.step, **parts, lr=data.learning_rate(args, t.step - 1), images_per_s=round(rate, 1), seconds=round(t.seconds, 1))
             bar.set_postfix({k: f"{v:.4g}" for k, v in parts.items()}, refresh=False)
-        stopping = stop.asked()
         if (saves or stopping) and rank == 0:
             data.save_checkpoint(path, t.state())
         if stopping:
