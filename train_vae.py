@@ -285,12 +285,16 @@ class Trainer:
         self.step, self.seconds = 0, 0.0
 
     def parallel(self):
-        """Compile the networks in place (names of parameters stay), then wrap: plain modules remain for checkpoints and EMA."""
+        """Compile what a step calls (names of parameters stay), then wrap: plain modules remain for checkpoints and EMA."""
         if self.args.gan_adaptive or self.args.align == "vavae":
             torch._functorch.config.donated_buffer = False  # ratio_gradients runs parts of the backward pass twice
-        for module in (self.vae.encoder, self.vae.decoder, self.mapper, self.discriminator, self.vfm):
-            if self.args.compile and module is not None:
+        self.judge = self.discriminator
+        if self.args.compile:
+            self.vae.encode, self.vae.decode = (torch.compile(f, fullgraph=True) for f in (self.vae.encode, self.vae.decode))
+            for module in filter(None, (self.mapper, self.vfm, self.disc_loss if self.judge is not None else None)):
                 module.compile(fullgraph=module is not self.vfm)
+            if self.judge is not None:  # apart from its own loss: here it is frozen and its input has gradients
+                self.judge = torch.compile(lambda x: self.discriminator(x), fullgraph=True)
         self.run = self.loss
         self.run_disc = self.disc_loss if self.discriminator is not None else None
         if self.world > 1:
@@ -318,12 +322,11 @@ class Trainer:
             getattr(self.stats, name).copy_(checkpoint["latent_stats"][name])
         self.step, self.seconds = checkpoint["step"], checkpoint["seconds"]
 
-    @torch.no_grad()
     def first_stats(self, batches):
-        """Latent statistics of the first global batch, before the first step needs them."""
+        """Latent statistics of the first global batch, before the first step needs them (with gradients, as the compiled encoder knows it)."""
         for x, noise, _, _ in batches:
             with data.autocast(self.device, self.args.precision):
-                self.stats.add(self.vae.encode(x).sample(noise[1]))
+                self.stats.add(self.vae.encode(data.any_batch(x, self.loss.varies)).sample(noise[1]).detach())
         self.stats.update(momentum=1.0)
 
     def draw(self, step):
@@ -372,9 +375,9 @@ class Trainer:
             self.first_stats(batches)
         for group in self.optimizer.param_groups:
             group["lr"] = data.learning_rate(args, self.step)
-        judge = self.discriminator if self.discriminator is not None and self.step >= args.gan_start else None
+        judge = self.judge if self.step >= args.gan_start else None
         if judge is not None:
-            judge.requires_grad_(False)
+            self.discriminator.requires_grad_(False)
         self.optimizer.zero_grad(set_to_none=True)
         fakes, ratios = [], self.adaptive_ratios(batches, judge)
         parts = {f"{k}_ratio": v for k, v in ratios.items()}

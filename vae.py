@@ -64,7 +64,7 @@ class ChannelsLastGroupNorm(torch.autograd.Function):
             y, mean, rstd = torch.native_group_norm(x, weight, bias, B, C, x[0, 0].numel(), groups, eps)
         else:
             centre = x.mean((2, 3))
-            y, each = x - centre.view(B, C, 1, 1), centre.view(B, groups, -1)  # (B, G, C/G)
+            y, each = x - centre.view(B, C, 1, 1), centre.view(B, groups, C // groups)  # (B, G, C/G)
             mean = each.mean(2)
             rstd = ((y.square().mean((2, 3)).view(each.shape) + (each - mean[..., None]).square()).mean(2) + eps).rsqrt()
             gain = (weight.view(groups, -1) * rstd[..., None]).to(x.dtype)
@@ -80,8 +80,8 @@ class ChannelsLastGroupNorm(torch.autograd.Function):
         (B, C), G, n = x.shape[:2], mean.shape[1], x[0].numel() // mean.shape[1]
         exact = torch.promote_types(g.dtype, torch.float32)
         mean, rstd, w = mean.to(exact)[..., None], rstd.to(exact)[..., None], weight.to(exact).view(1, G, -1)  # (B, G, 1), (1, G, C/G)
-        db = g.sum((2, 3), dtype=exact).view(B, G, -1)
-        dw = ((g * x).sum((2, 3), dtype=exact).view(B, G, -1) - db * mean) * rstd  # sum of g times the normalised x
+        db = g.sum((2, 3), dtype=exact).view(B, G, C // G)
+        dw = ((g * x).sum((2, 3), dtype=exact).view(B, G, C // G) - db * mean) * rstd  # sum of g times the normalised x
         # dx = w rstd g - rstd / n (sum of w g + normalised x sum of w g normalised x), each sum over a group
         slope = -rstd.square() * (dw * w).sum(2, keepdim=True) / n
         shift = -rstd * (db * w).sum(2, keepdim=True) / n - slope * mean
