@@ -257,29 +257,46 @@ def load_batches(images, batches, workers=0, replace=False):
 
 def ahead(items, device):
     """The same items in the same order; for a GPU a thread makes the next two meanwhile, their tensors in pinned memory."""
-    return threaded(items, lambda item: tree_map(lambda v: v.pin_memory() if isinstance(v, torch.Tensor) else v, item)) if device.type == "cuda" else iter(items)
+    if device.type != "cuda":
+        return iter(items)
+    pin = lambda item: tree_map(lambda v: v.pin_memory() if isinstance(v, torch.Tensor) else v, item)
+    return threaded(items, pin, begin=lambda: torch.cuda.set_device(device))  # a thread begins on GPU 0
 
 
-def threaded(items, finish, depth=2):
-    """finish(item) of each item, worked out in a thread at most `depth` items ahead; its errors are raised here."""
-    made = queue.Queue(depth)
+def threaded(items, finish, depth=2, begin=lambda: None):
+    """finish(item) of each item, worked out in a thread at most `depth` items ahead; its errors are raised here. The thread ends with
+    the reader."""
+    made, left = queue.Queue(depth), threading.Event()
+
+    def put(item, error):
+        while not left.is_set():
+            try:
+                return made.put((item, error), timeout=0.1)
+            except queue.Full:
+                continue
 
     def work():
         try:
+            begin()
             for item in items:
-                made.put((finish(item), None))
-            made.put((None, StopIteration()))
-        except BaseException as e:  # noqa: B902: carried to the reader
-            made.put((None, e))
+                put(finish(item), None)
+                if left.is_set():
+                    return
+            put(None, StopIteration())
+        except BaseException as e:  # carried to the reader, whatever it is
+            put(None, e)
 
     threading.Thread(target=work, daemon=True).start()
-    while True:
-        item, error = made.get()
-        if isinstance(error, StopIteration):
-            return
-        if error is not None:
-            raise error
-        yield item
+    try:
+        while True:
+            item, error = made.get()
+            if isinstance(error, StopIteration):
+                return
+            if error is not None:
+                raise error
+            yield item
+    finally:
+        left.set()
 
 
 def one_behind(items):
@@ -865,7 +882,7 @@ def sync_if(module, last):
 
 
 def any_batch(x, varies):
-    """x; where the size of batches `varies`, torch.compile is told, and compiles once for all sizes."""
+    """x; where the size of batches `varies`, torch.compile is told, and compiles once for all sizes from 2."""
     if varies:
         torch._dynamo.maybe_mark_dynamic(x, 0)
     return x
@@ -941,8 +958,8 @@ def draw_noise(seed, rows, uniforms, *shapes):
     return drawn
 
 
-def open_out(folder, need_bytes=0):
-    """Make an output folder. Raises UserError when it cannot be written or the disk lacks `need_bytes`."""
+def open_out(folder, need_bytes=0, flag="--out"):
+    """Make an output folder. Raises UserError, which names the `flag`, when it cannot be written or the disk lacks `need_bytes`."""
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -950,11 +967,11 @@ def open_out(folder, need_bytes=0):
         probe.touch()
         probe.unlink()
     except OSError as e:
-        raise UserError(f"{folder}: cannot be written ({e.strerror}); choose another --out")
+        raise UserError(f"{folder}: cannot be written ({e.strerror}); choose another {flag}")
     free = shutil.disk_usage(folder).free
     if need_bytes > free:
         raise UserError(f"{folder}: needs {need_bytes / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free; "
-                        "free space or choose another --out")
+                        f"free space or choose another {flag}")
     return folder
 
 
@@ -1047,6 +1064,7 @@ def same_run(checkpoint, args, path):
         if name not in checkpoint["args"] and (not value or name == "align"):
             continue  # a flag that is younger than the run; lambda tells the arms apart
         before = checkpoint["args"].get(name)
+        before, value = (bool(before), bool(value)) if name == "cache_vfm" else (before, value)  # its folder may move
         if name not in FREE_FLAGS - fixed and before != value:
             raise UserError(f"{path} was begun with --{name.replace('_', '-')} {before}, this command says {value}; "
                             "use the same settings to go on, or another --out to begin anew")
@@ -1122,7 +1140,7 @@ class PeakBytes(TorchDispatchMode):
 
 def peak_bytes(run):
     """Bytes that run() would allocate at its peak; with tensors of the "meta" device nothing is computed. Attention counts as
-    the fused kernels hold it: three inputs and one output, no N x N matrix."""
+    the fused kernels hold it: three inputs and one output, no N x N matrix (which a CPU in bf16 makes for few tokens)."""
     with mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", lambda q, k, v, *_, **__: q * k * v), PeakBytes() as counter:
         run()
     return counter.peak
@@ -1143,6 +1161,9 @@ def required(p, args, *names):
         p.error(f"the following arguments are required: {', '.join(missing)}")
     if args.json and not args.bench:
         p.error("--json: has no effect without --bench")
+    useless = [f for f in ("dry-run", "eval-every", "guide") if args.bench and getattr(args, f.replace("-", "_"), None)]
+    if useless or args.bench and getattr(args, "command", "encode") != "encode":
+        p.error(f"--bench does not go with {f'--{useless[0]}' if useless else args.command}")
 
 
 def synchronise(device):
@@ -1214,7 +1235,9 @@ def run_bench(args, title, device, step, images, flops, clock, bare=None, warmup
     """Time args.bench calls of step(), each of `images` images over all processes and `flops` operations an image, in turn with bare(), which
     does what a step cannot do without; then up to three more by parts (clock). Prints on rank 0, and writes --json: images_per_s
     (median), spread (quartiles), ms, peak_mib, flops_per_image, matmul_rate, share_of_limit (operations a second over that rate),
-    share_of_bare (bare's median over the step's), and `more`."""
+    share_of_bare (bare's median over the step's), and `more`, worked out at the end."""
+    if args.json:
+        open_out(Path(args.json).parent, flag="--json")
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     rates, seconds, bares = [matmul_rate(device, args.precision)], [], []
     for _ in tqdm(range(warmup + args.bench), "bench", disable=rank > 0 or None):
@@ -1233,6 +1256,7 @@ def run_bench(args, title, device, step, images, flops, clock, bare=None, warmup
     rates.append(matmul_rate(device, args.precision))
     if bare is not None:
         more["share_of_bare"] = float(np.median(bares[warmup:])) / median
+    more = {k: v() if callable(v) else v for k, v in more.items()}
     rate, ms = sum(rates) / 2, {k: 1e3 * v / parts for k, v in clock.seconds.items()}
     record = dict(stage=title, machine=machine(device), processes=world, precision=args.precision, command=" ".join(sys.argv), images_per_s=images / median,
                   spread=[images / high, images / low], ms=ms, step_ms=1e3 * median, peak_mib=peak_mib(device), flops_per_image=flops, matmul_rate=rate,

@@ -169,34 +169,40 @@ class VFM(nn.Module):
     def train(self, mode=True):  # frozen: batch norm must never leave evaluation mode
         return super().train(False)
 
+    @torch.no_grad()  # not inference_mode: its tensors cannot be kept for a loss, and torch.compile stumbles over its views
     def forward(self, x):
-        with torch.inference_mode():
-            x = ((x + 1) / 2 - self.mean) / self.std
-            if x.shape[-1] != self.size:
-                x = F.interpolate(x, (self.size, self.size), mode="bicubic")  # as REPA: normalised first, no antialiasing
-            tokens = self.tokens(self.net, x).flatten(2).transpose(1, 2).float()  # (B, grid*grid, dim)
-        return tokens.clone()  # a tensor that a loss may keep for its backward pass
+        x = ((x + 1) / 2 - self.mean) / self.std
+        if x.shape[-1] != self.size:
+            x = F.interpolate(x, (self.size, self.size), mode="bicubic")  # as REPA: normalised first, no antialiasing
+        return self.tokens(self.net, x).flatten(2).transpose(1, 2).float()  # (B, grid*grid, dim)
+
+
+def cache_size(vfm, images, flips):
+    """What a TokenCache holds, in words."""
+    shape = flips * len(images.files), vfm.grid ** 2, vfm.dim
+    return f"{shape[0]} crops x {shape[1]} tokens x {shape[2]} in float16, {2 * np.prod(shape) / 2**30:.2f} GiB of disk"
 
 
 class TokenCache:
     """The VFM's tokens of each crop of an image folder on disk, so that no step computes them: cache[rows] -> (B, grid*grid, dim).
 
     Row i < N is image i, row N + i (flips = 2) its mirror image. folder: tokens.npy (float16), done.npy (which rows are there; a
-    stopped run goes on) and meta.json. weights: the VFM's hash before it was cast. Raises UserError for a folder of other tokens, and
-    for a disk that is too small.
+    stopped run goes on) and meta.json. weights: the VFM's hash before it was cast. Images are known by name and size of the file.
+    Raises UserError for a folder of other tokens, and for a disk that is too small.
     """
 
     def __init__(self, folder, vfm, weights, images, flips, args, device, rank, world):
-        self.folder, rows = Path(folder), flips * len(images.files)
-        shape = (rows, vfm.grid ** 2, vfm.dim)
+        self.folder, shape = Path(folder), (flips * len(images.files), vfm.grid ** 2, vfm.dim)
+        files = "\n".join(f"{f} {(images.root / f).stat().st_size}" for f in images.files)
         meta = dict(vfm=vfm.name, weights=weights, layer=vfm.layer, input=vfm.size, crop=images.size, precision=args.precision, shape=list(shape),
-                    files=hashlib.sha256("\n".join(images.files).encode()).hexdigest()[:16])
+                    files=hashlib.sha256(files.encode()).hexdigest()[:16])
         if rank == 0:
-            print(f"--cache-vfm {folder}: {rows} crops x {shape[1]} tokens x {shape[2]} in float16, {2 * np.prod(shape) / 2**30:.2f} GiB of disk")
+            print(f"--cache-vfm {folder}: {cache_size(vfm, images, flips)}")
             self.begin_or_resume(meta, shape)
         data.barrier()
         try:
-            self.tokens, self.done = (np.load(self.folder / name, mmap_mode="r+", allow_pickle=False) for name in ("tokens.npy", "done.npy"))
+            mode = "r" if np.load(self.folder / "done.npy", allow_pickle=False).all() else "r+"
+            self.tokens, self.done = (np.load(self.folder / name, mmap_mode=mode, allow_pickle=False) for name in ("tokens.npy", "done.npy"))
         except (OSError, ValueError, EOFError) as e:
             raise UserError(f"--cache-vfm {folder}: damaged ({e}); delete it and run again")
         missing = np.flatnonzero(self.done == 0)
@@ -221,7 +227,7 @@ class TokenCache:
                 raise UserError(f"--cache-vfm {self.folder} holds tokens with {different[0]} {found.get(different[0])}, this run needs {meta[different[0]]}; "
                                 "choose another folder or delete it")
             return
-        data.open_out(self.folder, need_bytes=2 * int(np.prod(shape)))
+        data.open_out(self.folder, need_bytes=2 * int(np.prod(shape)), flag="--cache-vfm")
         np.lib.format.open_memmap(self.folder / "tokens.npy", "w+", np.float16, shape)
         np.lib.format.open_memmap(self.folder / "done.npy", "w+", np.uint8, shape[:1])
         data.write_json(self.folder / "meta.json", meta)  # last: without it the others do not count

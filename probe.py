@@ -685,8 +685,9 @@ def parse_args():
     p.add_argument("--precision", choices=("bf16", "fp32"), help="of the encoder (default: bf16 where it is fast)")
     p.add_argument("--dry-run", action="store_true", help="print the plan (images, attributes, memory), and end")
     args = p.parse_args()
-    if not args.bench and not (args.vae and args.data):
-        p.error("the following arguments are required: vae, --data")
+    missing = [name for name, value in (("vae", args.vae), ("--data", args.data)) if not value]
+    if missing and not args.bench:
+        p.error(f"the following arguments are required: {', '.join(missing)}")
     return args
 
 

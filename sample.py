@@ -147,14 +147,15 @@ def choose_labels(args, num_classes):
 @torch.no_grad()
 def sample_batch(model, vae, guide, checkpoint, args, rows, labels, device, clock):
     """Rows (indices of images) and their labels -> functions that wait for the images, uint8 (B, H, W, 3), and for whether they are
-    finite. Nothing here waits for a GPU."""
+    finite. A GPU is waited for only where the first noise and the labels are copied to it."""
     shape = (model.config["in_channels"], model.config["input_size"], model.config["input_size"])
     noise = data.draw_noise(args.seed, rows, 0, shape)[1]
     y = torch.from_numpy(labels).to(device)
     common = dict(steps=args.steps, cfg=args.cfg, interval=args.interval, path=checkpoint["path"], guide=guide)
     with clock("sit"), data.autocast(device, args.precision):
         if args.sampler == "sde":
-            z = sample_sde(model, noise.to(device), y, draw=lambda i: data.draw_noise(args.seed + (i + 1) * STREAM, rows, 0, shape)[1], **common)
+            noises = data.ahead((data.draw_noise(args.seed + (i + 1) * STREAM, rows, 0, shape)[1] for i in range(args.steps)), device)
+            z = sample_sde(model, noise.to(device), y, draw=lambda i: next(noises).to(device, non_blocking=True), **common)
         else:
             z = sample_ode(model, noise.to(device), y, method=args.sampler, **common)
     with clock("decode"), data.autocast(device, args.precision):
@@ -181,8 +182,8 @@ def prepare(model, vae, guide, args, device):
     """On the device, as the sampling pass wants them."""
     for network in filter(None, (model, vae.to(memory_format=torch.channels_last), guide)):
         data.cast_matmuls(network, device, args.precision)
-    if args.compile:
-        model.compile(), vae.decoder.compile()
+    for network in filter(None, (model, vae.decoder, guide) if args.compile else ()):
+        network.compile()
 
 
 class Evaluations:

@@ -305,9 +305,9 @@ def score_from_velocity(v, x, t, path="linear"):
 
 
 def guided_velocity(model, x, t, labels, cfg, interval, guide=None):
-    """t: a 0-dim tensor on the CPU (so that no step waits for a GPU). v_u + cfg (v_c - v_u) on all channels where interval[0] <= t <= interval[1]; elsewhere, and at cfg = 1, v_c alone
+    """v_u + cfg (v_c - v_u) on all channels where interval[0] <= t <= interval[1]; elsewhere, and at cfg = 1, v_c alone
     (one evaluation instead of two). v_u is the model's velocity without a class, or (AutoGuidance, Karras et al. 2024,
-    arXiv 2406.02507) that of a weaker model `guide` with the class."""
+    arXiv 2406.02507) that of a weaker model `guide` with the class. t: a 0-dim tensor on the CPU, so that no step waits for a GPU."""
     def run(network, x, y):
         return network(x.to(torch.float32), torch.full((len(x),), float(t), device=x.device), y).to(x.dtype)
 

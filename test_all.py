@@ -2303,6 +2303,8 @@ def test_an_image_that_cannot_be_read_leaves_no_hole(small, tmp_path):
     images = write_images(tmp_path / "images", 120, size=8)
     truncate(images / "a/010.png")
     flags = ("--vae", small / "vae/vae.pt", "--data", images, "--resolution", 8, *FP32)
+    status, _, err = call("vae", *flags[:-1], "bf16", "--micro-batch", 1, "--out", tmp_path / "bf16")
+    assert status == 0 and "a/010.png" in err
     status, _, err = call("vae", *flags, "--micro-batch", 1, "--out", tmp_path / "skipped")
     assert status == 0 and "a/010.png" in err
     (images / "a/010.png").unlink()
@@ -3404,7 +3406,7 @@ def plain_vae_step(t, precision):
             z = q.mean.float() + q.std.float() * eps
             x_rec = model.decode(z).sample.float()
             disc.requires_grad_(False)
-            z_n = (z - z.detach().mean((0, 2, 3), keepdim=True)) / z.detach().std((0, 2, 3), keepdim=True)
+            z_n = (z - z.detach().mean((0, 2, 3), keepdim=True)) / (z.detach().var((0, 2, 3), unbiased=False, keepdim=True) + 1e-4).sqrt()
             loss = F.l1_loss(x_rec, x) + args.kl * q.kl().float().mean() - args.gan * disc(x_rec).mean()
             loss = loss + args.lambda_align * mapper.align_loss(mapped(mapper.add_noise(z_n, a=a, eps=eps_align)), tokens)
         loss.backward()
@@ -3506,20 +3508,29 @@ def test_fifty_steps_of_vae(tmp_path):
             assert t.train_step(pixels, t.draw(k), None)["rec"].item() == pytest.approx(loss.item(), rel=tolerance), (precision, k)
 
 
+def test_plain_vae_step(tmp_path):
+    """What `speed vae` times against begins with another loss than ours."""
+    peer_vae().save_pretrained(tmp_path / "peer")
+    t, _ = trainer(write_images(tmp_path / "images", 4, size=32), "--init", tmp_path / "peer", "--resolution", 16, "--gan", 0.1, "--lambda-align", 1, *VFM, "--mapper-mlp", 64)
+    batch = torch.stack([data.ImageFolder(tmp_path / "images", 16)[i][0] for i in range(4)]), t.draw(0), torch.randn(4, 64, t.vfm.dim)
+    plain, parts = plain_vae_step(t, "fp32")(*batch), t.train_step(*batch)
+    assert plain == pytest.approx(sum(w * parts[k].item() for k, w in t.loss.weights.items() if k in parts), rel=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_group_norm_gradients(dtype):
     """Our backward of group norm on the CPU is not the derivative, also with a mean far from zero, in either layout."""
     torch.manual_seed(0)
     norm = vae.GroupNorm(64)
     nn.init.normal_(norm.weight), nn.init.normal_(norm.bias)
-    x, g = torch.randn(3, 64, 8, 6) * torch.rand(1, 64, 1, 1) * 3 + torch.randn(1, 64, 1, 1), torch.randn(3, 64, 8, 6)
+    x, g = torch.randn(3, 64, 8, 6) * (1 + torch.rand(1, 64, 1, 1)) + (30 if dtype == torch.float32 else 1), torch.randn(3, 64, 8, 6)
     exact = [v.detach().double().requires_grad_() for v in (x, norm.weight, norm.bias)]
     expected = torch.autograd.grad(F.group_norm(exact[0], norm.num_groups, *exact[1:], norm.eps), exact, g.double())
     for layout in (torch.contiguous_format, torch.channels_last):
         leaf = x.to(dtype).contiguous(memory_format=layout).requires_grad_()
         found = torch.autograd.grad(norm(leaf), (leaf, norm.weight, norm.bias), g.to(dtype).contiguous(memory_format=layout))
         for a, b in zip(found, expected):
-            assert (a.double() - b).norm() / b.norm() < (1e-6 if dtype == torch.float32 else 1e-2)
+            assert (a.double() - b).norm() / b.norm() < (2e-6 if dtype == torch.float32 else 1e-2)
     with pytest.raises(RuntimeError, match="once_differentiable"):  # rather than a wrong second derivative
         leaf = x.clone().requires_grad_()
         torch.autograd.grad((norm(leaf) * leaf).square().sum(), leaf, create_graph=True)[0].sum().backward()
@@ -3559,12 +3570,17 @@ def test_cache_vfm(small, tmp_path, monkeypatch):
     pixels = torch.stack([folder[i][0] for i in (3, 9, 0)])
     torch.testing.assert_close(stored[[3, 9, 0]], t.vfm(data.to_float(pixels)).half().float(), rtol=2e-3, atol=2e-3)
     assert not torch.allclose(stored[[3]], stored[[9]], atol=1e-2)
-    stored.done[:5] = 0
-    stored.tokens[:5] = 0
+    original, writable = stored.tokens.copy(), [np.load(cache / f"{k}.npy", mmap_mode="r+") for k in ("tokens", "done")]
+    for array in writable:
+        array[:5] = 0
     seen, forward = [], mapper.VFM.forward
     monkeypatch.setattr(mapper.VFM, "forward", lambda self, x: seen.append(len(x)) or forward(self, x))
     again = mapper.TokenCache(cache, t.vfm, t.vfm_hash, folder, 2, t.args, t.device, 0, 1)
-    assert sum(seen) == 5 and np.array_equal(again.tokens, mapper.TokenCache(cache, t.vfm, t.vfm_hash, folder, 2, t.args, t.device, 0, 1).tokens) and again.tokens[:5].any()
+    assert sum(seen) == 5
+    np.testing.assert_allclose(again.tokens, original, rtol=2e-3, atol=2e-3)  # another batch, another last digit
+    (images / "a/000.png").write_bytes((images / "a/000.png").read_bytes() + b" ")  # the same name
+    with pytest.raises(UserError, match="tokens with files"):
+        mapper.TokenCache(cache, t.vfm, t.vfm_hash, folder, 2, t.args, t.device, 0, 1)
     with pytest.raises(UserError, match="tokens with weights"):
         mapper.TokenCache(cache, t.vfm, "another", folder, 2, t.args, t.device, 0, 1)
     (cache / "done.npy").write_bytes(b"")
@@ -3709,7 +3725,8 @@ def test_bench_on_two_processes(tmp_path):
 def test_flags_of_bench():
     """Without --bench a script forgets what it needs, or --json is taken and ignored."""
     for command, missing in ((("train_sit",), "--latents, --out"), (("train_vae",), "--data, --out"), (("vae",), "--vae, --data, --out"), (("sample",), "--sit, --out"),
-                             (("probe",), "vae, --data"), (("train_sit", "--latents", "a", "--out", "b", "--json", "c"), "--json: has no effect")):
+                             (("probe",), "vae, --data"), (("probe", "a"), "required: --data"), (("train_sit", "--bench", 1, "--dry-run"), "--bench does not go with --dry-run"),
+                             (("vae", "export-diffusers", "--bench", 1), "--bench does not go with export-diffusers"), (("train_sit", "--latents", "a", "--out", "b", "--json", "c"), "--json: has no effect")):
         status, _, err = call(*command)
         assert status == 2 and missing in err
 
@@ -3728,6 +3745,27 @@ def test_compiled_sit_step(tmp_path):
         tokens = torch.randn(6, 64, t.vfm.dim, generator=torch.Generator().manual_seed(1))
         losses.append([sum(v.item() for k, v in t.train_step(t.draw(k), None, tokens).items()) for k in range(5)])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler on the CPU")
+def test_compiled_vae_step(tmp_path):
+    """As above for the VAE with GAN, mapper and a ViT as VFM, which is compiled too."""
+    flags = ("--preset", "demo", "--resolution", 16, "--batch", 6, "--micro-batch", 4, "--lpips", 0, "--lambda-align", 1, "--vfm", "deit_tiny_patch16_224", "--grid", 2, "--mapper-mlp", 64, "--precision", "fp32")
+    _, err = run("train_vae", "--bench", 50, *flags, "--compile", 1, TORCH_LOGS="recompiles,graph_breaks")
+    assert "Recompiling" not in err and "Graph break" not in err, err
+    losses, pixels = [], torch.randint(0, 256, (6, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    for compiled in (0, 1):
+        t = train_vae.Trainer(bench_args(train_vae, *flags, "--compile", compiled), torch.device("cpu"), 0, 1)
+        t.parallel()
+        losses.append([v.item() for k in range(3) for v in t.train_step(pixels, t.draw(k), None).values()])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+def test_bench_looks_at_memory_last(tmp_path, capsys):
+    """What is suggested from the peak of memory is worked out before any step has run."""
+    args, ran = argparse.Namespace(bench=2, json=None, precision="fp32"), []
+    data.run_bench(args, "a", torch.device("cpu"), lambda: ran.append(1), 1, 1, data.Clock(torch.device("cpu")), suggestion=lambda: len(ran))
+    assert "suggestion: 6" in capsys.readouterr().out
 
 
 if __name__ == "__main__":

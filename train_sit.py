@@ -23,7 +23,7 @@ from tqdm import tqdm
 import data
 from data import UserError
 from fid import frechet_distance, load_stats, statistics
-from mapper import VFM, TokenCache
+from mapper import VFM, TokenCache, cache_size
 from sit import SIT_MODELS, draw_time, interpolate, repa_loss, sample_ode, velocity_loss
 from vae import load_vae
 
@@ -129,10 +129,8 @@ class Trainer:
             self.paired = PairedImages(latents, args.data)
             with data.rank_zero_first():
                 self.vfm = VFM(args.vfm, latents.meta["resolution"], side // patch, args.vfm_ckpt, args.vfm_layer, weights=not (args.dry_run or args.bench))
-            weights = data.weights_hash(self.vfm.state_dict()) if args.cache_vfm else None
+            self.vfm_hash = data.weights_hash(self.vfm.state_dict()) if args.cache_vfm else None
             data.cast_matmuls(self.vfm.to(memory_format=torch.channels_last), device, args.precision)
-            if args.cache_vfm and not (args.dry_run or args.bench):
-                self.tokens = TokenCache(args.cache_vfm, self.vfm, weights, self.paired.images, self.flips, args, device, rank, world)
             torch.manual_seed(args.seed)
         self.model = make(input_size=side, in_channels=c2 // 2, num_classes=self.num_classes, qk_norm=bool(args.qk_norm),
                           z_dim=self.vfm.dim if self.vfm is not None else 0).to(device)
@@ -143,14 +141,19 @@ class Trainer:
         self.mean, self.std = (s.view(1, -1, 1, 1) for s in (latents.mean, latents.std))
         self.step, self.seconds = 0, 0.0
 
+    def cache_tokens(self):
+        """--cache-vfm: all tokens on disk, and the VFM's weights out of memory."""
+        if self.args.cache_vfm and self.vfm is not None:
+            self.tokens = TokenCache(self.args.cache_vfm, self.vfm, self.vfm_hash, self.paired.images, self.flips, self.args, self.device, self.rank, self.world)
+            self.vfm.to("meta")
+
     def parallel(self):
         """Compiled and wrapped handle; the plain module stays for checkpoints and EMA. The VFM is compiled in place."""
         self.run = torch.compile(self.loss, fullgraph=True, disable=not self.args.compile)
         if self.args.compile and self.vfm is not None:
             self.vfm.compile()
         if self.world > 1:
-            self.run = DDP(self.run, device_ids=[self.device.index] if self.device.type == "cuda" else None, gradient_as_bucket_view=True,
-                           broadcast_buffers=False)
+            self.run = DDP(self.run, device_ids=[self.device.index] if self.device.type == "cuda" else None, gradient_as_bucket_view=True)
 
     def state(self):
         return dict(config=self.model.config, model=self.model.state_dict(), ema=self.ema.state_dict(),
@@ -308,7 +311,7 @@ def random_latents(args, folder):
 
 
 def bench(args, device, rank, world):
-    """--bench: the loop of main() on random latents, images and weights."""
+    """--bench: the steps of main() on random latents, images and weights, without logs and checkpoints."""
     with tempfile.TemporaryDirectory() as folder:
         args.data, args.steps = folder, args.bench + 10
         t = Trainer(args, random_latents(args, folder), device, rank, world)
@@ -328,7 +331,7 @@ def bench(args, device, rank, world):
         used = args.micro_batch or args.batch // world
         data.run_bench(args, f"train_sit {args.model}, batch {args.batch}, {used} at a time, "
                        + ("REPA, tokens given" if args.cache_vfm else f"REPA with {args.vfm}" if args.repa else "no REPA"),
-                       device, step, args.batch, flops, t.clock, largest_micro_batch=data.largest_micro_batch(plan.memory, used, device))
+                       device, step, args.batch, flops, t.clock, largest_micro_batch=lambda: data.largest_micro_batch(plan.memory, used, device))
 
 
 def plan(t, path, params, disk):
@@ -342,6 +345,8 @@ def plan(t, path, params, disk):
     if args.dry_run:
         print(f"memory about {t.memory() / 2**30:.1f} GiB a process with {args.micro_batch or args.batch // t.world} images at a time, counted in "
               f"float32 (bf16 needs less); disk {disk / 2**30:.1f} GiB for checkpoints")
+        if args.cache_vfm and t.vfm is not None:
+            print(f"--cache-vfm: {cache_size(t.vfm, t.paired.images, t.flips)}")
 
 
 def main():
@@ -370,6 +375,7 @@ def main():
         return print(f"{path}: already at step {t.step}") if rank == 0 else None
     t.parallel()
     data.open_out(out, need_bytes=disk)
+    t.cache_tokens()
     if rank == 0:
         plan(t, path, params, disk)
     evaluate = Evaluation(args, latents, device, rank, world) if args.eval_every else None
@@ -380,16 +386,16 @@ def main():
         pending.add(t.step + 1, t.train_step(*batch))
         seen += args.batch
         bar.update()
-        logs, saves = (t.step % n == 0 or t.step == args.steps for n in (args.log_every, args.save_every))
+        logs, saves, evaluates = (t.step % n == 0 or t.step == args.steps for n in (args.log_every, args.save_every, args.eval_every or args.steps))
         stopping = stop.asked()
-        if logs or saves or stopping:
+        if logs or saves or evaluates or stopping:
             parts = pending.look("a smaller --lr, --qk-norm 1 or --precision fp32")
         if logs:
             now = time.time()
             t.seconds, rate, since, seen = t.seconds + now - since, seen / (now - since), now, 0
             log.write(step=t.step, **parts, lr=data.learning_rate(args, t.step - 1), images_per_s=round(rate, 1), seconds=round(t.seconds, 1))
             bar.set_postfix({k: f"{v:.4g}" for k, v in parts.items()}, refresh=False)
-        if evaluate is not None and (t.step % args.eval_every == 0 or t.step == args.steps):
+        if evaluate is not None and evaluates:
             begin = time.time()
             log.write(step=t.step, **{evaluate.metric: evaluate(t.ema)})
             since += time.time() - begin  # no part of the training's speed

@@ -35,7 +35,7 @@ from tqdm import tqdm
 import data
 from data import UserError
 from fid import build_lpips
-from mapper import VFM, LinearMapper, Mapper, TokenCache, add_noise, align_loss, vavae_loss
+from mapper import VFM, LinearMapper, Mapper, TokenCache, add_noise, align_loss, cache_size, vavae_loss
 from vae import VAE_CONFIGS, AutoencoderKL, GroupNorm, load_vae
 
 
@@ -252,7 +252,7 @@ class Trainer:
         self.latent_shape = (c, side, side)
         attention = tuple(self.size // 2 ** i for i, m in enumerate(self.vae.encoder.down) if len(m.attn))
         self.vae.config |= dict(resolution=self.size, attn_resolutions=attention)  # the same network; its crop is now this one
-        self.vfm = self.mapper = self.lpips = self.discriminator = None
+        self.vfm = self.mapper = self.lpips = self.discriminator = self.tokens = None
         self.clock, random, local = data.Clock(device), args.dry_run or args.bench, args.batch // world
         if args.align != "none":
             grid = args.grid or min(side, max(1, self.size // 16) if self.size >= 256 else side)
@@ -284,6 +284,12 @@ class Trainer:
         self.stats = LatentStats(c, device, world)
         self.step, self.seconds = 0, 0.0
 
+    def cache_tokens(self, images):
+        """--cache-vfm: all tokens on disk, and the VFM's weights out of memory."""
+        if self.args.cache_vfm and self.vfm is not None:
+            self.tokens = TokenCache(self.args.cache_vfm, self.vfm, self.vfm_hash, images, 1 + images.flip, self.args, self.device, self.rank, self.world)
+            self.vfm.to("meta")
+
     def parallel(self):
         """Compile what a step calls (names of parameters stay), then wrap: plain modules remain for checkpoints and EMA."""
         if self.args.gan_adaptive or self.args.align == "vavae":
@@ -299,7 +305,7 @@ class Trainer:
         self.run_disc = self.disc_loss if self.discriminator is not None else None
         if self.world > 1:
             ids = [self.device.index] if self.device.type == "cuda" else None
-            wrap = partial(DDP, device_ids=ids, gradient_as_bucket_view=True, broadcast_buffers=False)
+            wrap = partial(DDP, device_ids=ids, gradient_as_bucket_view=True)
             self.run, self.run_disc = wrap(self.run), self.run_disc and wrap(self.run_disc)
 
     def state(self):
@@ -420,6 +426,8 @@ class Trainer:
 
     def traced(self, n):
         """What a step on n images computes, without the discriminator's own; self must live on the "meta" device. -> the images."""
+        if self.discriminator is not None:
+            self.discriminator.requires_grad_(False)
         x, eps = torch.empty(n, 3, self.size, self.size), torch.empty(n, *self.latent_shape)
         tokens = None
         if self.vfm is not None:
@@ -439,11 +447,9 @@ class Trainer:
 
 def batches(t, images):
     """Images, noise, and VFM tokens when --cache-vfm holds them, of every step that is left; the arguments of Trainer.train_step()."""
-    args, rows, cache = t.args, data.StepRows(len(images), t.args, t.step, t.rank, t.world), None
-    if args.cache_vfm and t.vfm is not None:
-        cache = RandomTokens(t.vfm) if args.bench else TokenCache(args.cache_vfm, t.vfm, t.vfm_hash, images, 1 + images.flip, args, t.device, t.rank, t.world)
-    for step, (pixels, _, chosen) in enumerate(data.load_batches(images, rows, args.workers, replace=True), t.step):
-        yield pixels, t.draw(step), None if cache is None else cache[chosen]
+    rows = data.StepRows(len(images), t.args, t.step, t.rank, t.world)
+    for step, (pixels, _, chosen) in enumerate(data.load_batches(images, rows, t.args.workers, replace=True), t.step):
+        yield pixels, t.draw(step), None if t.tokens is None else t.tokens[chosen]
 
 
 class RandomTokens:
@@ -457,12 +463,14 @@ class RandomTokens:
 
 
 def bench(args, device, rank, world):
-    """--bench: the loop of main() on random images and weights."""
+    """--bench: the steps of main() on random images and weights, without logs and checkpoints."""
     with tempfile.TemporaryDirectory() as folder:
         args.steps = args.bench + 10
         t = Trainer(args, device, rank, world)
         t.parallel()
         images = data.ImageFolder(data.random_images(folder, 64, t.size), t.size, flip=bool(args.flip))
+        if args.cache_vfm and t.vfm is not None:
+            t.tokens = RandomTokens(t.vfm)
         source, parts = data.ahead(batches(t, images), device), data.Parts()
 
         def step():
@@ -473,6 +481,7 @@ def bench(args, device, rank, world):
         def traced():
             x = plan.traced(1)
             if plan.discriminator is not None:
+                plan.discriminator.requires_grad_(True)
                 plan.disc_loss(x, x).backward()
 
         plan = Trainer(argparse.Namespace(**{**vars(args), "dry_run": True}), torch.device("meta"), rank, world)
@@ -482,7 +491,7 @@ def bench(args, device, rank, world):
         tokens = " (tokens given)" if args.cache_vfm else f" with {args.vfm}"
         data.run_bench(args, f"train_vae {args.init or args.preset} at {t.size}, batch {args.batch}, {used} at a time, "
                        + ", ".join(k if v else f"no {k}" for k, v in switches.items()) + tokens * (t.mapper is not None),
-                       device, step, args.batch, flops, t.clock, largest_micro_batch=data.largest_micro_batch(plan.memory, used, device))
+                       device, step, args.batch, flops, t.clock, largest_micro_batch=lambda: data.largest_micro_batch(plan.memory, used, device))
 
 
 def plan(t, images, path, disk):
@@ -496,6 +505,8 @@ def plan(t, images, path, disk):
              f"{t.vfm.size} x {t.vfm.size}, {t.vfm.grid} x {t.vfm.grid} tokens of {t.vfm.dim}, lambda {args.lambda_align:g}"
              if t.mapper is not None else "; no alignment")
           + (f"; discriminator {millions(t.discriminator):.2f} M" if t.discriminator is not None else ""))
+    if args.dry_run and args.cache_vfm and t.vfm is not None:
+        print(f"--cache-vfm: {cache_size(t.vfm, images, 1 + images.flip)}")
     if args.dry_run:
         print(f"memory about {t.memory() / 2**30:.1f} GiB a process with {args.micro_batch or args.batch // t.world} images at a time, counted in "
               f"float32 (bf16 needs less); disk {disk / 2**30:.1f} GiB for checkpoints")
@@ -525,6 +536,7 @@ def main():
         return print(f"{path}: already at step {t.step}") if rank == 0 else None
     t.parallel()
     data.open_out(out, need_bytes=disk)
+    t.cache_tokens(images)
     if rank == 0:
         plan(t, images, path, disk)
     log = data.Log(out / "metrics.jsonl", t.step, vars(args), rank)

@@ -61,7 +61,7 @@ class ChannelsLastGroupNorm(torch.autograd.Function):
     def forward(ctx, x, weight, bias, groups, eps):
         B, C = x.shape[:2]
         if x.dtype == torch.bfloat16:
-            y, mean, rstd = torch.native_group_norm(x, weight, bias, B, C, x[0, 0].numel(), groups, eps)
+            y, mean, rstd = torch.native_group_norm(x, weight, bias, B, C, x.shape[2] * x.shape[3], groups, eps)
         else:
             centre = x.mean((2, 3))
             y, each = x - centre.view(B, C, 1, 1), centre.view(B, groups, C // groups)  # (B, G, C/G)
@@ -77,9 +77,11 @@ class ChannelsLastGroupNorm(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, g):
         x, weight, mean, rstd = ctx.saved_tensors
-        (B, C), G, n = x.shape[:2], mean.shape[1], x[0].numel() // mean.shape[1]
-        exact = torch.promote_types(g.dtype, torch.float32)
+        (B, C, H, W), G = x.shape, mean.shape[1]
+        n, exact = C // G * H * W, torch.promote_types(g.dtype, torch.float32)
         mean, rstd, w = mean.to(exact)[..., None], rstd.to(exact)[..., None], weight.to(exact).view(1, G, -1)  # (B, G, 1), (1, G, C/G)
+        near = mean.to(x.dtype)  # what of the mean the dtype can hold goes first, so that a large one costs no digits below
+        x, mean = x - near.expand(B, G, C // G).reshape(B, C, 1, 1), mean - near.to(exact)
         db = g.sum((2, 3), dtype=exact).view(B, G, C // G)
         dw = ((g * x).sum((2, 3), dtype=exact).view(B, G, C // G) - db * mean) * rstd  # sum of g times the normalised x
         # dx = w rstd g - rstd / n (sum of w g + normalised x sum of w g normalised x), each sum over a group
