@@ -197,7 +197,6 @@ class TokenCache:
         meta = dict(vfm=vfm.name, weights=weights, layer=vfm.layer, input=vfm.size, crop=images.size, precision=args.precision, shape=list(shape),
                     files=hashlib.sha256(files.encode()).hexdigest()[:16])
         if rank == 0:
-            print(f"--cache-vfm {folder}: {cache_size(vfm, images, flips)}")
             self.begin_or_resume(meta, shape)
         data.barrier()
         try:
@@ -206,6 +205,8 @@ class TokenCache:
         except (OSError, ValueError, EOFError) as e:
             raise UserError(f"--cache-vfm {folder}: damaged ({e}); delete it and run again")
         missing = np.flatnonzero(self.done == 0)
+        if rank == 0:
+            print(f"--cache-vfm {folder}: {cache_size(vfm, images, flips)}; {len(missing)} crops to go")
         data.barrier()  # all have read what is missing before anyone adds to it
         mine = data.chunks(missing[data.split_rows(len(missing), rank, world)].tolist(), args.micro_batch or 64)
         for pixels, _, part in tqdm(data.load_batches(images, mine, args.workers, replace=True), "tokens", len(mine), disable=rank > 0 or None):
@@ -228,6 +229,9 @@ class TokenCache:
                                 "choose another folder or delete it")
             return
         data.open_out(self.folder, need_bytes=2 * int(np.prod(shape)), flag="--cache-vfm")
+        strange = {p.name for p in self.folder.iterdir()} - {"tokens.npy", "done.npy"}
+        if strange:
+            raise UserError(f"--cache-vfm {self.folder}: holds {min(strange)} and is no cache; expected a new or empty folder")
         np.lib.format.open_memmap(self.folder / "tokens.npy", "w+", np.float16, shape)
         np.lib.format.open_memmap(self.folder / "done.npy", "w+", np.uint8, shape[:1])
         data.write_json(self.folder / "meta.json", meta)  # last: without it the others do not count

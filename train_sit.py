@@ -125,6 +125,8 @@ class Trainer:
         patch = make.keywords["patch_size"]
         if side % patch:
             raise UserError(f"--model {args.model}: patch {patch} does not divide the {side} x {side} latent")
+        if args.cache_vfm and not args.repa:
+            raise UserError("--cache-vfm: has no effect with --repa 0")
         if args.repa:
             self.paired = PairedImages(latents, args.data)
             with data.rank_zero_first():
@@ -330,7 +332,7 @@ def bench(args, device, rank, world):
             flops = data.count_flops(lambda: plan.traced(1, bool(args.cache_vfm)))
         used = args.micro_batch or args.batch // world
         data.run_bench(args, f"train_sit {args.model}, batch {args.batch}, {used} at a time, "
-                       + ("REPA, tokens given" if args.cache_vfm else f"REPA with {args.vfm}" if args.repa else "no REPA"),
+                       + ("no REPA" if not args.repa else "REPA, tokens given" if args.cache_vfm else f"REPA with {args.vfm}"),
                        device, step, args.batch, flops, t.clock, largest_micro_batch=lambda: data.largest_micro_batch(plan.memory, used, device))
 
 

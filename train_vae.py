@@ -254,6 +254,8 @@ class Trainer:
         self.vae.config |= dict(resolution=self.size, attn_resolutions=attention)  # the same network; its crop is now this one
         self.vfm = self.mapper = self.lpips = self.discriminator = self.tokens = None
         self.clock, random, local = data.Clock(device), args.dry_run or args.bench, args.batch // world
+        if args.cache_vfm and args.align == "none":
+            raise UserError("--cache-vfm: has no effect without alignment")
         if args.align != "none":
             grid = args.grid or min(side, max(1, self.size // 16) if self.size >= 256 else side)
             with data.rank_zero_first():
