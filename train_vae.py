@@ -454,16 +454,6 @@ def batches(t, images):
         yield pixels, t.draw(step), None if t.tokens is None else t.tokens[chosen]
 
 
-class RandomTokens:
-    """Stands for a TokenCache in --bench."""
-
-    def __init__(self, vfm):
-        self.shape = vfm.grid ** 2, vfm.dim
-
-    def __getitem__(self, rows):
-        return torch.randn(len(rows), *self.shape)
-
-
 def bench(args, device, rank, world):
     """--bench: the steps of main() on random images and weights, without logs and checkpoints."""
     with tempfile.TemporaryDirectory() as folder:
@@ -472,7 +462,7 @@ def bench(args, device, rank, world):
         t.parallel()
         images = data.ImageFolder(data.random_images(folder, 64, t.size), t.size, flip=bool(args.flip))
         if args.cache_vfm and t.vfm is not None:
-            t.tokens = RandomTokens(t.vfm)
+            t.tokens = torch.randn(len(images), t.vfm.grid ** 2, t.vfm.dim)
         source, parts = data.ahead(batches(t, images), device), data.Parts()
 
         def step():
@@ -507,11 +497,11 @@ def plan(t, images, path, disk):
              f"{t.vfm.size} x {t.vfm.size}, {t.vfm.grid} x {t.vfm.grid} tokens of {t.vfm.dim}, lambda {args.lambda_align:g}"
              if t.mapper is not None else "; no alignment")
           + (f"; discriminator {millions(t.discriminator):.2f} M" if t.discriminator is not None else ""))
-    if args.dry_run and args.cache_vfm and t.vfm is not None:
-        print(f"--cache-vfm: {cache_size(t.vfm, images, 1 + images.flip)}")
     if args.dry_run:
         print(f"memory about {t.memory() / 2**30:.1f} GiB a process with {args.micro_batch or args.batch // t.world} images at a time, counted in "
               f"float32 (bf16 needs less); disk {disk / 2**30:.1f} GiB for checkpoints")
+        if args.cache_vfm and t.vfm is not None:
+            print(f"--cache-vfm: {cache_size(t.vfm, images, 1 + images.flip)}")
 
 
 def main():
