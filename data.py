@@ -11,6 +11,7 @@ import contextlib
 import csv
 import ctypes
 import errno
+import fcntl
 import functools
 import hashlib
 import io
@@ -21,14 +22,20 @@ import os
 import pickle
 import platform
 import queue
+import shlex
 import shutil
 import signal
+import socket
+import stat
 import struct
+import subprocess
 import sys
 import threading
 import time
+import warnings
 import weakref
 import zipfile
+import zlib
 from collections import Counter
 from dataclasses import dataclass
 from datetime import timedelta
@@ -37,19 +44,28 @@ from pathlib import Path
 from unittest import mock
 
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large memory pages for PyTorch on the CPU; read at its first allocation
+os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # torch.load runs no pickled code in any library that is used here
+os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)  # its opposite: the two together are an error
 
 import numpy as np
 import safetensors.torch
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 MAX_BAD = 0.01  # a data set with a larger share of unreadable images stops the run
+MAX_PIXELS = Image.MAX_IMAGE_PIXELS  # of an image, as it is and at the crop's scale: 89 million, where Pillow warns
+WORKER_TIMEOUT = 600  # seconds that a batch of images may take
+# What Pillow raises on damaged files, and the machine's errors among them, which are no file's fault
+DAMAGED_IMAGE = (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, AttributeError, AssertionError, OverflowError, struct.error, zlib.error,
+                 Image.DecompressionBombError)
+MACHINE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE, errno.ETIMEDOUT)
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # open_image refuses these
 SPLITS = ("train", "val", "test")
 
 
@@ -69,6 +85,8 @@ def to_rgb(image):
     image = ImageOps.exif_transpose(image)
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         grey = np.asarray(image).astype(np.float64)
+        if not np.isfinite(grey).all():
+            raise ValueError("NaN or infinite pixels")
         return Image.fromarray((grey / 257).clip(0, 255).round().astype(np.uint8)).convert("RGB")  # 65535 -> 255
     if image.mode in ("LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
@@ -88,14 +106,29 @@ def center_crop(image, size):
     return image.crop((left, top, left + size, top + size))
 
 
-def read_image(path, size):
-    """Image file -> uint8 (3, size, size) RGB, ADM centre crop. Raises UnreadableImage."""
+@contextlib.contextmanager
+def open_image(path, size=1):
+    """A PIL image for a crop of `size`. Whatever goes wrong in the context is raised as UnreadableImage, but the machine's errors as UserError."""
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would be waited for
+            raise ValueError("no regular file")
         with Image.open(path) as image:
-            rgb = to_rgb(image)
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as e:  # what PIL raises on bad files
-        raise UnreadableImage(f"{path}: cannot be read as an image ({' '.join(str(e).split()) or type(e).__name__})")
-    return torch.from_numpy(np.array(center_crop(rgb, size))).permute(2, 0, 1).contiguous()
+            short, long = sorted(image.size)
+            if max(short * long, size * size * long / short) > MAX_PIXELS:
+                raise ValueError(f"{image.width} x {image.height} pixels: more than {MAX_PIXELS}, as it is or at the crop's scale")
+            yield image
+    except DAMAGED_IMAGE as e:
+        reason = ' '.join(str(e).split()) or type(e).__name__
+        if getattr(e, "errno", None) in MACHINE:
+            raise UserError(f"{path}: cannot be read now ({e.strerror}); {HINTS.get(e.errno, 'see to the disk or the network')}, then run the same command again")
+        raise UnreadableImage(f"{path}: cannot be read as an image ({reason})")
+
+
+def read_image(path, size):
+    """Image file -> uint8 (3, size, size) RGB, ADM centre crop. Raises UnreadableImage, or UserError when the machine is at fault."""
+    with open_image(path, size) as image:
+        crop = center_crop(to_rgb(image), size)
+    return torch.from_numpy(np.array(crop)).permute(2, 0, 1).contiguous()
 
 
 def positive(text):
@@ -120,6 +153,11 @@ def to_uint8(images):
     return (images.float().clamp(-1, 1) * 127.5 + 127.5).round().to(torch.uint8)
 
 
+def leads_back(folder):
+    """Whether a folder is a link to one that holds it: followed, it would never end."""
+    return folder.is_symlink() and folder.parent.resolve().is_relative_to(folder.resolve())
+
+
 def find_images(root):
     """Sorted posix paths of the images below `root`, relative to it. Raises UserError when there are none."""
     root = Path(root)
@@ -127,9 +165,12 @@ def find_images(root):
         raise UserError(f"{root}: no such folder; expected a folder of images (for the built-in set: python data.py avatars {root})")
     files = []
     for folder, dirs, names in os.walk(root, followlinks=True):
-        dirs[:] = [d for d in dirs if not d.startswith((".", "__MACOSX"))]
+        dirs[:] = [d for d in dirs if not d.startswith((".", "__MACOSX")) and not leads_back(Path(folder, d))]
         files += [Path(folder, n).relative_to(root).as_posix() for n in names
                   if n.lower().endswith(IMAGE_SUFFIXES) and not n.startswith(".")]
+    strange = [f for f in files if f.splitlines() != [f] or f.encode(errors="ignore").decode() != f]
+    if strange:
+        raise UserError(f"{root}: the name {strange[0]!a} holds a line break or is not UTF-8; rename that file")
     if not files:
         raise UserError(f"{root}: no images found; expected {' '.join(IMAGE_SUFFIXES)} in it or in class folders below it")
     return sorted(files)
@@ -173,12 +214,17 @@ class ImageFolder(torch.utils.data.Dataset):
         image = read_image(self.root / self.files[i % n], self.size)
         return (image.flip(-1) if i >= n else image), self.labels[i % n]
 
+    def hash(self):
+        """16 hex digits that name the files by path and size."""
+        files = "\n".join(f"{f} {(self.root / f).stat().st_size}" for f in self.files)
+        return hashlib.sha256(files.encode()).hexdigest()[:16]
+
     def note_bad(self, bad):
         """Name each new unreadable file once; raise UserError when they are more than max_bad of the folder."""
         for file, reason in bad:
             if file not in self.bad:
                 self.bad[file] = reason
-                print(f"skipped: {reason}", file=sys.stderr)
+                print(f"skipped: {one_line(reason)}", file=sys.stderr)
         if len(self.bad) > self.max_bad * len(self.files):
             raise UserError(f"{self.root}: {len(self.bad)} of {len(self.files)} images are unreadable, more than "
                             f"{self.max_bad:.0%}; the last: {list(self.bad.values())[-1]}; mend or delete them, then run again")
@@ -204,11 +250,8 @@ def median_short_side(images):
     """In pixels, of about 256 images; None when none of them can be read."""
     sides = []
     for file in images.files[::max(1, len(images.files) // 256)]:
-        try:
-            with Image.open(images.root / file) as image:
-                sides.append(min(image.size))
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-            continue  # unreadable files are named and counted when their turn comes
+        with contextlib.suppress(UnreadableImage), open_image(images.root / file) as image:  # these are named and counted when their turn comes
+            sides.append(min(image.size))
     return int(np.median(sides)) if sides else None
 
 
@@ -216,21 +259,30 @@ class Batches(torch.utils.data.Dataset):
     """Item k: the images of batches[k] in one piece, read by one worker. With replace=True an unreadable image gives
     its place to the next readable one (training keeps its batch size); otherwise its row is left out."""
 
-    def __init__(self, images, batches, replace):
+    def __init__(self, images, batches, replace, workers):
         self.images, self.batches, self.replace = images, batches, replace
+        self.reading = torch.full((max(1, workers),), -1).share_memory_()  # the row that each worker is at
 
     def __len__(self):
         return len(self.batches)
 
     def __getitem__(self, k):
+        try:
+            return self.read(self.batches[k])
+        except (UserError, OSError, MemoryError) as e:  # a worker's own way to raise would show its traceback
+            return e
+
+    def read(self, asked):
+        worker, n = torch.utils.data.get_worker_info(), len(self.images)
         pixels, labels, rows, bad = [], [], [], []
-        for row in self.batches[k]:
-            for candidate in range(row, row + (len(self.images) if self.replace else 1)):
+        for row in asked:
+            for candidate in range(row, row + (n if self.replace else 1)):
+                self.reading[worker.id if worker else 0] = candidate % n
                 try:
-                    pixel, label = self.images[candidate % len(self.images)]
+                    pixel, label = self.images[candidate % n]
                 except UnreadableImage as e:
                     bad.append((self.images.files[candidate % len(self.images.files)], str(e)))
-                    if len(bad) > max(1, self.images.max_bad * len(self.images.files)) + len(self.batches[k]):
+                    if len(bad) > max(1, self.images.max_bad * len(self.images.files)) + len(asked):
                         break  # note_bad will stop the run
                     continue
                 pixels.append(pixel), labels.append(label), rows.append(row)
@@ -246,12 +298,25 @@ def ignore_signals(_):
 
 
 def load_batches(images, batches, workers=0, replace=False):
-    """Yield (uint8 (B, 3, S, S), int64 labels (B,), rows) for each list of rows in `batches`, in order."""
-    loader = torch.utils.data.DataLoader(Batches(images, batches, replace), batch_size=None, num_workers=workers,
-                                         pin_memory=torch.cuda.is_available(), worker_init_fn=ignore_signals)
-    for pixels, labels, rows, bad in loader:
-        images.note_bad(bad)
-        yield pixels, labels, rows
+    """Yield (uint8 (B, 3, S, S), int64 labels (B,), rows) for each list of rows in `batches`, in order. Raises UserError also for a
+    worker that died, or that has been at a batch for WORKER_TIMEOUT seconds; then it names the file."""
+    dataset = Batches(images, batches, replace, workers)
+    loader = torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=workers, pin_memory=torch.cuda.is_available(), worker_init_fn=ignore_signals,
+                                         timeout=WORKER_TIMEOUT if workers else 0)
+    try:
+        for item in loader:
+            if isinstance(item, Exception):
+                raise item
+            pixels, labels, rows, bad = item
+            images.note_bad(bad)
+            yield pixels, labels, rows
+    except RuntimeError as e:
+        if "DataLoader timed out" not in str(e):
+            raise
+        for process in multiprocessing.active_children():
+            process.kill()  # they ignore gentler signals
+        files = sorted({images.files[row % len(images.files)] for row in dataset.reading.tolist() if row >= 0})
+        raise UserError(f"{images.root}: no batch of images for {WORKER_TIMEOUT} s; the {workers} workers are reading {', '.join(files)}; see to the disk or to those files, then run the same command again")
 
 
 def ahead(items, device):
@@ -510,6 +575,31 @@ def load_attributes(root):
     return images, Attributes(files, splits, names, values)
 
 
+# What the readers raise on torn, flipped, foreign or code-carrying files.
+DAMAGED = (OSError, RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError, AssertionError, OverflowError, MemoryError, struct.error,
+           pickle.UnpicklingError, safetensors.SafetensorError, zipfile.BadZipFile, zlib.error)
+
+
+def check_zip(path, checksums=False):
+    """Refuse a zip file that unpacks to more than a gibibyte and a hundred times its size (a bomb), and, when asked to, one whose
+    content is not what its checksums say. Raises ValueError."""
+    with zipfile.ZipFile(path) as z:
+        unpacked, size = sum(i.file_size for i in z.infolist()), os.path.getsize(path)
+        if unpacked > max(2 ** 30, 100 * size):
+            raise ValueError(f"{size} bytes that unpack to {unpacked}: refused as a zip bomb")
+        if checksums and any(i.CRC for i in z.infolist()):  # all zero: written without
+            damaged = z.testzip()
+            if damaged:
+                raise ValueError(f"wrong checksum of {damaged}")
+
+
+def read_npz(path, *names):
+    """{name: array} of an .npz; all that it holds, or `names`. Raises what DAMAGED lists; never unpickles."""
+    check_zip(path)
+    with np.load(path, allow_pickle=False) as z:
+        return {k: z[k] for k in names or z.files}
+
+
 @dataclass
 class Latents:
     """What vae.py wrote: moments (N, F, 2c, h, w) float16 memmap (mean, then std), labels (N,), latent mean/std (c,)."""
@@ -531,14 +621,20 @@ def load_latents(folder):
         meta = json.loads((folder / "meta.json").read_text())
         moments = np.load(folder / "moments.npy", mmap_mode="r", allow_pickle=False)
         labels = np.load(folder / "labels.npy", allow_pickle=False)
-        stats = np.load(folder / "stats.npz", allow_pickle=False)
+        stats = read_npz(folder / "stats.npz", "mean", "std")
         mean, std = (torch.from_numpy(stats[k]).float() for k in ("mean", "std"))
-        files = (folder / "files.txt").read_text().splitlines()
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as e:
-        raise UserError(f"{folder}: the latent cache is damaged ({e}); delete the folder and {again}")
-    if not len(moments) == len(labels) == len(files) == meta["n"]:
-        raise UserError(f"{folder}: {len(moments)} moments, {len(labels)} labels, {len(files)} files, meta.json says "
-                        f"{meta['n']}; expected equal counts; delete the folder and {again}")
+        files = (folder / "files.txt").read_text("utf-8").splitlines()
+        if not len(moments) == len(labels) == len(files) == meta["n"]:
+            raise ValueError(f"{len(moments)} moments, {len(labels)} labels, {len(files)} files, meta.json says {meta['n']}; expected equal counts")
+        n, flips, c2, *side = moments.shape
+        if moments.dtype != np.float16 or len(side) != 2 or flips not in (1, 2) or mean.shape != (c2 // 2,) or std.shape != mean.shape or labels.shape != (n,) or labels.dtype != np.int64:
+            raise ValueError(f"moments {moments.dtype} {moments.shape}, mean {tuple(mean.shape)}, std {tuple(std.shape)}, labels {labels.dtype} {labels.shape}; expected float16 (N, 1 or 2, 2c, h, w), (c,), (c,), int64 (N,)")
+        if not (mean.isfinite().all() and std.isfinite().all() and (std > 0).all() and 0 <= labels.min() and labels.max() < len(meta["classes"])):
+            raise ValueError("a mean or std that is not finite and positive, or a label beyond the classes")
+        for key in ("resolution", "split", "vae", "vae_hash"):
+            meta[key]
+    except DAMAGED as e:
+        raise UserError(f"{folder}: the latent cache is damaged ({type(e).__name__}: {' '.join(str(e).split())}); delete the folder and {again}")
     return Latents(moments, labels, files, mean, std, meta)
 
 
@@ -757,12 +853,14 @@ def render_avatars(out, n=12000, size=64, seed=0):
                 "packages": {p: metadata.version(p) for p in ("dicebear-core", "dicebear-styles", "resvg-py")}}
     if out.exists():
         record = out / "avatars.json"
-        found = json.loads(record.read_text("utf-8")) if record.is_file() else {}
+        found = read_json(record) if record.is_file() else {}
         found = {k: found.get(k) for k in settings}
         if found == settings and (out / "attributes.csv").is_file():
             return print(f"{out}: already rendered")
         raise UserError(f"{out} exists but is not this data set: found {found}, expected {settings}")
     begin = time.time()
+    open_out(out.parent)
+    claim(f"{out}.lock", flag="folder")
     shutil.rmtree(part, ignore_errors=True)  # left by a run that was killed
     for style in AVATAR_STYLES:
         open_out(part / style)
@@ -793,40 +891,154 @@ def render_avatars(out, n=12000, size=64, seed=0):
 # ---------------------------------------------------------------------------------------------------------------------
 # What every script shares: errors, processes, random numbers, checkpoints, logs
 
+class Parser(argparse.ArgumentParser):
+    """argparse with one line for an error."""
+
+    def error(self, message):
+        raise UserError(f"{self.prog}: {message} (--help lists the flags)")
+
+
+# What to do about an error of the system
+HINTS = {errno.ENOSPC: "free space", errno.EDQUOT: "free space", errno.EFBIG: "raise the limit of file sizes (ulimit -f)", errno.EROFS: "choose another folder",
+         errno.EACCES: "choose another folder, or change its permissions", errno.EPERM: "choose another folder, or change its permissions",
+         errno.EMFILE: "raise the limit of open files (ulimit -n 65536) or use fewer --workers", errno.ENFILE: "close other programs"}
+
+
+def one_line(text, most=1500):
+    """Text for a terminal, whatever a file put into it: no line breaks, no control characters, no megabytes."""
+    text = text if len(text) <= most else f"{text[:most // 2]} ... {text[-most // 2:]}"
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def explain(error):
+    """One line for an error that is the user's or the machine's; None for one of the code."""
+    text = " ".join(str(error).split())
+    if isinstance(error, UserError):
+        return one_line(str(error))
+    if isinstance(error, KeyboardInterrupt):
+        return f"stopped by {text or 'Ctrl-C'}; what was written before is intact; run the same command again"
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in text or "bad_alloc" in text:
+        kind = "GPU memory" if isinstance(error, torch.OutOfMemoryError) else "memory"
+        return f"out of {kind} ({text[:200]}); use a smaller --micro-batch where the script has it: the result stays the same (except with --disc-ckpt)"
+    if isinstance(error, OSError):
+        return f"{error.filename or 'reading or writing'}: {error.strerror or text}; what was written before is intact; {HINTS.get(error.errno, 'mend that')}, then run the same command again"
+    if isinstance(error, RuntimeError) and ("DataLoader worker" in text or "ancdata" in text):
+        return f"a process that reads images was lost ({text[:200]}): out of memory, of /dev/shm or of open files (ulimit -n); use fewer --workers, then run the same command again"
+    if dist.is_initialized() and (isinstance(error, dist.DistError) or isinstance(error, RuntimeError) and any(w in text for w in ("gloo", "NCCL", "Connection"))):
+        return f"rank {dist.get_rank()}: another process of this run is lost or does not answer (its own message, or torchrun's, says why); the last checkpoint is intact; run the same command again ({text[:150]})"
+    return None
+
+
+def interrupt(number, _):
+    raise KeyboardInterrupt(signal.Signals(number).name)
+
+
 def run_script(main):
-    """Run main(); a UserError, a full disk or exhausted GPU memory ends in one line on stderr and exit status 2."""
+    """Run main(); what explain() knows ends in one line on stderr and exit status 2."""
+    signal.signal(signal.SIGTERM, interrupt)
     try:
         main()
-    except UserError as e:
-        message = str(e)
-    except KeyboardInterrupt:
-        message = "interrupted"
-    except torch.OutOfMemoryError as e:
-        message = f"out of GPU memory ({str(e).splitlines()[0]}); use a smaller --micro-batch where the script has it: the result stays the same (except with --disc-ckpt)"
-    except OSError as e:
-        if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG):
+    except (Exception, KeyboardInterrupt) as e:
+        message = explain(e)
+        if message is None:
             raise
-        message = f"{e.filename or 'output'}: {e.strerror}; what was written before is intact; free space or choose another --out, then run again"
     else:
         if dist.is_initialized():
             dist.destroy_process_group()
         return
+    finally:
+        for f in [*CLAIMS]:
+            release(f)
     sys.stdout.flush()
     print(f"error: {message}", file=sys.stderr, flush=True)
     os._exit(2) if dist.is_initialized() else sys.exit(2)  # other ranks may wait in a collective: do not wait for them
 
 
-def setup():
-    """(device, rank, world size): CUDA, else MPS, else CPU; a process group when torchrun started the script."""
+CLAIMS = []  # open files that stand for the outputs of this process
+
+
+def claim(path, flag="--out"):
+    """Refuse a second run in one place: hold a lock on the file `path` until the script ends. The system drops it with the process, however
+    that ends, so a file that is left is taken over. Raises UserError, which names the owner."""
+    while True:
+        f = open(str(path), "a+")
+        f.seek(0)
+        owner = f.read().strip()
+        try:
+            fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as e:
+            if e.errno not in (errno.EACCES, errno.EAGAIN):
+                print(f"{path}: this file system has no locks ({e.strerror}); nothing will stop a second run in the same place", file=sys.stderr)
+                return None
+            raise UserError(f"{path}: in use by {owner or 'another process'}; wait for it, stop it, or choose another {flag}")
+        if os.path.exists(path) and os.path.samestat(os.fstat(f.fileno()), os.stat(path)):
+            break  # else its owner has just deleted it
+    if owner:
+        print(f"{path}: left by {owner}, which is gone; taken over", file=sys.stderr)
+    f.truncate(0)
+    f.write(f"process {os.getpid()} on {socket.gethostname()} (since {time.strftime('%Y-%m-%d %H:%M:%S')}: {command()})\n")
+    f.flush()
+    CLAIMS.append(f)
+    return f
+
+
+def release(f):
+    """End a claim()."""
+    if f in CLAIMS:
+        CLAIMS.remove(f)
+        Path(f.name).unlink(missing_ok=True)
+        f.close()
+
+
+def sweep(lock, *paths):
+    """Delete what only an unfinished output needs, after its end or after a kill there."""
+    if any(map(os.path.exists, (lock, *paths))):
+        held = [f for f in CLAIMS if f.name == str(lock)]
+        own = None if held else claim(lock)
+        for path in paths:
+            Path(path).unlink(missing_ok=True)
+        release(own)
+
+
+def command():
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
+@functools.lru_cache
+def commit():
+    """The commit of the code, with "-dirty" when files differ from it; None outside a git repository."""
+    words = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(words, capture_output=True, text=True, check=True, timeout=60).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def made():
+    """What every output says of its making: command, commit, versions."""
+    packages = {p: metadata.version(p) for p in ("torch", "numpy", "pillow", "timm")}
+    return dict(command=command(), commit=commit(), versions=dict(python=platform.python_version(), **packages))
+
+
+def setup(deterministic=False):
+    """(device, rank, world size): CUDA, else MPS, else CPU; a process group when torchrun started the script. deterministic: PyTorch's
+    repeatable algorithms on CUDA; it warns of an operation that has none."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+    torch.use_deterministic_algorithms(deterministic, warn_only=True)
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     else:
         device = torch.device("mps" if torch.backends.mps.is_available() and world == 1 else "cpu")
     keep_memory(device)
-    if world > 1:  # gloo too, for tensors on the CPU: they never wait for the GPU
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
+    if world > 1:
+        store, rank, world = next(dist.rendezvous("env://"))
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":  # on one node torchrun's restarts share a store, and would read the dead processes' addresses
+            store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"  # gloo too, for tensors on the CPU: they never wait for the GPU
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timedelta(minutes=30))
     return device, rank, world
 
 
@@ -895,24 +1107,81 @@ def all_reduce(x, op=None):
 
 
 class Parts:
-    """The loss parts of the steps since the last look. They stay on the device until then: only a look waits for it."""
+    """The loss parts of the steps since the last look. They stay on the device until then: only a look waits for it.
 
-    def __init__(self):
-        self.steps, self.names, self.values = [], [], []
+    A step in which a WATCHED part is SPIKE times its running geometric mean is listed in `spikes`.
+    Losses of single images are also summed by time, in BINS equal parts of [0, 1], until by_time(). What lasts from look to look belongs
+    into the checkpoint: state().
+    """
 
-    def add(self, step, parts):
-        """parts: {name: scalar tensor of this rank}."""
-        self.steps.append(step), self.names.append(list(parts)), self.values.append(torch.stack([v.detach().float() for v in parts.values()]))
+    WATCHED, SPIKE, DECAY, BEGIN, BINS = ("velocity", "rec", "grad_norm"), 4.0, 0.98, 20, 10  # BEGIN: steps before the first spike
 
-    def look(self, advice):
-        """{name: float} of the last step, means over ranks. Raises UserError for the first step since the last look with a value
-        that is not finite."""
-        values = all_reduce(torch.cat(self.values)) / (dist.get_world_size() if dist.is_initialized() else 1)
-        for step, names, row in zip(self.steps, self.names, values.cpu().split([len(n) for n in self.names])):
+    def __init__(self, state=None):
+        self.usual, self.sums = (state or {}).get("usual", {}), np.array((state or {}).get("sums", np.zeros((2, self.BINS))))
+        self.rows, self.spikes = [], []
+
+    def state(self):
+        return dict(usual=self.usual, sums=self.sums.tolist())
+
+    def add(self, step, parts, each=None, t=None):
+        """parts: {name: scalar tensor of this rank}; each (B,): a number of each of its images that shows whether it is finite, with
+        their times t (B,) its loss."""
+        self.rows.append((step, list(parts), torch.stack([v.detach().float() for v in parts.values()]), each, t))
+
+    def look(self, advice, name_images=lambda step, places: places):
+        """{name: float} of the last step, means over ranks. Raises UserError for the first step since the last look with a value that is not
+        finite; name_images(step, places in the global batch) names the images that are not."""
+        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        values = all_reduce(torch.cat([row[2] for row in self.rows])) / world
+        hardest = self.hardest()
+        self.spikes = []
+        for i, ((step, names, _, each, _), row) in enumerate(zip(self.rows, values.cpu().split([len(row[1]) for row in self.rows]))):
             parts = dict(zip(names, row.tolist()))
-            stop_if_not_finite(step, parts, advice)
-        self.__init__()
+            bad = [k for k, v in parts.items() if not np.isfinite(v)]
+            if bad:
+                places = [] if each is None else self.not_finite(each, rank, world)
+                images = f"; of the batch's images {len(places)}: {', '.join(map(str, name_images(step, places[:8])))}" if places else ""
+                raise UserError(f"step {step}: {', '.join(bad)} not finite ({', '.join(f'{k} {v:.4g}' for k, v in parts.items())}){images}; the last checkpoint is intact; "
+                                f"begin anew with another --out and {advice}")
+            high = {k: self.usual[k][1] for k in self.WATCHED if self.unusual(k, parts.get(k, 0))}
+            if high:
+                self.spikes.append(dict(step=step, spike={k: parts[k] for k in high}, usual=high, grad_norm=parts.get("grad_norm"), time_bin=hardest[i]))
+        self.rows = []
         return parts
+
+    def unusual(self, name, value):
+        """Whether a value is a spike; it moves the running mean no further than a spike would."""
+        if value <= 0:
+            return False
+        n, mean = self.usual.get(name, (0, value))
+        ratio, decay = value / mean, min(self.DECAY, n / (n + 1))
+        spike = n >= self.BEGIN and ratio > self.SPIKE
+        self.usual[name] = n + 1, mean * (self.SPIKE if spike else ratio) ** (1 - decay)
+        return spike
+
+    def hardest(self):
+        """Of each step, the time bin of the image with the largest loss over all ranks (None without times); adds to the sums by time."""
+        if self.rows[0][4] is None:
+            return [None] * len(self.rows)
+        each, t = (torch.stack([row[k].detach().float() for row in self.rows]).cpu() for k in (3, 4))  # (steps, B)
+        bins, finite = (t * self.BINS).long().clamp(0, self.BINS - 1), each.isfinite()
+        sums = torch.stack([torch.bincount(bins[finite], w.double(), self.BINS) for w in (each[finite], torch.ones_like(each[finite]))])
+        self.sums += all_reduce(sums).numpy()
+        most, at = each.nan_to_num(-1).max(1)
+        top = all_reduce(most.clone(), dist.ReduceOp.MAX)
+        return all_reduce(bins.gather(1, at[:, None])[:, 0].where(most == top, torch.tensor(-1)), dist.ReduceOp.MAX).tolist()
+
+    def not_finite(self, each, rank, world):
+        """Places in the global batch whose number in `each` (B,) is not finite."""
+        flags = torch.zeros(world, len(each))
+        flags[rank] = (~each.detach().isfinite()).float().cpu()
+        return all_reduce(flags).flatten().nonzero()[:, 0].tolist()
+
+    def by_time(self):
+        """[mean loss of the images in each time bin since the last call], None where there were none."""
+        means = [float(f"{a / n:.6g}") if n else None for a, n in self.sums.T]
+        self.sums[:] = 0
+        return means
 
 
 def split_rows(n, rank, world):
@@ -966,12 +1235,65 @@ def open_out(folder, need_bytes=0, flag="--out"):
         probe.touch()
         probe.unlink()
     except OSError as e:
-        raise UserError(f"{folder}: cannot be written ({e.strerror}); choose another {flag}")
+        full = e.errno in (errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.EDQUOT)
+        raise UserError(f"{folder}: cannot be written ({e.strerror}); {HINTS[e.errno] if full else f'choose another {flag}'}")
     free = shutil.disk_usage(folder).free
     if need_bytes > free:
         raise UserError(f"{folder}: needs {need_bytes / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free; "
                         f"free space or choose another {flag}")
     return folder
+
+
+def begin_rows(mark, settings, files):
+    """Arrays on disk for RowFiles: files {path: (dtype, shape)}, the last of uint8 says which rows are there. They are made anew, with their
+    place on disk, unless the JSON file `mark` says that they are of the same settings -> whether they were there."""
+    mark = Path(mark)
+    with contextlib.suppress(*DAMAGED):
+        found = json.loads(mark.read_text())
+        found.pop("made")
+        arrays = [np.load(p, mmap_mode="r", allow_pickle=False) for p in files]
+        if found == json.loads(json.dumps(settings)) and [(a.dtype, a.shape) for a in arrays] == [(np.dtype(d), tuple(s)) for d, s in files.values()]:
+            return True
+    mark.unlink(missing_ok=True)
+    for path, (dtype, shape) in files.items():
+        np.lib.format.open_memmap(path, "w+", dtype, shape)
+        with open(path, "r+b") as f:
+            if hasattr(os, "posix_fallocate"):  # a memory map on a full disk would end in a bus error
+                os.posix_fallocate(f.fileno(), 0, os.fstat(f.fileno()).st_size)
+    write_json(mark, settings)  # last: without it the others do not count
+    return False
+
+
+class RowFiles:
+    """Arrays on disk that processes fill in row by row, in any order; a stopped run goes on. Made by begin_rows()."""
+
+    EVERY = 2  # seconds between marks
+
+    def __init__(self, *files, mode="r+"):
+        *self.arrays, self.done = (np.load(p, mmap_mode=mode, allow_pickle=False) for p in files)
+        self.pending, self.flushed = [], time.time()
+
+    def missing(self, rank, world):
+        """This rank's share of the rows that are not there. Called by all ranks, before anyone stores."""
+        rows = np.flatnonzero(self.done == 0)
+        barrier()
+        return rows[split_rows(len(rows), rank, world)].tolist()
+
+    def put(self, rows, *values, done=1):
+        """Store the values of these rows; every few seconds mark what is then safe on disk (a kill in between repeats it)."""
+        for array, value in zip(self.arrays, values):
+            array[rows] = value
+        self.pending.append((rows, done))
+        if time.time() > self.flushed + self.EVERY:
+            self.flush()
+
+    def flush(self):
+        for array in self.arrays:
+            array.flush()
+        for rows, done in self.pending:
+            self.done[rows] = done
+        self.done.flush()
+        self.pending, self.flushed = [], time.time()
 
 
 def weights_hash(state_dict):
@@ -985,21 +1307,31 @@ def weights_hash(state_dict):
 
 
 def save_checkpoint(path, state):
-    """Write `path` so that a kill at any moment leaves a whole checkpoint; the one before stays as NAME.prev.pt."""
+    """Write `path` so that a kill at any moment leaves a whole checkpoint; the one before stays as NAME.prev.pt. Raises UserError, and
+    leaves both as they are, for a value that is not finite and for a disk that fails."""
     path = Path(path)
     temporary = path.with_suffix(".tmp")
-    with open(temporary, "wb") as f:
-        torch.save(state, f)
-        f.flush()
-        os.fsync(f.fileno())
+    bad = [keystr(k) for k, v in tree_flatten_with_path(state)[0] if isinstance(v, torch.Tensor) and v.is_floating_point() and not v.isfinite().all()]
+    if bad:
+        raise UserError(f"{path}: not saved, {bad[0]} is not finite ({len(bad)} such tensors); the checkpoint before it is intact; begin anew with another --out and a smaller --lr")
+    try:
+        with open(temporary, "wb") as f:
+            torch.save(dict(state, made=made()), f)
+            f.flush()
+            os.fsync(f.fileno())
+    except (OSError, RuntimeError) as e:
+        cause = e if isinstance(e, OSError) or not isinstance(e.__context__, OSError) else e.__context__  # torch.save hides the system's error
+        temporary.unlink(missing_ok=True)
+        number = getattr(cause, "errno", None)
+        raise UserError(f"{path}: cannot be written ({getattr(cause, 'strerror', None) or cause}); the checkpoint before it is intact; {HINTS.get(number, 'mend that')}, then run the same command again")
     if path.exists():
         os.replace(path, path.with_suffix(".prev.pt"))
     os.replace(temporary, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    os.fsync(folder)  # the names too are on disk
+    os.close(folder)
 
 
-# What the readers raise on torn, flipped, foreign or code-carrying files.
-DAMAGED = (OSError, RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError, AssertionError, struct.error,
-           pickle.UnpicklingError, safetensors.SafetensorError, zipfile.BadZipFile)
 # What other projects pickle beside their weights (settings, Lightning's callbacks, counters): read as nothing, never imported.
 BYSTANDERS = ("argparse.", "builtins.dict", "builtins.float", "builtins.int", "builtins.list", "builtins.str", "collections.", "ldm.", "lightning.",
               "numpy.", "omegaconf.", "pathlib.", "pytorch_lightning.", "typing.")
@@ -1024,6 +1356,8 @@ def load_checkpoint(path):
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
+        if zipfile.is_zipfile(path):
+            check_zip(path, checksums=True)
         foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path) if zipfile.is_zipfile(path) else ["argparse.Namespace"]
         strange = [name for name in foreign if not name.startswith(BYSTANDERS)]
         if strange:
@@ -1037,25 +1371,35 @@ def load_checkpoint(path):
 
 
 def load_newest(path):
-    """The checkpoint `path`, or the one kept before it when the newest is missing or torn; None when there is neither."""
-    path = Path(path)
-    kept = [p for p in (path, path.with_suffix(".prev.pt")) if p.exists()]
+    """The checkpoint `path`, or the one kept before it when the newest is missing or torn; None when there is neither. Called by all
+    ranks; a torn file is renamed, lest the next save puts it in the place of the good one."""
+    path, rank = Path(path), dist.get_rank() if dist.is_initialized() else 0
+    kept, damaged, found = [p for p in (path, path.with_suffix(".prev.pt")) if p.exists()], [], None
     for i, p in enumerate(kept):
         try:
-            return load_checkpoint(p)
+            found = load_checkpoint(p)
+            break
         except UserError as e:
             if i == len(kept) - 1:
                 raise
-            print(f"{e}; going on from {kept[i + 1]}", file=sys.stderr)
+            damaged.append(p)
+            if rank == 0:
+                print(f"{one_line(str(e))}; going on from {kept[i + 1]}, the damaged file is now {p.with_suffix('.damaged')}", file=sys.stderr)
+    barrier()  # all have read
+    for p in damaged if rank == 0 else ():
+        os.replace(p, p.with_suffix(".damaged"))
+    return found
 
 
-# Flags that may change between the first and the second half of a run without changing what it computes.
-FREE_FLAGS = {"out", "steps", "micro_batch", "workers", "save_every", "log_every", "compile", "eval_every", "eval_stats", "eval_images", "grad_checkpointing"}
+# Flags that may change between the first and the second half of a run without changing what it computes. What files hold is compared
+# by its hash (inputs): a folder may move.
+FREE_FLAGS = {"out", "data", "latents", "init", "vfm_ckpt", "lpips_ckpt", "disc_ckpt", "steps", "micro_batch", "workers", "save_every", "log_every", "compile", "eval_every",
+              "eval_stats", "eval_images", "grad_checkpointing", "deterministic"}
 
 
-def same_run(checkpoint, args, path):
-    """Refuse to resume `path` under other settings than it was begun with."""
-    if not isinstance(checkpoint, dict) or "args" not in checkpoint:
+def same_run(checkpoint, args, path, inputs):
+    """Refuse to resume `path` under other settings than it was begun with, or on other inputs: {name: hash or None}, the names those of the flags."""
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("args"), dict):
         raise UserError(f"{path}: not a checkpoint of this script; choose another --out")
     fixed = {"steps"} if getattr(args, "lr_decay", 0) else set()  # a schedule that ends at --steps cannot be extended
     fixed |= {"micro_batch"} if getattr(args, "disc_ckpt", None) else set()  # batch norm sees the split
@@ -1067,6 +1411,11 @@ def same_run(checkpoint, args, path):
         if name not in FREE_FLAGS - fixed and before != value:
             raise UserError(f"{path} was begun with --{name.replace('_', '-')} {before}, this command says {value}; "
                             "use the same settings to go on, or another --out to begin anew")
+    known = checkpoint.get("inputs", {})
+    for name, value in inputs.items():
+        if known.get(name, value) != value:
+            raise UserError(f"{path} was begun with other content of --{name.replace('_', '-')} {getattr(args, name)} (hash {known[name]}, now {value}); bring that back to go on, or "
+                            "choose another --out to begin anew")
 
 
 def load_weights(module, state, source):
@@ -1077,6 +1426,9 @@ def load_weights(module, state, source):
              + [f"{k} is {have[k]}, expected {want[k]}" for k in want if k in have and have[k] != want[k]])
     if wrong:
         raise UserError(f"{source}: does not fit {type(module).__name__}: {wrong[0]} ({len(wrong)} such entries)")
+    bad = [k for k, v in state.items() if not v.isfinite().all()]
+    if bad:
+        raise UserError(f"{source}: {bad[0]} holds NaN or infinity ({len(bad)} such tensors)")
     module.load_state_dict(state)
 
 
@@ -1095,15 +1447,19 @@ def update_ema(ema, model, step, decay):
 
 class Log:
     """metrics.jsonl: the run's settings first, then one JSON object a line; a resumed run drops what came after its
-    checkpoint. Only rank 0 writes."""
+    checkpoint, and says by which command it goes on. Only rank 0 writes."""
 
     def __init__(self, path, step, settings, rank):
-        self.path, self.rank = Path(path), rank
+        self.path, self.rank, kept = Path(path), rank, []
         if rank:
             return
-        lines = self.path.read_text().splitlines() if step and self.path.exists() else []
-        kept = [line for line in lines if line.endswith("}") and json.loads(line).get("step", 0) <= step]
-        self.path.write_text("".join(line + "\n" for line in kept or [json.dumps(settings)]))
+        for line in self.path.read_text("utf-8", "replace").splitlines() if step and self.path.exists() else ():
+            with contextlib.suppress(*DAMAGED):  # a torn last line
+                kept += [line] if json.loads(line).get("step", 0) <= step else []
+        first = json.dumps(dict(settings, made=made()))
+        write_text(self.path, "".join(line + "\n" for line in kept or [first]))
+        if kept:
+            self.write(step=step, resumed=made())
 
     def write(self, **record):
         if not self.rank:
@@ -1294,24 +1650,42 @@ def random_images(folder, n, size):
     return folder
 
 
-def write_json(path, record):
+def write_text(path, text):
     """Whole or not at all."""
-    temporary = Path(str(path) + ".tmp")
-    temporary.write_text(json.dumps(record, indent=1) + "\n")
+    temporary = Path(f"{path}.tmp")
+    with open(temporary, "w", encoding="utf-8") as f:
+        f.write(text)
+        f.flush()
+        os.fsync(f.fileno())
     os.replace(temporary, path)
+
+
+def write_json(path, record):
+    """A JSON file that says how it was made."""
+    write_text(path, json.dumps(dict(record, made=made()), indent=1) + "\n")
+
+
+def save_png(image, path):
+    """A PIL image as PNG that says how it was made (in its text chunk "made")."""
+    info = PngImagePlugin.PngInfo()
+    info.add_text("made", json.dumps(made()))
+    image.save(path, "png", pnginfo=info)
 
 
 def read_json(path):
     try:
-        return json.loads(Path(path).read_text())
+        found = json.loads(Path(path).read_text("utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError(f"holds a {type(found).__name__}")
+        return found
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; run the stage before (bash run.sh runs them all)")
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise UserError(f"{path}: not the JSON that a stage wrote ({e}); delete it and run that stage again")
 
 
 class Stop:
-    """SIGTERM and Ctrl-C ask for a save; `asked()` is true on every rank once any rank was signalled."""
+    """From here SIGTERM and Ctrl-C ask for a save; `asked()` is true on every rank once any rank was signalled."""
 
     def __init__(self):
         self.flag = torch.zeros(1)
@@ -1322,14 +1696,6 @@ class Stop:
         return bool(all_reduce(self.flag.clone(), dist.ReduceOp.MAX))
 
 
-def stop_if_not_finite(step, parts, advice):
-    """parts: name -> float. A non-finite value stops the run before it can be saved."""
-    bad = [k for k, v in parts.items() if not np.isfinite(v)]
-    if bad:
-        shown = ", ".join(f"{k} {v:.4g}" for k, v in parts.items())
-        raise UserError(f"step {step}: {', '.join(bad)} not finite ({shown}); the last checkpoint is intact; begin anew with another --out and {advice}")
-
-
 def save_grid(images, path, columns):
     """uint8 (N, 3, H, W) -> one PNG with `columns` images a row."""
     n, _, h, w = images.shape
@@ -1338,11 +1704,11 @@ def save_grid(images, path, columns):
     for i in range(n):
         r, c = divmod(i, columns)
         sheet[:, r * h:(r + 1) * h, c * w:(c + 1) * w] = images[i]
-    Image.fromarray(sheet.permute(1, 2, 0).numpy()).save(path)
+    save_png(Image.fromarray(sheet.permute(1, 2, 0).numpy()), path)
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = p.add_subparsers(dest="command", required=True)
     a = commands.add_parser("avatars", help="render the built-in data set")
     a.add_argument("out")

@@ -12,6 +12,7 @@ size and number of images, as FD(name@size)-2k: two such numbers compare only wh
 the Inception network of 2015 alone.
 """
 import argparse
+import hashlib
 import json
 import os
 import struct
@@ -20,7 +21,6 @@ import tempfile
 import time
 import warnings
 import zipfile
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -314,20 +314,18 @@ def load_source(path, split=None, size=None):
     name, path = str(path), Path(path)
     if path.suffix != ".npz":
         first = data.find_images(path)[0]
-        try:
-            with Image.open(path / first) as image:
-                size = size or min(image.size)
-        except (OSError, ValueError) as e:
-            raise UserError(f"{path / first}: cannot be read as an image ({e})")
+        with data.open_image(path / first) as image:
+            size = size or min(image.size)
         images = data.ImageFolder(path, size, split=split)
         return Source(name, lambda rows: next(data.load_batches(images, [rows]))[0], len(images.files), None)
     try:
+        data.check_zip(path)
         with np.load(path, allow_pickle=False) as z:
             stats = {k: z[k] for k in STATISTICS if k in z.files} if {"mu", "sigma"} <= set(z.files) else None
             array = map_array(path, "arr_0") if "arr_0" in z.files or stats is None else None
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; make it with: python sample.py --sit SIT --out {path}")
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as e:
+    except data.DAMAGED as e:
         raise UserError(f"{path}: expected an .npz with arr_0 (images), or mu and sigma (statistics) ({type(e).__name__}: {e})")
     if stats is not None and (stats["mu"].ndim != 1 or stats["sigma"].shape != 2 * stats["mu"].shape):
         raise UserError(f"{path}: mu {stats['mu'].shape} and sigma {stats['sigma'].shape}; expected (D,) and (D, D)")
@@ -338,6 +336,17 @@ def load_source(path, split=None, size=None):
     if array is None:
         return Source(name, None, 0, stats)
     return Source(name, lambda rows: torch.from_numpy(np.array(array[rows])).permute(0, 3, 1, 2), len(array), stats)
+
+
+def source_hash(path):
+    """16 hex digits: of a folder's files by name and size, of an .npz by content."""
+    if path.is_dir():
+        return data.ImageFolder(path, 1).hash()
+    h = hashlib.sha256()
+    with open(path, "rb") as f:
+        while piece := f.read(2 ** 24):
+            h.update(piece)
+    return h.hexdigest()[:16]
 
 
 @dataclass
@@ -429,6 +438,7 @@ def score(args):
         total = sum(s.n for s in sources.values())
         return print(f"{net.label} on {', '.join(f'{s.n} images of {name}' for name, s in sources.items())}; network "
                      f"{sum(p.numel() for p in net.parameters()) / 1e6:.1f} M, {net.dim} features, about {total * 4 * net.dim / 2**30:.2f} GiB of main memory for them")
+    inputs = {name: source_hash(Path(name)) for name in sources}
     net = net.to(device, memory_format=torch.channels_last)
     metric = "FID" if args.net == "inception" else f"FD({net.label})"
     weights = data.weights_hash(net.state_dict())
@@ -436,12 +446,13 @@ def score(args):
     n_reference = sources[args.reference].n  # images at hand; a file's own statistics may be of more
     order = np.random.Generator(np.random.Philox(key=0)).permutation(n_reference)
     result = dict(metric=metric, network=net.label, weights=weights, reference=args.reference, split=args.split, n_reference=int(reference.stats.get("n", 0)) if sources[args.reference].stats else n_reference,
-                  resize="TensorFlow 1 bilinear to 299" if args.net == "inception" else "bicubic, antialiased", dtype=args.precision, scores={}, fd={}, n={}, fd_real={})
+                  resize="TensorFlow 1 bilinear to 299" if args.net == "inception" else "bicubic, antialiased", dtype=args.precision, inputs=inputs, scores={}, fd={}, n={}, fd_real={})
     print(f"reference {args.reference}" + (f" ({args.split})" if args.split else "") + f": {result['n_reference'] or 'unknown number of'} images"
           + (", its own statistics" if sources[args.reference].stats else "") + f"; network {net.label}, weights {weights}, resize {result['resize']}")
     if args.save_stats:
         np.savez(args.save_stats, **{k: v for k, v in reference.stats.items() if k in STATISTICS[:4]}, network=net.label, weights=weights,
-                 n=result["n_reference"], net=args.net, net_ckpt=os.path.abspath(args.net_ckpt) if args.net_ckpt else "", net_size=args.net_size or 0)
+                 n=result["n_reference"], net=args.net, net_ckpt=os.path.abspath(args.net_ckpt) if args.net_ckpt else "", net_size=args.net_size or 0,
+                 made=json.dumps(data.made()), inputs=json.dumps(inputs))
     for name in args.samples:
         sample, n = measure(net, weights, sources[name], device, args.precision), sources[name].n
         s = result["scores"][name] = compare(reference, sample, order, device, args.bootstrap)
@@ -531,7 +542,7 @@ def recon(args):
         at = [i for i, row in enumerate(kept) if row in chosen]
         originals.append(pixels[at]), copies.append(y.cpu()[at])
     values = torch.cat(values, 1)
-    result = dict(vae=args.vae, data=args.data, split=args.split, n=values.shape[1], **dict(zip(("psnr", "ssim", "lpips"), values.mean(1).tolist())))
+    result = dict(vae=args.vae, inputs=dict(vae=data.weights_hash(vae.state_dict()), data=images.hash()), data=args.data, split=args.split, n=values.shape[1], **dict(zip(("psnr", "ssim", "lpips"), values.mean(1).tolist())))
     shown = f"PSNR {result['psnr']:.2f} dB, SSIM {result['ssim']:.4f}" + (f", LPIPS {result['lpips']:.4f}" if lpips is not None else "")
     if net is not None:
         result.update(metric="rFID" if args.net == "inception" else f"FD({net.label})", fd=frechet_distance(*moments[0].result(), *moments[1].result()),
@@ -549,10 +560,10 @@ def recon(args):
 # The demo's report
 
 def last_seconds(path):
-    """Training time from the last line of a metrics.jsonl."""
+    """Training time from the last line with losses of a metrics.jsonl."""
     try:
-        return json.loads(Path(path).read_text().splitlines()[-1])["seconds"]
-    except (FileNotFoundError, IndexError, KeyError):
+        return float([json.loads(line)["seconds"] for line in Path(path).read_text().splitlines() if '"seconds"' in line][-1])
+    except data.DAMAGED:
         raise UserError(f"{path}: no training log with seconds; run the stage before")
 
 
@@ -612,7 +623,7 @@ def draw_report(run, arms):
             sheet.paste(image, (x, y + title))
             y += image.height + title + gap
         x += column[0][1].width + gap
-    sheet.save(run / "report.png")
+    data.save_png(sheet, run / "report.png")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -664,7 +675,7 @@ def bench(args):
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = data.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = p.add_subparsers(dest="command", required=True)
     s = commands.add_parser("score", help="FID, sFID, IS, precision and recall of sample sets against a reference")
     s.add_argument("reference", help="image folder, .npz of images, or .npz of statistics")
@@ -692,7 +703,7 @@ def main():
     t.add_argument("run", help="folder with a subfolder an arm")
     t.add_argument("--arms", nargs="+", default=["control", "send"])
     if "--bench" in sys.argv[1:2]:  # no command
-        b = argparse.ArgumentParser(prog="fid.py --bench", description="Speed of the network and the scores, beside peers.")
+        b = data.Parser(prog="fid.py --bench", description="Speed of the network and the scores, beside peers.")
         data.bench_flags(b)
         b.add_argument("--images", type=data.positive, default=10_000, help="features of precision and recall (default 10,000)")
         args = b.parse_args()

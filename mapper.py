@@ -6,7 +6,8 @@
     L_align = mean_n [1 - cos(h_phi(z_t)[n], y[n])]                                   (2)     Mapper, align_loss
     L(theta, phi) = lambda_align L_align + L_VAE                                      (3)     train_vae.py
 """
-import hashlib
+import contextlib
+import math
 from pathlib import Path
 
 import numpy as np
@@ -193,48 +194,54 @@ class TokenCache:
 
     def __init__(self, folder, vfm, weights, images, flips, args, device, rank, world):
         self.folder, shape = Path(folder), (flips * len(images.files), vfm.grid ** 2, vfm.dim)
-        files = "\n".join(f"{f} {(images.root / f).stat().st_size}" for f in images.files)
-        meta = dict(vfm=vfm.name, weights=weights, layer=vfm.layer, input=vfm.size, crop=images.size, precision=args.precision, shape=list(shape),
-                    files=hashlib.sha256(files.encode()).hexdigest()[:16])
+        files = {self.folder / "tokens.npy": (np.float16, shape), self.folder / "done.npy": (np.uint8, shape[:1])}
         if rank == 0:
-            self.begin_or_resume(meta, shape)
+            lock = self.begin(dict(vfm=vfm.name, weights=weights, layer=vfm.layer, input=vfm.size, crop=images.size, precision=args.precision, shape=list(shape), files=images.hash()), files)
         data.barrier()
-        try:
-            mode = "r" if np.load(self.folder / "done.npy", allow_pickle=False).all() else "r+"
-            self.tokens, self.done = (np.load(self.folder / name, mmap_mode=mode, allow_pickle=False) for name in ("tokens.npy", "done.npy"))
-        except (OSError, ValueError, EOFError) as e:
-            raise UserError(f"--cache-vfm {folder}: damaged ({e}); delete it and run again")
-        missing = np.flatnonzero(self.done == 0)
+        store = data.RowFiles(*files, mode="r" if self.whole(files) else "r+")
         if rank == 0:
-            print(f"--cache-vfm {folder}: {cache_size(vfm, images, flips)}; {len(missing)} crops to go")
-        data.barrier()  # all have read what is missing before anyone adds to it
-        mine = data.chunks(missing[data.split_rows(len(missing), rank, world)].tolist(), args.micro_batch or 64)
+            print(f"--cache-vfm {folder}: {cache_size(vfm, images, flips)}; {int((store.done == 0).sum())} crops to go")
+        mine = data.chunks(store.missing(rank, world), args.micro_batch or 64)
         for pixels, _, part in tqdm(data.load_batches(images, mine, args.workers, replace=True), "tokens", len(mine), disable=rank > 0 or None):
             with data.autocast(device, args.precision):
                 tokens = vfm(data.to_float(pixels.to(device)).contiguous(memory_format=torch.channels_last)).half().cpu()
             if not tokens.isfinite().all():
                 raise UserError(f"--cache-vfm: tokens of {images.files[part[0] % len(images.files)]} and its batch exceed float16 or are not finite")
-            self.tokens[part] = tokens.numpy()
-            self.tokens.flush()
-            self.done[part] = 1  # after the tokens: a kill in between repeats the batch
-            self.done.flush()
+            store.put(part, tokens.numpy())
+        if mine:
+            store.flush()
         data.barrier()
+        if rank == 0:
+            data.release(lock)  # others may read it now
+        self.tokens = store.arrays[0]
 
-    def begin_or_resume(self, meta, shape):
-        if (self.folder / "meta.json").exists():
-            found = data.read_json(self.folder / "meta.json")
-            different = [k for k in meta if found.get(k) != meta[k]]
+    @staticmethod
+    def whole(files):
+        """Whether all rows are there."""
+        with contextlib.suppress(*data.DAMAGED):
+            *arrays, done = (np.load(f, mmap_mode="r", allow_pickle=False) for f in files)
+            return [a.shape for a in (*arrays, done)] == [shape for _, shape in files.values()] and bool(done.all())
+        return False
+
+    def begin(self, settings, files):
+        """New files, or those of a stopped run, with a lock on them; or whole ones (None). Raises UserError for a folder that holds something else."""
+        mark, before = self.folder / "meta.json", None
+        if mark.exists():
+            before = data.read_json(mark)
+            different = [k for k in settings if before.get(k) != settings[k]]
             if different:
-                raise UserError(f"--cache-vfm {self.folder} holds tokens with {different[0]} {found.get(different[0])}, this run needs {meta[different[0]]}; "
+                raise UserError(f"--cache-vfm {self.folder} holds tokens with {different[0]} {before.get(different[0])}, this run needs {settings[different[0]]}; "
                                 "choose another folder or delete it")
-            return
-        data.open_out(self.folder, need_bytes=2 * int(np.prod(shape)), flag="--cache-vfm")
-        strange = {p.name for p in self.folder.iterdir()} - {"tokens.npy", "done.npy"}
+            if self.whole(files):
+                return None
+        data.open_out(self.folder, need_bytes=0 if before else 2 * math.prod(settings["shape"]), flag="--cache-vfm")
+        strange = {p.name for p in self.folder.iterdir()} - {"tokens.npy", "done.npy", "meta.json", ".lock"}
         if strange:
             raise UserError(f"--cache-vfm {self.folder}: holds {min(strange)} and is no cache; expected a new or empty folder")
-        np.lib.format.open_memmap(self.folder / "tokens.npy", "w+", np.float16, shape)
-        np.lib.format.open_memmap(self.folder / "done.npy", "w+", np.uint8, shape[:1])
-        data.write_json(self.folder / "meta.json", meta)  # last: without it the others do not count
+        lock = data.claim(self.folder / ".lock", flag="--cache-vfm")
+        if not data.begin_rows(mark, settings, files) and before:
+            print(f"--cache-vfm {self.folder}: its files are damaged; computed anew")
+        return lock
 
     def __getitem__(self, rows):
         return torch.from_numpy(self.tokens[rows]).float()

@@ -488,7 +488,7 @@ def draw_directions(path, blocks):
                 for j, picture in enumerate(triple):
                     sheet.paste(Image.fromarray(picture.permute(1, 2, 0).numpy()), (left + i * (3 * s + gap) + j * s, top))
             top += s + gap
-    sheet.save(path)
+    data.save_png(sheet, path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -630,11 +630,11 @@ def draw_scatter(path, rows, result):
         top = sheet.height - 14 * (len(kinds) - k) - 4
         draw.ellipse((margin, top + 2, margin + 8, top + 10), fill=color)
         draw.text((margin + 14, top), kind, fill="black")
-    sheet.save(path)
+    data.save_png(sheet, path)
 
 
 def main_correlate(words):
-    p = argparse.ArgumentParser(prog="probe.py correlate", description="Correlation of every score with the Fréchet distance, plain and given PSNR.")
+    p = data.Parser(prog="probe.py correlate", description="Correlation of every score with the Fréchet distance, plain and given PSNR.")
     p.add_argument("runs", nargs="*", help="folders of run.sh (out/demo, out/imagenet/ARM/SiT-B-1), or .json lists of rows (name, psnr, fd, scores)")
     p.add_argument("--paper", action="store_true", help="the paper's own four rows (Tables 7 and 8)")
     p.add_argument("--png", help="draw the scatter here")
@@ -668,7 +668,7 @@ def main_correlate(words):
 # ---------------------------------------------------------------------------------------------------------------------
 
 def parse_args():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = data.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("vae", nargs="*", help="checkpoints to compare, any format of vae.load_vae (or: correlate, see its --help)")
     p.add_argument("--data", help="folder with attributes.csv, CelebA, DeepFashion's Anno_coarse or Anno_fine, or AwA2, as distributed")
     p.add_argument("--resolution", type=data.positive, help="crop in pixels (default: the first VAE's)")
@@ -840,7 +840,7 @@ def main():
     if blocks:
         draw_directions(args.png, blocks)
     if args.json:  # last: it marks the stage as done
-        data.write_json(args.json, dict(data=args.data, attributes=names, left_out=dropped, n={s: p.stop - p.start for s, p in part.items()},
+        data.write_json(args.json, dict(data=args.data, inputs=dict(data=images.hash(), **{k: data.weights_hash(v.state_dict()) for k, v in vaes.items()}), attributes=names, left_out=dropped, n={s: p.stop - p.start for s, p in part.items()},
                                         precision=args.precision, results=results, seconds=round(time.time() - begin, 1)))
 
 

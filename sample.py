@@ -12,7 +12,6 @@ Guidance acts on all channels: v = v_u + s (v_c - v_u) for t within --interval; 
 v_u is the velocity of that weaker SiT, which knows the class.
 """
 import argparse
-import json
 import os
 import tempfile
 import time
@@ -33,7 +32,7 @@ STREAM, LABELS = 2 ** 32, 2 ** 62  # added to the seed: noise of SDE step i, and
 
 
 def parse_args():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = data.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--sit", help="checkpoint of train_sit.py, REPA, REPA-E or SiT (--bench: or the name of a size, such as SiT-B/1)")
     p.add_argument("--vae", help="VAE to decode with (default: the one the latents were made with)")
     p.add_argument("--latent-stats", help="for other projects' SiT without statistics: REPA-E's NAME-latents-stats.pt, vae.py's stats.npz, "
@@ -52,6 +51,7 @@ def parse_args():
     p.add_argument("--micro-batch", type=data.positive, default=64, help="images at a time and process: memory only")
     p.add_argument("--precision", choices=("bf16", "fp32"), help="default: bf16 where it is fast")
     p.add_argument("--compile", type=int, default=int(torch.cuda.is_available()), choices=(0, 1))
+    p.add_argument("--deterministic", action="store_true", help="equal bits in each run on CUDA too, slower (a CPU needs no flag)")
     p.add_argument("--dry-run", action="store_true", help="print the plan (images, evaluations, memory, disk), and end")
     data.bench_flags(p)
     args = p.parse_args()
@@ -60,10 +60,13 @@ def parse_args():
 
 
 def read_sit(path, weights):
+    """The SiT of a file. Raises UserError for a file that is none, or damaged."""
     try:
+        if zipfile.is_zipfile(path):
+            data.check_zip(path, checksums=True)
         return load_sit(path, weights)
-    except ValueError as e:
-        raise UserError(str(e))
+    except data.DAMAGED as e:
+        raise UserError(str(e) if str(path) in str(e) else f"{path}: {' '.join(str(e).split())}")
 
 
 def load_pair(args):
@@ -101,14 +104,13 @@ def read_stats(text, channels):
         if factor is not None:
             mean, std = torch.zeros(channels), torch.full((channels,), 1 / factor)
         elif text.endswith(".npz"):
-            with np.load(text, allow_pickle=False) as z:
-                mean, std = (torch.from_numpy(z[k]).float() for k in ("mean", "std"))
+            mean, std = (torch.from_numpy(v).float() for v in data.read_npz(text, "mean", "std").values())
         else:
             stats = data.load_checkpoint(text)
             mean, std = stats["latents_bias"].float().flatten(), 1 / stats["latents_scale"].float().flatten()
     except UserError:
         raise
-    except (OSError, EOFError, LookupError, ValueError, TypeError, AttributeError, ZeroDivisionError, zipfile.BadZipFile) as e:
+    except (*data.DAMAGED, ZeroDivisionError) as e:
         raise UserError(f"--latent-stats {text}: expected latents_scale and latents_bias, mean and std, or a number ({type(e).__name__}: {e})")
     if mean.shape != (channels,) or std.shape != (channels,) or not (std > 0).all() or not (mean.isfinite() & std.isfinite()).all():
         raise UserError(f"--latent-stats {text}: statistics {tuple(mean.shape)} and {tuple(std.shape)}, expected {channels} finite means and {channels} positive stds")
@@ -164,17 +166,14 @@ def sample_batch(model, vae, guide, checkpoint, args, rows, labels, device, cloc
         return data.to_host(data.to_uint8(x).permute(0, 2, 3, 1)), data.to_host(x.isfinite().all())
 
 
-def sample_batches(model, vae, guide, checkpoint, args, parts, labels, images, done, device, clock):
-    """Sample each list of rows into `images` and mark it in `done`, while the next is under way; yield once a list."""
+def sample_batches(model, vae, guide, checkpoint, args, parts, labels, store, device, clock):
+    """Put the images of each list of rows into `store` (RowFiles), while the next is under way; yield once a list."""
     launched = ((part, *sample_batch(model, vae, guide, checkpoint, args, part, labels[part], device, clock)) for part in parts)
     for part, pixels, finite in data.one_behind(launched):
         with clock("store"):
             if not finite():
                 raise UserError(f"{args.sit}: samples {part[0]} to {part[-1]} are not finite; train longer, or use --precision fp32")
-            images[part] = pixels().numpy()
-            images.flush()
-            done[part] = 1  # after the images: a kill in between repeats the batch, with the same result
-            done.flush()
+            store.put(part, pixels().numpy())
         yield
 
 
@@ -226,8 +225,9 @@ def bench(args, device, world):
 
     with tempfile.TemporaryDirectory() as folder:
         rows, side = (args.bench + 10) * n, config["input_size"] * vae.factor
-        images, done = (np.lib.format.open_memmap(f"{folder}/{k}.npy", "w+", np.uint8, s) for k, s in (("images", (rows, side, side, 3)), ("done", (rows,))))
-        source = sample_batches(model, vae, None, checkpoint, args, data.chunks(range(rows), n), np.arange(rows) % config["num_classes"], images, done, device, clock)
+        files = {f"{folder}/images": (np.uint8, (rows, side, side, 3)), f"{folder}/done": (np.uint8, (rows,))}
+        data.begin_rows(f"{folder}/run", {}, files)
+        source = sample_batches(model, vae, None, checkpoint, args, data.chunks(range(rows), n), np.arange(rows) % config["num_classes"], data.RowFiles(*files), device, clock)
         data.run_bench(args, f"sample.py {args.sit}, {n} images at a time, {args.sampler} {args.steps} steps, {sum(stub.sizes)} evaluations an image",
                        device, lambda: next(source), n * world, flops, clock, bare)
 
@@ -247,38 +247,25 @@ def write_npz(path, arrays):
         for name, array in arrays.items():
             with z.open(f"{name}.npy", "w", force_zip64=True) as f:
                 np.lib.format.write_array(f, array, allow_pickle=False)
+    with open(temporary, "r+b") as f:
+        os.fsync(f.fileno())
     os.replace(temporary, path)
 
 
-def read_settings(path):
-    try:
-        return json.loads(Path(path).read_text())
-    except (OSError, ValueError):
-        return None
+PATHS = ("sit", "vae", "guide", "latent_stats")  # what these hold is compared by its hash: a folder may move
 
 
 def finished(out, settings):
     """Whether `out` was written with these settings."""
-    found = read_settings(out.with_suffix(".json"))
-    under_way = Path(f"{out}.run").exists()  # removed after the .npz is written
-    return out.exists() and not under_way and isinstance(found, dict) and all(found.get(k) == v for k, v in settings.items())
-
-
-def begin_or_resume(out, settings, shape):
-    """Files of a run under way: NAME.npz.part (the images), .done (which of them are there), .run (the settings)."""
-    if read_settings(f"{out}.run") == settings and Path(f"{out}.part").exists() and Path(f"{out}.done").exists():
-        count = int(np.load(f"{out}.done").sum())
-        return print(f"{out}: going on, {count} of {shape[0]} images are there")
-    for suffix in ("run", "done", "part"):
-        Path(f"{out}.{suffix}").unlink(missing_ok=True)
-    np.lib.format.open_memmap(f"{out}.part", "w+", np.uint8, shape)
-    np.lib.format.open_memmap(f"{out}.done", "w+", np.uint8, shape[:1])
-    data.write_json(f"{out}.run", settings)  # last: without it the others do not count
+    if not out.exists() or not out.with_suffix(".json").exists() or Path(f"{out}.run").exists():  # .run is removed after the .npz is written
+        return False
+    found = data.read_json(out.with_suffix(".json"))
+    return all(found.get(k) == v for k, v in settings.items() if k not in PATHS)
 
 
 def main():
     args = parse_args()
-    device, rank, world = data.setup()
+    device, rank, world = data.setup(args.deterministic)
     args.precision = args.precision or data.fast_precision(device)
     if args.bench:
         args.sit = args.sit or "SiT-XL/1"
@@ -300,36 +287,40 @@ def main():
         print(f"memory about {decode_memory(model, vae, guide, args.micro_batch) / 2**30:.1f} GiB a process (counted in float32), disk {2 * np.prod(shape) / 2**30:.2f} GiB")
     if args.dry_run:
         return
+    files = {f"{out}.part": (np.uint8, shape), f"{out}.done": (np.uint8, shape[:1])}
     labels = choose_labels(args, model.num_classes)
-    settings = {k: v for k, v in vars(args).items() if k not in ("out", "micro_batch", "dry_run", "compile", "bench", "json")}
+    settings = {k: v for k, v in vars(args).items() if k not in ("out", "micro_batch", "dry_run", "compile", "bench", "json", "deterministic")}
     settings.update(interval=list(args.interval), step=checkpoint["step"], vae_hash=checkpoint["vae_hash"], nfe=nfe, sit_hash=data.weights_hash(model.state_dict()),
                     guide_hash=guide and data.weights_hash(guide.state_dict()), stats_hash=data.weights_hash({k: checkpoint[k] for k in ("latent_mean", "latent_std")}))
     if finished(out, settings):
-        return print(f"{out}: already there") if rank == 0 else None
+        if rank == 0:
+            data.sweep(f"{out}.lock", *files)
+            print(f"{out}: already there")
+        return
     there = Path(f"{out}.part").stat().st_blocks * 512 if Path(f"{out}.part").exists() else 0
     data.open_out(out.parent, need_bytes=2 * int(np.prod(shape)) - there)
-    data.barrier()
     if rank == 0:
-        begin_or_resume(out, settings, shape)
+        data.claim(f"{out}.lock")
+        if data.begin_rows(f"{out}.run", {k: v for k, v in settings.items() if k not in PATHS}, files):
+            print(f"{out}: going on, {np.count_nonzero(np.load(f'{out}.done', allow_pickle=False))} of {args.images} images are there")
     data.barrier()
-    images, done = np.load(f"{out}.part", mmap_mode="r+"), np.load(f"{out}.done", mmap_mode="r+")
-    missing = np.flatnonzero(done == 0)
-    data.barrier()  # all have read what is missing before anyone adds to it
-    rows = missing[data.split_rows(len(missing), rank, world)].tolist()
+    store = data.RowFiles(*files)
+    rows = store.missing(rank, world)
     prepare(model, vae, guide, args, device)
     parts = data.chunks(rows, args.micro_batch)
-    for _ in tqdm(sample_batches(model, vae, guide, checkpoint, args, parts, labels, images, done, device, data.Clock(device)), "sample", len(parts), disable=rank > 0 or None):
+    for _ in tqdm(sample_batches(model, vae, guide, checkpoint, args, parts, labels, store, device, data.Clock(device)), "sample", len(parts), disable=rank > 0 or None):
         pass
+    store.flush()
     data.barrier()
     if rank:
         return
-    shown = min(args.images, 64)
+    shown, images = min(args.images, 64), store.arrays[0]
     data.save_grid(torch.from_numpy(images[:shown].copy()).permute(0, 3, 1, 2), out.with_suffix(".png"), columns=8)
     seconds = time.time() - begin
     data.write_json(out.with_suffix(".json"), dict(settings, seconds=round(seconds, 1)))
-    write_npz(out, {"arr_0": np.load(f"{out}.part", mmap_mode="r"), "arr_1": labels.astype(np.int64)})  # last: it marks the stage as done
-    for suffix in ("part", "done", "run"):
-        os.remove(f"{out}.{suffix}")
+    write_npz(out, {"arr_0": images, "arr_1": labels.astype(np.int64)})  # last: it marks the stage as done
+    os.remove(f"{out}.run")
+    data.sweep(f"{out}.lock", *files)
     print(f"{out}: {args.images} images in {seconds:.0f} s ({len(rows) * world / seconds:.1f} images/s)")
 
 

@@ -29,7 +29,7 @@ from vae import load_vae
 
 
 def parse_args():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = data.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     on_gpu = torch.cuda.is_available()
     p.add_argument("--latents", help="folder written by vae.py")
     p.add_argument("--out", help="folder for sit.pt and metrics.jsonl")
@@ -62,6 +62,7 @@ def parse_args():
     # The run
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--precision", choices=("bf16", "fp32"), help="default: bf16 where it is fast")
+    p.add_argument("--deterministic", action="store_true", help="equal bits in each run on CUDA too, slower (a CPU needs no flag)")
     p.add_argument("--compile", type=int, default=int(on_gpu), choices=(0, 1))
     p.add_argument("--grad-checkpointing", type=int, default=0, choices=(0, 1), help="1: less memory for about a third more time; the result stays the same")
     p.add_argument("--workers", type=int, default=4 if on_gpu else 0, help="image reading processes (REPA)")
@@ -75,7 +76,7 @@ def parse_args():
 
 
 class SiTLoss(nn.Module):
-    """Velocity loss, plus REPA: (weighted sum, each part)."""
+    """Velocity loss, plus REPA: (weighted sum, each part, the velocity loss of each image)."""
 
     def __init__(self, model, path, repa):
         super().__init__()
@@ -85,18 +86,19 @@ class SiTLoss(nn.Module):
         """x, eps (B, c, h, w); y, t (B,); tokens (B, N, D) of the VFM or None."""
         x_t, target = interpolate(x, eps, t, self.path)
         v, projection = self.model(x_t, t, y, features=True) if tokens is not None else (self.model(x_t, t, y), None)
-        parts = {"velocity": velocity_loss(v, target).mean()}
+        each = velocity_loss(v, target)
+        parts = {"velocity": each.mean()}
         total = parts["velocity"]
         if tokens is not None:
             parts["repa"] = repa_loss(projection, tokens)
             total = total + self.repa * parts["repa"]
-        return total, {k: v.detach() for k, v in parts.items()}
+        return total, {k: v.detach() for k, v in parts.items()}, each.detach()
 
 
 class PairedImages:
     """The raw images that belong to the rows of a latent cache: same files, crop and flips (REPA's input)."""
 
-    def __init__(self, latents, root):
+    def __init__(self, latents, root, check):
         if not root:
             raise UserError("--repa needs the raw images: give --data DIR, or switch it off with --repa 0")
         self.images = data.ImageFolder(root, latents.meta["resolution"], flip=True, split=latents.meta["split"])
@@ -104,6 +106,9 @@ class PairedImages:
         missing = [f for f in latents.files if f not in at]
         if missing:
             raise UserError(f"--data {root}: {missing[0]} of the latent cache is not there ({len(missing)} such files)")
+        if check and latents.meta.get("files_hash", self.images.hash()) != self.images.hash():
+            raise UserError(f"--data {root}: not the images that the latents were made of (hash of names and sizes {self.images.hash()}, the latents' {latents.meta['files_hash']}); "
+                            "a file was added, removed or replaced: bring it back, or encode again into another folder")
         self.index = np.array([at[f] for f in latents.files])
 
     def rows(self, rows, flips):
@@ -119,6 +124,7 @@ class Trainer:
         self.latent_shape = (c2 // 2, side, side)
         self.num_classes = len(latents.meta["classes"])
         self.vfm = self.paired = self.tokens = None
+        self.inputs = dict(latents="-".join(str(latents.meta.get(k)) for k in ("vae_hash", "files_hash")))
         self.clock = data.Clock(device)
         torch.manual_seed(args.seed)  # initial weights only
         make = SIT_MODELS[args.model]
@@ -128,10 +134,10 @@ class Trainer:
         if args.cache_vfm and not args.repa:
             raise UserError("--cache-vfm: has no effect with --repa 0")
         if args.repa:
-            self.paired = PairedImages(latents, args.data)
+            self.paired = PairedImages(latents, args.data, check=rank == 0 and not args.bench)
             with data.rank_zero_first():
                 self.vfm = VFM(args.vfm, latents.meta["resolution"], side // patch, args.vfm_ckpt, args.vfm_layer, weights=not (args.dry_run or args.bench))
-            self.vfm_hash = data.weights_hash(self.vfm.state_dict()) if args.cache_vfm else None
+            self.inputs["vfm"] = None if args.dry_run or args.bench else data.weights_hash(self.vfm.state_dict())
             data.cast_matmuls(self.vfm.to(memory_format=torch.channels_last), device, args.precision)
             torch.manual_seed(args.seed)
         self.model = make(input_size=side, in_channels=c2 // 2, num_classes=self.num_classes, qk_norm=bool(args.qk_norm),
@@ -146,7 +152,7 @@ class Trainer:
     def cache_tokens(self):
         """--cache-vfm: all tokens on disk, and the VFM's weights out of memory."""
         if self.args.cache_vfm and self.vfm is not None:
-            self.tokens = TokenCache(self.args.cache_vfm, self.vfm, self.vfm_hash, self.paired.images, self.flips, self.args, self.device, self.rank, self.world)
+            self.tokens = TokenCache(self.args.cache_vfm, self.vfm, self.inputs["vfm"], self.paired.images, self.flips, self.args, self.device, self.rank, self.world)
             self.vfm.to("meta")
 
     def parallel(self):
@@ -159,7 +165,7 @@ class Trainer:
 
     def state(self):
         return dict(config=self.model.config, model=self.model.state_dict(), ema=self.ema.state_dict(),
-                    optimizer=self.optimizer.state_dict(), step=self.step, seconds=self.seconds, args=vars(self.args),
+                    optimizer=self.optimizer.state_dict(), step=self.step, seconds=self.seconds, args=vars(self.args), inputs=self.inputs,
                     latent_mean=self.latents.mean, latent_std=self.latents.std, classes=self.latents.meta["classes"],
                     vae=self.latents.meta["vae"], vae_hash=self.latents.meta["vae_hash"], path=self.args.path)
 
@@ -168,7 +174,7 @@ class Trainer:
             raise UserError(f"{self.args.out}/sit.pt was trained on latents of VAE {checkpoint['vae_hash']}, {self.args.latents} is of "
                             f"{self.latents.meta['vae_hash']}; choose another --out")
         data.load_weights(self.model, checkpoint["model"], f"{self.args.out}/sit.pt")
-        self.ema.load_state_dict(checkpoint["ema"])
+        data.load_weights(self.ema, checkpoint["ema"], f"{self.args.out}/sit.pt, ema")
         self.optimizer.load_state_dict(checkpoint["optimizer"])
         self.step, self.seconds = checkpoint["step"], checkpoint["seconds"]
 
@@ -185,20 +191,25 @@ class Trainer:
         """Latents x (B, c, h, w), labels y, times t (B,) and noise eps of this rank at `step`."""
         places, rows, flips, u = self.choose(step)
         _, normal, eps_posterior, eps = data.draw_noise(self.args.seed, places, 3, (1,), self.latent_shape, self.latent_shape)
-        mean, std = torch.from_numpy(np.stack([self.latents.moments[r, f] for r, f in zip(rows, flips)])).float().chunk(2, dim=1)
+        moments = torch.from_numpy(np.stack([self.latents.moments[r, f] for r, f in zip(rows, flips)])).float()
+        bad = [self.latents.files[r] for r, m in zip(rows, moments) if not m.isfinite().all()]
+        if bad:
+            raise UserError(f"step {step + 1}: latents of {', '.join(bad[:8])} in {self.args.latents} are not finite ({len(bad)} of the batch); the last checkpoint is intact; "
+                            "delete that folder and encode again")
+        mean, std = moments.chunk(2, dim=1)
         x = (mean + std * eps_posterior - self.mean) / self.std  # unit variance per channel
         y = torch.from_numpy(self.latents.labels[rows]).where(u[:, 2] >= self.args.label_dropout, torch.tensor(self.num_classes))
         return x, y, draw_time(u[:, 1], normal[:, 0], self.args.time, self.args.path), eps
 
     def train_step(self, batch, pixels, tokens):
         """One optimiser step; returns the rank's loss parts. batch: (x, y, t, eps); pixels: the raw images; tokens: the VFM's of them; REPA
-        needs one of the two."""
+        needs one of the two. Leaves in self.each (B,) the velocity loss of each image."""
         args, local, clock = self.args, len(batch[0]), self.clock
         size = args.micro_batch or local
         for group in self.optimizer.param_groups:
             group["lr"] = data.learning_rate(args, self.step)
         self.optimizer.zero_grad(set_to_none=True)
-        parts = {}
+        parts, losses = {}, []
         for i in range(0, local, size):
             part = [v if v is None else v[i:i + size].to(self.device, non_blocking=True) for v in (*batch, tokens)]
             share = len(part[0]) / local
@@ -208,11 +219,13 @@ class Trainer:
                         images = data.to_float(pixels[i:i + size].to(self.device, non_blocking=True))
                         part[-1] = self.vfm(data.any_batch(images.contiguous(memory_format=torch.channels_last), local % size))
                 with clock("forward"):
-                    total, each = self.run(*(v if v is None else data.any_batch(v, local % size) for v in part))
+                    total, means, each = self.run(*(v if v is None else data.any_batch(v, local % size) for v in part))
                 with clock("backward"):
                     (total * share).backward()
-            for k, v in each.items():
+            for k, v in means.items():
                 parts[k] = parts.get(k, 0) + v * share
+            losses.append(each)
+        self.each = torch.cat(losses)
         with clock("optimiser"):
             parts["grad_norm"] = nn.utils.clip_grad_norm_(self.model.parameters(), args.clip)
             self.optimizer.step()
@@ -325,7 +338,7 @@ def bench(args, device, rank, world):
         def step():
             with t.clock("data"):
                 batch = next(source)
-            parts.add(t.step + 1, t.train_step(*batch))
+            parts.add(t.step + 1, t.train_step(*batch), t.each, batch[0][2])
 
         plan = Trainer(argparse.Namespace(**{**vars(args), "dry_run": True}), t.latents, torch.device("meta"), rank, world)
         with torch.device("meta"):
@@ -353,7 +366,7 @@ def plan(t, path, params, disk):
 
 def main():
     args = parse_args()
-    device, rank, world = data.setup()
+    device, rank, world = data.setup(args.deterministic)
     args.precision = args.precision or data.fast_precision(device)
     if args.batch % world:
         raise UserError(f"--batch {args.batch}: expected a multiple of the {world} processes")
@@ -364,6 +377,8 @@ def main():
         raise UserError(f"--batch {args.batch} is larger than the {len(latents.labels)} latents of {args.latents}; use a smaller one")
     out = Path(args.out) if args.dry_run else data.open_out(args.out)
     path = out / "sit.pt"
+    if rank == 0 and not args.dry_run:
+        data.claim(out / ".lock")
     t = Trainer(args, latents, torch.device("meta") if args.dry_run else device, rank, world)
     params = sum(p.numel() for p in t.model.parameters())
     disk = 3 * params * 16
@@ -371,7 +386,7 @@ def main():
         return plan(t, path, params, disk) if rank == 0 else None
     checkpoint = data.load_newest(path)
     if checkpoint is not None:
-        data.same_run(checkpoint, args, path)
+        data.same_run(checkpoint, args, path, t.inputs)
         t.load(checkpoint)
     if t.step >= args.steps:
         return print(f"{path}: already at step {t.step}") if rank == 0 else None
@@ -381,28 +396,31 @@ def main():
     if rank == 0:
         plan(t, path, params, disk)
     evaluate = Evaluation(args, latents, device, rank, world) if args.eval_every else None
-    log = data.Log(out / "metrics.jsonl", t.step, vars(args), rank)
-    stop, since, seen, pending = data.Stop(), time.time(), 0, data.Parts()
+    log = data.Log(out / "metrics.jsonl", t.step, dict(vars(args), inputs=t.inputs), rank)
+    stop, since, seen, pending = data.Stop(), time.time(), 0, data.Parts((checkpoint or {}).get("losses"))
+    name_images = lambda step, places: [latents.files[data.sample_order(len(latents.files), args.seed, (step - 1) * args.batch + p, 1)[0]] for p in places]
     bar = tqdm(total=args.steps, initial=t.step, disable=rank > 0 or None)
     for batch in data.ahead(batches(t), device):
-        pending.add(t.step + 1, t.train_step(*batch))
+        pending.add(t.step + 1, t.train_step(*batch), t.each, batch[0][2])
         seen += args.batch
         bar.update()
         logs, saves, evaluates = (t.step % n == 0 or t.step == args.steps for n in (args.log_every, args.save_every, args.eval_every or args.steps))
         stopping = stop.asked()
         if logs or saves or evaluates or stopping:
-            parts = pending.look("a smaller --lr, --qk-norm 1 or --precision fp32")
+            parts = pending.look("a smaller --lr, --qk-norm 1 or --precision fp32", name_images)
+            for spike in pending.spikes:
+                log.write(**spike)
         if logs:
             now = time.time()
             t.seconds, rate, since, seen = t.seconds + now - since, seen / (now - since), now, 0
-            log.write(step=t.step, **parts, lr=data.learning_rate(args, t.step - 1), images_per_s=round(rate, 1), seconds=round(t.seconds, 1))
+            log.write(step=t.step, **parts, velocity_t=pending.by_time(), lr=data.learning_rate(args, t.step - 1), images_per_s=round(rate, 1), seconds=round(t.seconds, 1))
             bar.set_postfix({k: f"{v:.4g}" for k, v in parts.items()}, refresh=False)
         if evaluate is not None and evaluates:
             begin = time.time()
             log.write(step=t.step, **{evaluate.metric: evaluate(t.ema)})
             since += time.time() - begin  # no part of the training's speed
         if (saves or stopping) and rank == 0:
-            data.save_checkpoint(path, t.state())
+            data.save_checkpoint(path, dict(t.state(), losses=pending.state()))
         if stopping:
             data.barrier()  # no rank leaves, and takes the others with it, before the checkpoint is on disk
             raise UserError(f"stopped by a signal; saved at step {t.step}; run the same command to go on")

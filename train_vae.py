@@ -40,7 +40,7 @@ from vae import VAE_CONFIGS, AutoencoderKL, GroupNorm, load_vae
 
 
 def parse_args():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = data.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     on_gpu = torch.cuda.is_available()
     p.add_argument("--data", help="image folder")
     p.add_argument("--out", help="folder for vae.pt and metrics.jsonl")
@@ -83,6 +83,7 @@ def parse_args():
     # The run
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--precision", choices=("bf16", "fp32"), help="default: bf16 where it is fast")
+    p.add_argument("--deterministic", action="store_true", help="equal bits in each run on CUDA too, slower (a CPU needs no flag)")
     p.add_argument("--compile", type=int, default=int(on_gpu), choices=(0, 1))
     p.add_argument("--workers", type=int, default=4 if on_gpu else 0, help="image reading processes")
     p.add_argument("--save-every", type=data.positive, default=1000, help="steps between checkpoints")
@@ -244,7 +245,7 @@ class Trainer:
             raise UserError("give either --init CKPT (fine-tune) or --preset NAME (from scratch)")
         torch.manual_seed(args.seed)  # initial weights only
         self.vae = load_vae(args.init).requires_grad_(True).train() if args.init else AutoencoderKL(**VAE_CONFIGS[args.preset])
-        args.init_weights = data.weights_hash(self.vae.state_dict()) if args.init else None  # same_run refuses another file under the same name
+        self.inputs = dict(init=data.weights_hash(self.vae.state_dict()) if args.init else None)  # of a resumed run: the same content, wherever it lies
         self.size = args.resolution or self.vae.config["resolution"]
         if self.size % self.vae.factor:
             raise UserError(f"--resolution {self.size}: expected a multiple of {self.vae.factor}, the VAE's downsampling factor")
@@ -265,16 +266,18 @@ class Trainer:
                 self.mapper = Mapper(c, side, grid, self.vfm.dim, args.mapper_depth, args.mapper_width, mlp_width=args.mapper_mlp)
             else:
                 self.mapper = LinearMapper(c, side, grid, self.vfm.dim)
-            self.vfm_hash = data.weights_hash(self.vfm.state_dict()) if args.cache_vfm else None
+            self.inputs["vfm"] = None if random else data.weights_hash(self.vfm.state_dict())
             data.cast_matmuls(self.vfm.to(memory_format=torch.channels_last), device, args.precision)
         if args.lpips:
             with data.rank_zero_first():
                 self.lpips = build_lpips(args.lpips_ckpt, device, weights=not random)
+            self.inputs["lpips"] = None if random else data.weights_hash(self.lpips.state_dict())
         if args.gan:
             torch.manual_seed(args.seed + 2)
             self.discriminator = PatchGAN(norm="batch" if args.disc_ckpt else "group")
             if args.disc_ckpt:
                 load_discriminator(self.discriminator, args.disc_ckpt)
+                self.inputs["disc_ckpt"] = data.weights_hash(self.discriminator.state_dict())
         self.ema = copy.deepcopy(self.vae).to(device).requires_grad_(False)
         weights = dict(rec=1.0, kl=args.kl, lpips=args.lpips, gan=args.gan, align=args.lambda_align)
         self.loss = VAELoss(self.vae, self.mapper, weights, args.rec, args.align, varies=bool(local % (args.micro_batch or local))).to(device, memory_format=torch.channels_last)
@@ -289,7 +292,7 @@ class Trainer:
     def cache_tokens(self, images):
         """--cache-vfm: all tokens on disk, and the VFM's weights out of memory."""
         if self.args.cache_vfm and self.vfm is not None:
-            self.tokens = TokenCache(self.args.cache_vfm, self.vfm, self.vfm_hash, images, 1 + images.flip, self.args, self.device, self.rank, self.world)
+            self.tokens = TokenCache(self.args.cache_vfm, self.vfm, self.inputs["vfm"], images, 1 + images.flip, self.args, self.device, self.rank, self.world)
             self.vfm.to("meta")
 
     def parallel(self):
@@ -313,18 +316,16 @@ class Trainer:
     def state(self):
         modules = dict(vae=self.vae, ema=self.ema, mapper=self.mapper, discriminator=self.discriminator, optimizer=self.optimizer,
                        disc_optimizer=self.discriminator and self.disc_optimizer)
-        return dict({k: v and v.state_dict() for k, v in modules.items()}, config=self.vae.config, args=vars(self.args),
+        return dict({k: v and v.state_dict() for k, v in modules.items()}, config=self.vae.config, args=vars(self.args), inputs=self.inputs,
                     mapper_config=self.mapper and self.mapper.config, step=self.step, seconds=self.seconds,
                     latent_stats={k: getattr(self.stats, k) for k in LatentStats.NAMES})
 
     def load(self, checkpoint):
-        data.load_weights(self.vae, checkpoint["vae"], f"{self.args.out}/vae.pt")
-        self.ema.load_state_dict(checkpoint["ema"])
+        for name in ("vae", "ema", "mapper", "discriminator"):
+            if getattr(self, name) is not None:
+                data.load_weights(getattr(self, name), checkpoint[name], f"{self.args.out}/vae.pt, {name}")
         self.optimizer.load_state_dict(checkpoint["optimizer"])
-        if self.mapper is not None:
-            self.mapper.load_state_dict(checkpoint["mapper"])
         if self.discriminator is not None:
-            self.discriminator.load_state_dict(checkpoint["discriminator"])
             self.disc_optimizer.load_state_dict(checkpoint["disc_optimizer"])
         for name in LatentStats.NAMES:
             getattr(self.stats, name).copy_(checkpoint["latent_stats"][name])
@@ -376,8 +377,8 @@ class Trainer:
         return {k: gradient_ratio(*pair, most={"gan": 1e4, "align": 1e8}[k]) for k, pair in mean.items()}
 
     def train_step(self, pixels, noise, tokens):
-        """One optimiser step of the VAE and the mapper, then one of the discriminator; returns the rank's loss parts. Arguments as
-        micro_batches()."""
+        """One optimiser step of the VAE and the mapper, then one of the discriminator; returns the rank's loss parts, and leaves in self.each (B,)
+        which of its images came out finite. Arguments as micro_batches()."""
         args, clock, batches = self.args, self.clock, self.micro_batches(pixels, noise, tokens)
         if args.align == "send" and self.step == 0:
             self.first_stats(batches)
@@ -399,6 +400,7 @@ class Trainer:
                 parts[k] = parts.get(k, 0) + v * share
             self.stats.add(z)
             fakes.append(x_rec)
+        self.each = torch.cat([x_rec.sum((1, 2, 3)) for x_rec in fakes])
         with clock("optimiser"):
             parts["grad_norm"] = nn.utils.clip_grad_norm_(self.vae.parameters(), args.clip)
             if self.mapper is not None:  # apart, so that the mapper's gradient does not shorten the VAE's step
@@ -468,7 +470,7 @@ def bench(args, device, rank, world):
         def step():
             with t.clock("data"):
                 batch = next(source)
-            parts.add(t.step + 1, t.train_step(*batch))
+            parts.add(t.step + 1, t.train_step(*batch), t.each)
 
         def traced():
             x = plan.traced(1)
@@ -506,7 +508,7 @@ def plan(t, images, path, disk):
 
 def main():
     args = parse_args()
-    device, rank, world = data.setup()
+    device, rank, world = data.setup(args.deterministic)
     args.precision = args.precision or data.fast_precision(device)
     if args.batch % world:
         raise UserError(f"--batch {args.batch}: expected a multiple of the {world} processes")
@@ -514,15 +516,17 @@ def main():
         return bench(args, device, rank, world)
     out = Path(args.out) if args.dry_run else data.open_out(args.out)
     path = out / "vae.pt"
+    if rank == 0 and not args.dry_run:
+        data.claim(out / ".lock")
     t = Trainer(args, torch.device("meta") if args.dry_run else device, rank, world)
     disk = 3 * sum(p.numel() for p in t.loss.parameters()) * 16
     images = data.ImageFolder(args.data, t.size, flip=bool(args.flip), split=args.split)
     data.check_folder(images, args.batch)
     if args.dry_run:
         return plan(t, images, path, disk) if rank == 0 else None
-    checkpoint = data.load_newest(path)
+    checkpoint, t.inputs["data"] = data.load_newest(path), images.hash() if rank == 0 else None
     if checkpoint is not None:
-        data.same_run(checkpoint, args, path)
+        data.same_run(checkpoint, args, path, t.inputs if rank == 0 else {})
         t.load(checkpoint)
     if t.step >= args.steps:
         return print(f"{path}: already at step {t.step}") if rank == 0 else None
@@ -531,24 +535,27 @@ def main():
     t.cache_tokens(images)
     if rank == 0:
         plan(t, images, path, disk)
-    log = data.Log(out / "metrics.jsonl", t.step, vars(args), rank)
-    stop, since, seen, pending = data.Stop(), time.time(), 0, data.Parts()
+    log = data.Log(out / "metrics.jsonl", t.step, dict(vars(args), inputs=t.inputs), rank)
+    stop, since, seen, pending = data.Stop(), time.time(), 0, data.Parts((checkpoint or {}).get("losses"))
+    name_images = lambda step, places: [images.files[data.sample_order(len(images), args.seed, (step - 1) * args.batch + p, 1)[0] % len(images.files)] for p in places]
     bar = tqdm(total=args.steps, initial=t.step, disable=rank > 0 or None)
     for batch in data.ahead(batches(t, images), device):
-        pending.add(t.step + 1, t.train_step(*batch))
+        pending.add(t.step + 1, t.train_step(*batch), t.each)
         seen += args.batch
         bar.update()
         logs, saves = (t.step % n == 0 or t.step == args.steps for n in (args.log_every, args.save_every))
         stopping = stop.asked()
         if logs or saves or stopping:
-            parts = pending.look("a smaller --lr, or --precision fp32")
+            parts = pending.look("a smaller --lr, or --precision fp32", name_images)
+            for spike in pending.spikes:
+                log.write(**spike)
         if logs:
             now = time.time()
             t.seconds, rate, since, seen = t.seconds + now - since, seen / (now - since), now, 0
             log.write(step=t.step, **parts, lr=data.learning_rate(args, t.step - 1), images_per_s=round(rate, 1), seconds=round(t.seconds, 1))
             bar.set_postfix({k: f"{v:.4g}" for k, v in parts.items()}, refresh=False)
         if (saves or stopping) and rank == 0:
-            data.save_checkpoint(path, t.state())
+            data.save_checkpoint(path, dict(t.state(), losses=pending.state()))
         if stopping:
             data.barrier()  # no rank leaves, and takes the others with it, before the checkpoint is on disk
             raise UserError(f"stopped by a signal; saved at step {t.step}; run the same command to go on")

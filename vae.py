@@ -278,6 +278,8 @@ def load_vae(path):
     scaled in here (diffusers' scaling_factor is not used): vae.py measures their mean and std.
     """
     path, config = Path(path), None
+    if path.is_dir() and not (path / "config.json").exists() and (path / "vae.pt").exists():
+        raise UserError(f"{path}: a folder of train_vae.py; give its file {path / 'vae.pt'}")
     if path.is_dir():
         path = path / "vae" if (path / "vae").is_dir() else path  # a whole pipeline
         config = diffusers_config(path / "config.json")
@@ -388,14 +390,18 @@ def export_diffusers(vae, folder):
         raise UserError(f"{folder} holds a config.json already; choose another --out")
     folder = data.open_out(folder, need_bytes=4 * sum(v.numel() for v in state.values()))
     safetensors.torch.save_file({k: v.contiguous() for k, v in state.items()}, folder / "diffusion_pytorch_model.safetensors")
-    data.write_json(folder / "config.json", config)
+    data.write_text(folder / "config.json", json.dumps(config, indent=1) + "\n")
+    data.write_json(folder / "made.json", dict(vae_hash=data.weights_hash(vae.state_dict())))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Stage 2: images -> moments.npy, labels.npy, files.txt, stats.npz, meta.json
 
+UNREADABLE = 2  # in done.npy, of an image without moments
+
+
 def parse_args():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = data.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("command", nargs="?", default="encode", choices=("encode", "export-diffusers"), help="encode (default): latents; "
                    "export-diffusers: the VAE as a diffusers folder (--vae and --out only)")
     p.add_argument("--vae", help="checkpoint of train_vae.py, LDM, LightningDiT, REPA-E or diffusers (--bench: or the name of a preset)")
@@ -408,6 +414,7 @@ def parse_args():
     p.add_argument("--precision", choices=("bf16", "fp32"), help="default: bf16 where it is fast")
     p.add_argument("--compile", type=int, default=int(torch.cuda.is_available()), choices=(0, 1))
     p.add_argument("--workers", type=int, default=4 if torch.cuda.is_available() else 0, help="image reading processes")
+    p.add_argument("--deterministic", action="store_true", help="equal bits in each run on CUDA too, slower (a CPU needs no flag)")
     p.add_argument("--dry-run", action="store_true", help="print the plan (images, disk, memory), and end")
     data.bench_flags(p)
     args = p.parse_args()
@@ -438,29 +445,19 @@ def encode_batches(vae, images, rows, flips, args, device, clock):
         yield kept, arrived
 
 
-def store_batches(vae, images, rows, moments, args, device, clock):
-    """Write the rows of the memmap `moments`; yield, for each list of rows, those that could be read and sums (3, c) of them:
-    count, z, E[z^2]."""
-    for kept, arrived in data.one_behind(encode_batches(vae, images, rows, moments.shape[1], args, device, clock)):
+def store_batches(vae, images, rows, store, args, device, clock):
+    """Put the moments of each list of rows into `store` (RowFiles), with sums (2, c) of each image over positions and flips: z, E[z^2]."""
+    for asked, (kept, arrived) in zip(rows, data.one_behind(encode_batches(vae, images, rows, store.arrays[0].shape[1], args, device, clock))):
         with clock("store"):
             stored = arrived()
-            if not stored.isfinite().all():
-                raise UserError(f"{args.vae}: moments of {images.files[kept[0]]} and its batch exceed float16 or are not finite")
-            moments[kept] = stored.numpy()
+            bad = [images.files[row] for row, m in zip(kept, stored) if not m.isfinite().all()]
+            if bad:
+                raise UserError(f"{args.vae}: moments of {', '.join(bad[:8])} exceed float16 or are not finite")
             mean, std = stored.double().chunk(2, dim=2)
             # z = mean + std eps, so E[z] = E[mean] and E[z^2] = E[mean^2 + std^2]: exact, without sampling
-            sums = torch.stack([v.sum((0, 1, 3, 4)) for v in (torch.ones_like(mean), mean, mean ** 2 + std ** 2)])
-        yield kept, sums
-
-
-def encode_folder(vae, images, moments, args, device, rank, world):
-    """Write this rank's rows of the memmap `moments`; return per-channel sums for the statistics and the rows that could be read."""
-    rows = data.chunks(data.split_rows(len(images.files), rank, world), args.micro_batch)
-    total, readable = torch.zeros(3, vae.config["z_channels"], dtype=torch.float64), np.zeros(len(images.files), np.int64)
-    for kept, sums in tqdm(store_batches(vae, images, rows, moments, args, device, data.Clock(device)), "encode", len(rows), disable=rank > 0 or None):
-        total += sums
-        readable[kept] = 1
-    return total, readable
+            store.put(kept, stored.numpy(), torch.stack([v.sum((1, 3, 4)) for v in (mean, mean ** 2 + std ** 2)], 1).numpy())
+            store.put([row for row in asked if row not in kept], done=UNREADABLE)
+        yield
 
 
 def prepare_encoder(vae, args, device):
@@ -479,8 +476,9 @@ def bench(args, device, world):
             copy, x = AutoencoderKL(**vae.config), torch.empty(1, 3, size, size)
         prepare_encoder(vae, args, device)
         images, clock = data.ImageFolder(data.random_images(folder, 64, size), size), data.Clock(device)
-        moments = np.lib.format.open_memmap(f"{folder}/moments.npy", "w+", np.float16, (64, flips, 2 * vae.config["z_channels"], size // vae.factor, size // vae.factor))
-        source = store_batches(vae, images, [[j % 64 for j in range(i * n, (i + 1) * n)] for i in range(args.bench + 10)], moments, args, device, clock)
+        files = row_files(folder, (64, flips, 2 * vae.config["z_channels"], size // vae.factor, size // vae.factor))
+        data.begin_rows(f"{folder}/unfinished.json", {}, files)
+        source = store_batches(vae, images, [[j % 64 for j in range(i * n, (i + 1) * n)] for i in range(args.bench + 10)], data.RowFiles(*files), args, device, clock)
         pixels = torch.zeros(n, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
 
         @torch.no_grad()
@@ -493,9 +491,14 @@ def bench(args, device, world):
                        flips * data.count_flops(lambda: copy.encode(x)), clock, bare)
 
 
+def row_files(folder, shape):
+    """What is filled in while images are encoded: moments of `shape`, sums of each image for the statistics, which rows are there."""
+    return {f"{folder}/moments.npy": (np.float16, shape), f"{folder}/sums.npy": (np.float64, (shape[0], 2, shape[2] // 2)), f"{folder}/done.npy": (np.uint8, shape[:1])}
+
+
 def drop_rows(path, kept):
     """Rewrite the array at `path` with the rows `kept` alone: what is left when unreadable images are taken out."""
-    whole = np.load(path, mmap_mode="r")
+    whole = np.load(path, mmap_mode="r", allow_pickle=False)
     part = np.lib.format.open_memmap(f"{path}.part", "w+", whole.dtype, (len(kept), *whole.shape[1:]))
     for i in range(0, len(kept), 1024):
         part[i:i + 1024] = whole[kept[i:i + 1024]]
@@ -503,9 +506,46 @@ def drop_rows(path, kept):
     os.replace(f"{path}.part", path)
 
 
+def tidy(out):
+    """Take away what only an unfinished cache needs."""
+    data.sweep(out / ".lock", out / "sums.npy", out / "done.npy", out / "unfinished.json")
+
+
+def already_encoded(out, settings):
+    """Whether `out` holds finished latents of these settings. Raises UserError when it holds others; paths may differ."""
+    if not (out / "meta.json").exists():
+        return False
+    found = data.read_json(out / "meta.json")
+    different = [k for k in settings if k not in ("vae", "data") and found.get(k, settings[k]) != settings[k]]
+    if different:
+        raise UserError(f"{out} holds latents with {different[0]} {found.get(different[0])}, this command says "
+                        f"{settings[different[0]]}; choose another --out or delete it")
+    return True
+
+
+def finish(out, images, store, settings, seconds):
+    """The other files of the cache, once all rows are there; meta.json is the last. -> what it says."""
+    n, kept, (moments, sums) = len(images.files), np.flatnonzero(store.done == 1), store.arrays
+    if n - len(kept) > data.MAX_BAD * n:  # each process has seen its own part alone
+        raise UserError(f"{images.root}: {n - len(kept)} of {n} images are unreadable, more than {data.MAX_BAD:.0%}; mend or delete them, delete {out} and run again")
+    shape = [len(kept), *moments.shape[1:]]
+    mean, square = sums[kept].sum(0) / (len(kept) * shape[1] * shape[3] * shape[4])
+    std = np.sqrt(np.maximum(square - mean ** 2, 0))
+    if not std.min() > 1e-6:
+        raise UserError(f"{settings['vae']}: latent channel {std.argmin()} is constant (std {std.min():.2g}) over {images.root}; the VAE has collapsed")
+    if len(kept) < n:
+        drop_rows(out / "moments.npy", kept)
+    np.save(out / "labels.npy", np.asarray(images.labels, np.int64)[kept])
+    data.write_text(out / "files.txt", "".join(images.files[i] + "\n" for i in kept))
+    np.savez(out / "stats.npz", mean=mean, std=std)
+    meta = dict(settings, n=len(kept), skipped=n - len(kept), shape=shape, seconds=round(seconds, 1))
+    data.write_json(out / "meta.json", meta)
+    return dict(meta, std=std)
+
+
 def main():
     args = parse_args()
-    device, rank, world = data.setup()
+    device, rank, world = data.setup(args.deterministic)
     args.precision = args.precision or data.fast_precision(device)
     begin = time.time()
     if args.bench:
@@ -515,7 +555,6 @@ def main():
     if args.command == "export-diffusers":
         export_diffusers(vae, args.out)
         return print(f"{args.out}: open it with diffusers.AutoencoderKL.from_pretrained('{args.out}'); its latents are not normalised (scaling_factor 1)")
-    vae_hash = data.weights_hash(vae.state_dict())
     c, size = vae.config["z_channels"], args.resolution or vae.config["resolution"]
     if size % vae.factor:
         raise UserError(f"--resolution {size}: expected a multiple of {vae.factor}, the VAE's downsampling factor")
@@ -529,43 +568,36 @@ def main():
               f"{device.type} in {args.precision}, {world} process(es), about {encode_memory(vae, size, args.micro_batch) / 2**30:.1f} GiB of memory each (counted in float32)")
     if args.dry_run:
         return
-    settings = dict(vae=args.vae, vae_hash=vae_hash, data=args.data, split=args.split, resolution=size, flip=args.flip,
+    settings = dict(vae=args.vae, vae_hash=data.weights_hash(vae.state_dict()), data=args.data, split=args.split, resolution=size, flip=args.flip,
                     precision=args.precision, crop="ADM centre", classes=images.classes)
-    out = data.open_out(args.out)
-    if (out / "meta.json").exists():
-        found = json.loads((out / "meta.json").read_text())
-        different = [k for k in settings if found.get(k) != settings[k]]
-        if different:
-            raise UserError(f"{out} holds latents with {different[0]} {found.get(different[0])}, this command says "
-                            f"{settings[different[0]]}; choose another --out or delete it")
-        return print(f"{out}: already encoded ({found['n']} images)") if rank == 0 else None
-    data.open_out(out, need_bytes=2 * int(np.prod(shape)))
+    out, files = Path(args.out), row_files(args.out, shape)
     if rank == 0:
-        np.lib.format.open_memmap(out / "moments.npy", "w+", np.float16, shape)
+        settings["files_hash"] = images.hash()
+    if already_encoded(out, settings):
+        if rank == 0:
+            tidy(out)
+            print(f"{out}: already encoded")
+        return
+    there = sum(p.stat().st_blocks * 512 for p in map(Path, files) if p.exists())
+    data.open_out(out, need_bytes=sum(np.dtype(d).itemsize * int(np.prod(s)) for d, s in files.values()) - there)
+    if rank == 0:
+        data.claim(out / ".lock")
+        if data.begin_rows(out / "unfinished.json", settings, files):
+            print(f"{out}: going on, {np.count_nonzero(np.load(out / 'done.npy', allow_pickle=False))} of {n} images are there")
     data.barrier()
-    moments = np.load(out / "moments.npy", mmap_mode="r+")
+    store = data.RowFiles(*files)
     prepare_encoder(vae, args, device)
-    sums, readable = encode_folder(vae, images, moments, args, device, rank, world)
-    moments.flush()
-    sums, readable = data.all_reduce(sums), data.all_reduce(torch.from_numpy(readable)).numpy()
+    rows = data.chunks(store.missing(rank, world), args.micro_batch)
+    for _ in tqdm(store_batches(vae, images, rows, store, args, device, data.Clock(device)), "encode", len(rows), disable=rank > 0 or None):
+        pass
+    store.flush()
+    data.barrier()
     if rank:
         return
-    kept = np.flatnonzero(readable)
-    if n - len(kept) > data.MAX_BAD * n:  # each process has seen its own part alone
-        raise UserError(f"{args.data}: {n - len(kept)} of {n} images are unreadable, more than {data.MAX_BAD:.0%}")
-    if len(kept) < n:
-        drop_rows(out / "moments.npy", kept)
-    mean = (sums[1] / sums[0]).numpy()
-    std = (sums[2] / sums[0] - sums[1].div(sums[0]) ** 2).clamp_min(0).sqrt().numpy()
-    if not std.min() > 1e-6:
-        raise UserError(f"{args.vae}: latent channel {std.argmin()} is constant (std {std.min():.2g}) over {args.data}; the VAE has collapsed")
-    np.save(out / "labels.npy", np.asarray(images.labels, np.int64)[kept])
-    (out / "files.txt").write_text("".join(images.files[i] + "\n" for i in kept))
-    np.savez(out / "stats.npz", mean=mean, std=std)
-    seconds = time.time() - begin
-    data.write_json(out / "meta.json", dict(settings, n=len(kept), skipped=n - len(kept), shape=[len(kept), *shape[1:]], seconds=round(seconds, 1)))
-    print(f"{out}: {len(kept)} images in {seconds:.0f} s ({len(kept) * shape[1] / seconds:.0f} images/s), "
-          f"latent std {std.min():.3g} to {std.max():.3g}")
+    meta = finish(out, images, store, settings, time.time() - begin)
+    tidy(out)
+    std, encoded = meta["std"], sum(map(len, rows)) * world
+    print(f"{out}: {meta['n']} images, {encoded} of them in {meta['seconds']:.0f} s ({encoded * shape[1] / max(meta['seconds'], 0.1):.0f} images/s), latent std {std.min():.3g} to {std.max():.3g}")
 
 
 if __name__ == "__main__":
