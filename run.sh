@@ -24,6 +24,7 @@ if [ -z "${SHOW:-}" ]; then
     # Installs what is missing; the mark saves the look-up when the lists have not changed. SKIP_INSTALL=1 takes the environment as it is.
     mark="$(python -c 'import sys; print(sys.prefix)')/.send-vae-requirements"
     if [ -z "${SKIP_INSTALL:-}" ] && ! cat requirements.txt requirements-dev.txt | cmp -s - "$mark"; then
+        echo "run.sh: installing what requirements.txt and requirements-dev.txt list (minutes, up to 6 GB)"
         python -m pip install -q -r requirements.txt -r requirements-dev.txt
         cat requirements.txt requirements-dev.txt > "$mark"
     fi

