@@ -32,6 +32,7 @@ import subprocess
 import sys
 import threading
 import time
+import tokenize
 import warnings
 import weakref
 import zipfile
@@ -61,10 +62,10 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".ti
 MAX_BAD = 0.01  # a data set with a larger share of unreadable images stops the run
 MAX_PIXELS = Image.MAX_IMAGE_PIXELS  # of an image, as it is and at the crop's scale: 89 million, where Pillow warns
 WORKER_TIMEOUT = 600  # seconds that a batch of images may take
-# What Pillow raises on damaged files, and the machine's errors among them, which are no file's fault
+# What Pillow raises on damaged files. An error of the system among them is no file's fault, but for these
 DAMAGED_IMAGE = (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, AttributeError, AssertionError, OverflowError, struct.error, zlib.error,
                  Image.DecompressionBombError)
-MACHINE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE, errno.ETIMEDOUT)
+OF_A_FILE = (None, errno.ENOENT, errno.EACCES, errno.EPERM, errno.ELOOP, errno.EINVAL, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG)
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # open_image refuses these
 SPLITS = ("train", "val", "test")
 
@@ -75,6 +76,15 @@ class UserError(ValueError):
 
 class UnreadableImage(UserError):
     """One image file that cannot be decoded."""
+
+
+class DamagedFile(UserError):
+    """A file whose content is not what was written."""
+
+
+def of_the_machine(error):
+    """Whether an error in reading a file tells of the machine (memory, disk, network, limits) and nothing of the file."""
+    return isinstance(error, MemoryError) or isinstance(error, OSError) and error.errno not in OF_A_FILE or "allocate memory" in str(error)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -119,7 +129,7 @@ def open_image(path, size=1):
             yield image
     except DAMAGED_IMAGE as e:
         reason = ' '.join(str(e).split()) or type(e).__name__
-        if getattr(e, "errno", None) in MACHINE:
+        if of_the_machine(e):
             raise UserError(f"{path}: cannot be read now ({e.strerror}); {HINTS.get(e.errno, 'see to the disk or the network')}, then run the same command again")
         raise UnreadableImage(f"{path}: cannot be read as an image ({reason})")
 
@@ -134,6 +144,13 @@ def read_image(path, size):
 def positive(text):
     """argparse type of counts: a whole number from 1."""
     if int(text) < 1:
+        raise ValueError
+    return int(text)
+
+
+def natural(text):
+    """argparse type of seeds and numbers of processes: a whole number from 0."""
+    if int(text) < 0:
         raise ValueError
     return int(text)
 
@@ -153,9 +170,9 @@ def to_uint8(images):
     return (images.float().clamp(-1, 1) * 127.5 + 127.5).round().to(torch.uint8)
 
 
-def leads_back(folder):
-    """Whether a folder is a link to one that holds it: followed, it would never end."""
-    return folder.is_symlink() and folder.parent.resolve().is_relative_to(folder.resolve())
+def identity(folder):
+    found = os.stat(folder)
+    return found.st_dev, found.st_ino
 
 
 def find_images(root):
@@ -163,9 +180,14 @@ def find_images(root):
     root = Path(root)
     if not root.is_dir():
         raise UserError(f"{root}: no such folder; expected a folder of images (for the built-in set: python data.py avatars {root})")
-    files = []
-    for folder, dirs, names in os.walk(root, followlinks=True):
-        dirs[:] = [d for d in dirs if not d.startswith((".", "__MACOSX")) and not leads_back(Path(folder, d))]
+    def fail(error):  # a folder that cannot be listed is not an empty one
+        raise error
+
+    files, above = [], {str(root): {identity(root)}}
+    for folder, dirs, names in os.walk(str(root), followlinks=True, onerror=fail):
+        inside = {d: identity(Path(folder, d)) for d in dirs if not d.startswith((".", "__MACOSX"))}
+        dirs[:] = [d for d, key in inside.items() if key not in above[folder]]  # a link to a folder that holds it is no end
+        above.update((os.path.join(folder, d), above[folder] | {inside[d]}) for d in dirs)
         files += [Path(folder, n).relative_to(root).as_posix() for n in names
                   if n.lower().endswith(IMAGE_SUFFIXES) and not n.startswith(".")]
     strange = [f for f in files if f.splitlines() != [f] or f.encode(errors="ignore").decode() != f]
@@ -214,10 +236,11 @@ class ImageFolder(torch.utils.data.Dataset):
         image = read_image(self.root / self.files[i % n], self.size)
         return (image.flip(-1) if i >= n else image), self.labels[i % n]
 
+    @functools.cached_property
     def hash(self):
-        """16 hex digits that name the files by path and size."""
-        files = "\n".join(f"{f} {(self.root / f).stat().st_size}" for f in self.files)
-        return hashlib.sha256(files.encode()).hexdigest()[:16]
+        """16 hex digits that name the files by path and size (-1 where there is none)."""
+        size = lambda path: path.stat().st_size if path.exists() else -1
+        return hashlib.sha256("\n".join(f"{f} {size(self.root / f)}" for f in self.files).encode()).hexdigest()[:16]
 
     def note_bad(self, bad):
         """Name each new unreadable file once; raise UserError when they are more than max_bad of the folder."""
@@ -282,11 +305,12 @@ class Batches(torch.utils.data.Dataset):
                     pixel, label = self.images[candidate % n]
                 except UnreadableImage as e:
                     bad.append((self.images.files[candidate % len(self.images.files)], str(e)))
-                    if len(bad) > max(1, self.images.max_bad * len(self.images.files)) + len(asked):
+                    if len(dict(bad)) > self.images.max_bad * len(self.images.files):
                         break  # note_bad will stop the run
                     continue
                 pixels.append(pixel), labels.append(label), rows.append(row)
                 break
+        self.reading[worker.id if worker else 0] = -1
         shape = (0, 3, self.images.size, self.images.size)
         return (torch.stack(pixels) if pixels else torch.empty(shape, dtype=torch.uint8)), torch.tensor(labels), rows, bad
 
@@ -330,12 +354,12 @@ def ahead(items, device):
 def threaded(items, finish, depth=2, begin=lambda: None):
     """finish(item) of each item, worked out in a thread at most `depth` items ahead; its errors are raised here. The thread ends with
     the reader."""
-    made, left = queue.Queue(depth), threading.Event()
+    ready, left = queue.Queue(depth), threading.Event()
 
     def put(item, error):
         while not left.is_set():
             try:
-                return made.put((item, error), timeout=0.1)
+                return ready.put((item, error), timeout=0.1)
             except queue.Full:
                 continue
 
@@ -353,7 +377,7 @@ def threaded(items, finish, depth=2, begin=lambda: None):
     threading.Thread(target=work, daemon=True).start()
     try:
         while True:
-            item, error = made.get()
+            item, error = ready.get()
             if isinstance(error, StopIteration):
                 return
             if error is not None:
@@ -575,9 +599,10 @@ def load_attributes(root):
     return images, Attributes(files, splits, names, values)
 
 
-# What the readers raise on torn, flipped, foreign or code-carrying files.
-DAMAGED = (OSError, RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError, AssertionError, OverflowError, MemoryError, struct.error,
-           pickle.UnpicklingError, safetensors.SafetensorError, zipfile.BadZipFile, zlib.error)
+# What readers raise on torn, flipped, foreign or code-carrying content, and what they raise in all.
+BROKEN = (EOFError, LookupError, ValueError, TypeError, AttributeError, AssertionError, OverflowError, SyntaxError, RecursionError, struct.error, tokenize.TokenError, pickle.UnpicklingError,
+          safetensors.SafetensorError, zipfile.BadZipFile, zlib.error)
+DAMAGED = (*BROKEN, OSError, RuntimeError, MemoryError)
 
 
 def check_zip(path, checksums=False):
@@ -937,17 +962,20 @@ def run_script(main):
     """Run main(); what explain() knows ends in one line on stderr and exit status 2."""
     signal.signal(signal.SIGTERM, interrupt)
     try:
+        commit()  # of the code that runs, not of what it may be changed to meanwhile
         main()
     except (Exception, KeyboardInterrupt) as e:
         message = explain(e)
         if message is None:
             raise
     else:
+        for f in [*CLAIMS]:
+            release(f)
         if dist.is_initialized():
             dist.destroy_process_group()
         return
     finally:
-        for f in [*CLAIMS]:
+        for f in [] if dist.is_initialized() else [*CLAIMS]:  # other ranks may still write: then the lock goes with the process
             release(f)
     sys.stdout.flush()
     print(f"error: {message}", file=sys.stderr, flush=True)
@@ -960,6 +988,8 @@ CLAIMS = []  # open files that stand for the outputs of this process
 def claim(path, flag="--out"):
     """Refuse a second run in one place: hold a lock on the file `path` until the script ends. The system drops it with the process, however
     that ends, so a file that is left is taken over. Raises UserError, which names the owner."""
+    if any(os.path.exists(path) and os.path.samestat(os.fstat(f.fileno()), os.stat(path)) for f in CLAIMS):
+        raise UserError(f"{flag} {Path(path).parent}: this run writes something else there already; choose another folder")
     while True:
         f = open(str(path), "a+")
         f.seek(0)
@@ -1038,7 +1068,7 @@ def setup(deterministic=False):
         if os.environ.get("GROUP_WORLD_SIZE") == "1":  # on one node torchrun's restarts share a store, and would read the dead processes' addresses
             store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"  # gloo too, for tensors on the CPU: they never wait for the GPU
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timedelta(minutes=30))
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timedelta(hours=2))
     return device, rank, world
 
 
@@ -1244,11 +1274,19 @@ def open_out(folder, need_bytes=0, flag="--out"):
     return folder
 
 
+def new_array(path, dtype, shape):
+    """A .npy file of zeros that has its place on disk: a memory map would end in a bus error when that is full."""
+    np.lib.format.open_memmap(path, "w+", dtype, shape)
+    with open(path, "r+b") as f:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(f.fileno(), 0, os.fstat(f.fileno()).st_size)
+
+
 def begin_rows(mark, settings, files):
     """Arrays on disk for RowFiles: files {path: (dtype, shape)}, the last of uint8 says which rows are there. They are made anew, with their
     place on disk, unless the JSON file `mark` says that they are of the same settings -> whether they were there."""
     mark = Path(mark)
-    with contextlib.suppress(*DAMAGED):
+    with contextlib.suppress(FileNotFoundError, *BROKEN):  # an error of the machine must not end in files made anew
         found = json.loads(mark.read_text())
         found.pop("made")
         arrays = [np.load(p, mmap_mode="r", allow_pickle=False) for p in files]
@@ -1256,10 +1294,7 @@ def begin_rows(mark, settings, files):
             return True
     mark.unlink(missing_ok=True)
     for path, (dtype, shape) in files.items():
-        np.lib.format.open_memmap(path, "w+", dtype, shape)
-        with open(path, "r+b") as f:
-            if hasattr(os, "posix_fallocate"):  # a memory map on a full disk would end in a bus error
-                os.posix_fallocate(f.fileno(), 0, os.fstat(f.fileno()).st_size)
+        new_array(path, dtype, shape)
     write_json(mark, settings)  # last: without it the others do not count
     return False
 
@@ -1306,6 +1341,13 @@ def weights_hash(state_dict):
     return h.hexdigest()[:16]
 
 
+def sync(path):
+    """A file's content, or a folder's names, on disk."""
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
 def save_checkpoint(path, state):
     """Write `path` so that a kill at any moment leaves a whole checkpoint; the one before stays as NAME.prev.pt. Raises UserError, and
     leaves both as they are, for a value that is not finite and for a disk that fails."""
@@ -1327,9 +1369,7 @@ def save_checkpoint(path, state):
     if path.exists():
         os.replace(path, path.with_suffix(".prev.pt"))
     os.replace(temporary, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    os.fsync(folder)  # the names too are on disk
-    os.close(folder)
+    sync(path.parent)
 
 
 # What other projects pickle beside their weights (settings, Lightning's callbacks, counters): read as nothing, never imported.
@@ -1367,28 +1407,32 @@ def load_checkpoint(path):
     except UserError:
         raise
     except DAMAGED as e:
-        raise UserError(f"{path}: not a readable checkpoint ({type(e).__name__}: {' '.join(str(e).split())[-120:]})")
+        kind, what = (UserError, "cannot be read now") if of_the_machine(e) else (DamagedFile, "not a readable checkpoint")
+        raise kind(f"{path}: {what} ({type(e).__name__}: {' '.join(str(e).split())[-120:]})")
 
 
 def load_newest(path):
-    """The checkpoint `path`, or the one kept before it when the newest is missing or torn; None when there is neither. Called by all
-    ranks; a torn file is renamed, lest the next save puts it in the place of the good one."""
-    path, rank = Path(path), dist.get_rank() if dist.is_initialized() else 0
-    kept, damaged, found = [p for p in (path, path.with_suffix(".prev.pt")) if p.exists()], [], None
-    for i, p in enumerate(kept):
+    """The checkpoint `path`, or the one kept before it when the newest is missing or damaged; None when there is neither. Called by all
+    ranks; the first one chooses. A damaged file is renamed, lest the next save puts it in the place of the good one."""
+    path, rank, found, choice = Path(path), dist.get_rank() if dist.is_initialized() else 0, None, 0
+    places = [path, path.with_suffix(".prev.pt")]
+    kept = [p for p in places if p.exists()]
+    for p in kept if rank == 0 else ():
         try:
-            found = load_checkpoint(p)
+            found, choice = load_checkpoint(p), 1 + places.index(p)
             break
-        except UserError as e:
-            if i == len(kept) - 1:
+        except DamagedFile as e:
+            if p == kept[-1]:
                 raise
-            damaged.append(p)
-            if rank == 0:
-                print(f"{one_line(str(e))}; going on from {kept[i + 1]}, the damaged file is now {p.with_suffix('.damaged')}", file=sys.stderr)
-    barrier()  # all have read
-    for p in damaged if rank == 0 else ():
-        os.replace(p, p.with_suffix(".damaged"))
-    return found
+            print(f"{one_line(str(e))}; going on from {kept[-1]}, the damaged file is now {p.with_suffix('.damaged')}", file=sys.stderr)
+            os.replace(p, p.with_suffix(".damaged"))
+    choice = int(all_reduce(torch.tensor(choice)))
+    return load_checkpoint(places[choice - 1]) if choice and rank else found
+
+
+def disk_left(need, path):
+    """Of `need` bytes for checkpoints, what is not on disk yet."""
+    return need - sum(p.stat().st_size for p in (path, path.with_suffix(".prev.pt")) if p.exists())
 
 
 # Flags that may change between the first and the second half of a run without changing what it computes. What files hold is compared
@@ -1571,7 +1615,7 @@ def peak_mib(device):
     """Largest memory so far: what PyTorch allocated on a GPU, the resident set of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2 ** 20
-    import resource  # not on Windows
+    import resource
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 20 if sys.platform == "darwin" else 2 ** 10)
 
 
@@ -1653,11 +1697,10 @@ def random_images(folder, n, size):
 def write_text(path, text):
     """Whole or not at all."""
     temporary = Path(f"{path}.tmp")
-    with open(temporary, "w", encoding="utf-8") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
+    temporary.write_text(text, "utf-8")
+    sync(temporary)
     os.replace(temporary, path)
+    sync(temporary.parent)
 
 
 def write_json(path, record):
@@ -1714,7 +1757,7 @@ def main():
     a.add_argument("out")
     a.add_argument("--n", type=positive, default=12000, help="images (default 12000)")
     a.add_argument("--size", type=positive, default=64, help="pixels a side (default 64)")
-    a.add_argument("--seed", type=int, default=0)
+    a.add_argument("--seed", type=natural, default=0)
     a.add_argument("--dry-run", action="store_true", help="print the plan (images, classes, disk), and end")
     c = commands.add_parser("check", help="read every image of a folder and its attribute table")
     c.add_argument("dir")

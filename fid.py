@@ -341,7 +341,7 @@ def load_source(path, split=None, size=None):
 def source_hash(path):
     """16 hex digits: of a folder's files by name and size, of an .npz by content."""
     if path.is_dir():
-        return data.ImageFolder(path, 1).hash()
+        return data.ImageFolder(path, 1).hash
     h = hashlib.sha256()
     with open(path, "rb") as f:
         while piece := f.read(2 ** 24):
@@ -542,7 +542,7 @@ def recon(args):
         at = [i for i, row in enumerate(kept) if row in chosen]
         originals.append(pixels[at]), copies.append(y.cpu()[at])
     values = torch.cat(values, 1)
-    result = dict(vae=args.vae, inputs=dict(vae=data.weights_hash(vae.state_dict()), data=images.hash()), data=args.data, split=args.split, n=values.shape[1], **dict(zip(("psnr", "ssim", "lpips"), values.mean(1).tolist())))
+    result = dict(vae=args.vae, inputs=dict(vae=data.weights_hash(vae.state_dict()), data=images.hash), data=args.data, split=args.split, n=values.shape[1], **dict(zip(("psnr", "ssim", "lpips"), values.mean(1).tolist())))
     shown = f"PSNR {result['psnr']:.2f} dB, SSIM {result['ssim']:.4f}" + (f", LPIPS {result['lpips']:.4f}" if lpips is not None else "")
     if net is not None:
         result.update(metric="rFID" if args.net == "inception" else f"FD({net.label})", fd=frechet_distance(*moments[0].result(), *moments[1].result()),
@@ -688,7 +688,7 @@ def main():
     r.add_argument("--vae", required=True)
     r.add_argument("--data", required=True, help="image folder")
     r.add_argument("--split", choices=data.SPLITS)
-    r.add_argument("--resolution", type=int, help="crop in pixels (default: the VAE's)")
+    r.add_argument("--resolution", type=data.positive, help="crop in pixels (default: the VAE's)")
     r.add_argument("--lpips", type=int, default=1, choices=(0, 1))
     r.add_argument("--lpips-ckpt", help="local torchvision VGG16 weights instead of the download")
     r.add_argument("--png", help="write up to 16 originals and their reconstructions here")

@@ -196,7 +196,7 @@ class TokenCache:
         self.folder, shape = Path(folder), (flips * len(images.files), vfm.grid ** 2, vfm.dim)
         files = {self.folder / "tokens.npy": (np.float16, shape), self.folder / "done.npy": (np.uint8, shape[:1])}
         if rank == 0:
-            lock = self.begin(dict(vfm=vfm.name, weights=weights, layer=vfm.layer, input=vfm.size, crop=images.size, precision=args.precision, shape=list(shape), files=images.hash()), files)
+            lock = self.begin(dict(vfm=vfm.name, weights=weights, layer=vfm.layer, input=vfm.size, crop=images.size, precision=args.precision, shape=list(shape), files=images.hash), files)
         data.barrier()
         store = data.RowFiles(*files, mode="r" if self.whole(files) else "r+")
         if rank == 0:
@@ -211,6 +211,8 @@ class TokenCache:
         if mine:
             store.flush()
         data.barrier()
+        if not store.done.all():
+            raise UserError(f"--cache-vfm {folder}: {int((store.done == 0).sum())} crops have no tokens; run the same command again")
         if rank == 0:
             data.release(lock)  # others may read it now
         self.tokens = store.arrays[0]
@@ -218,7 +220,7 @@ class TokenCache:
     @staticmethod
     def whole(files):
         """Whether all rows are there."""
-        with contextlib.suppress(*data.DAMAGED):
+        with contextlib.suppress(FileNotFoundError, *data.BROKEN):
             *arrays, done = (np.load(f, mmap_mode="r", allow_pickle=False) for f in files)
             return [a.shape for a in (*arrays, done)] == [shape for _, shape in files.values()] and bool(done.all())
         return False
@@ -234,7 +236,7 @@ class TokenCache:
                                 "choose another folder or delete it")
             if self.whole(files):
                 return None
-        data.open_out(self.folder, need_bytes=0 if before else 2 * math.prod(settings["shape"]), flag="--cache-vfm")
+        data.open_out(self.folder, need_bytes=2 * math.prod(settings["shape"]) - sum(p.stat().st_blocks * 512 for p in files if p.exists()), flag="--cache-vfm")
         strange = {p.name for p in self.folder.iterdir()} - {"tokens.npy", "done.npy", "meta.json", ".lock"}
         if strange:
             raise UserError(f"--cache-vfm {self.folder}: holds {min(strange)} and is no cache; expected a new or empty folder")

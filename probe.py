@@ -840,7 +840,7 @@ def main():
     if blocks:
         draw_directions(args.png, blocks)
     if args.json:  # last: it marks the stage as done
-        data.write_json(args.json, dict(data=args.data, inputs=dict(data=images.hash(), **{k: data.weights_hash(v.state_dict()) for k, v in vaes.items()}), attributes=names, left_out=dropped, n={s: p.stop - p.start for s, p in part.items()},
+        data.write_json(args.json, dict(data=args.data, inputs=dict(data=images.hash, **{k: data.weights_hash(v.state_dict()) for k, v in vaes.items()}), attributes=names, left_out=dropped, n={s: p.stop - p.start for s, p in part.items()},
                                         precision=args.precision, results=results, seconds=round(time.time() - begin, 1)))
 
 

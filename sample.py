@@ -47,7 +47,7 @@ def parse_args():
     p.add_argument("--labels", default="random", choices=("random", "equal", "blocks"),
                    help="classes drawn at random; in equal counts, 0 1 2 ... 0 1 2 ...; in equal counts, class after class")
     p.add_argument("--weights", choices=("ema", "model"), default="ema")
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--seed", type=data.natural, default=0)
     p.add_argument("--micro-batch", type=data.positive, default=64, help="images at a time and process: memory only")
     p.add_argument("--precision", choices=("bf16", "fp32"), help="default: bf16 where it is fast")
     p.add_argument("--compile", type=int, default=int(torch.cuda.is_available()), choices=(0, 1))
@@ -243,13 +243,17 @@ def decode_memory(model, vae, guide, batch):
 def write_npz(path, arrays):
     """An uncompressed .npz, streamed from memory maps: no second copy in memory; whole or not at all."""
     temporary = Path(f"{path}.tmp")
-    with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED, allowZip64=True) as z:
-        for name, array in arrays.items():
-            with z.open(f"{name}.npy", "w", force_zip64=True) as f:
-                np.lib.format.write_array(f, array, allow_pickle=False)
-    with open(temporary, "r+b") as f:
-        os.fsync(f.fileno())
+    try:
+        with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED, allowZip64=True) as z:
+            for name, array in arrays.items():
+                with z.open(f"{name}.npy", "w", force_zip64=True) as f:
+                    np.lib.format.write_array(f, array, allow_pickle=False)
+        data.sync(temporary)
+    except OSError:
+        temporary.unlink(missing_ok=True)  # it may fill the disk
+        raise
     os.replace(temporary, path)
+    data.sync(Path(path).parent)
 
 
 PATHS = ("sit", "vae", "guide", "latent_stats")  # what these hold is compared by its hash: a folder may move

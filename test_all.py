@@ -3914,9 +3914,20 @@ def assert_same_output(script, a, b):
     assert {p.name for p in b.iterdir()} == {p.name for p in a.iterdir()}
 
 
-def kill_rounds(script, small, folder, kills, terms, bad=1.0, seed=0):
-    """Kill a stage `kills` times with SIGKILL (a share of them at BAD_MOMENTS, the others at random) and `terms` times with SIGTERM; after each,
-    the same command must end with the bits of a run that was left alone. -> yields a line for each kill."""
+def what_is_stored(script, out):
+    """What the next run must say that it goes on with ("" when nothing was stored)."""
+    if script in NAME:
+        step = next((data.load_checkpoint(p)["step"] for p in (out / NAME[script], (out / NAME[script]).with_suffix(".prev.pt")) if p.exists()), 0)
+        return "already at step 12" if step == 12 else f": step {step} of 12" if step else ""
+    done, mark, result = (out / "done.npy", out / "unfinished.json", out / "meta.json") if script == "vae" else (out / "a.npz.done", out / "a.npz.run", out / "a.npz")
+    if script == "vae" and result.exists() or script == "sample" and result.exists() and not mark.exists():
+        return "already"
+    return f"going on, {np.count_nonzero(np.load(done) == 1)} of 40 images are there" if mark.exists() else ""
+
+
+def kill_rounds(script, small, folder, kills, terms, seed=0):
+    """Kill a stage `kills` times with SIGKILL (first at all BAD_MOMENTS, then at random) and `terms` times with SIGTERM; after each, the same command
+    must go on with what was stored, and end with the bits of a run that was left alone. -> yields a line for each kill."""
     rng = np.random.default_rng(seed)
     folder.mkdir(parents=True, exist_ok=True)
     whole, log, often = folder / "whole", folder / "log", lambda: setattr(data.RowFiles, "EVERY", 0)
@@ -3928,7 +3939,7 @@ def kill_rounds(script, small, folder, kills, terms, bad=1.0, seed=0):
         out = folder / f"{k}"
         command, _ = killed_command(script, small, out)
         number = signal.SIGTERM if k >= kills else signal.SIGKILL
-        if k < min(len(moments), kills * bad):
+        if k < min(len(moments), kills):
             where, status = f"bad moment {k}", ended(fork(script, *command, log=log, prepare=lambda: (often(), moments[k]())))
         else:
             wait = rng.uniform(0.02, 0.95 * seconds)  # 20 ms: the child is there
@@ -3937,8 +3948,12 @@ def kill_rounds(script, small, folder, kills, terms, bad=1.0, seed=0):
             os.kill(pid, number)
             status = ended(pid)
         left = sorted(p.name for p in out.iterdir()) if out.exists() else []
+        stored, printed = what_is_stored(script, out), log.read_text()
+        if number == signal.SIGTERM:
+            assert status == 0 or status == 2 and ("stopped by SIGTERM" in printed or "stopped by a signal; saved at step" in printed), printed
         again = forked(script, *command, log=log, prepare=often)
         assert again[0] == 0, (where, left, again)
+        assert stored in again[2], (where, stored, again)
         assert_same_output(script, whole, out)
         shutil.rmtree(out)
         yield f"{script}: {number.name} at {where} (status {status}), left {left}"
@@ -4000,6 +4015,7 @@ def test_a_lost_rank_ends_the_others(small, tmp_path):
     assert status != 0 and len(lines) == 1 and "rank 0: another process of this run is lost" in lines[0] and "run the same command again" in lines[0], err
     assert "SIGKILL" in err and "Traceback (most recent call last):\n  File \"" + str(HERE / "train_sit.py") not in err  # torchrun names who died
     step = data.load_checkpoint(tmp_path / "out/sit.pt")["step"]
+    assert (tmp_path / "out/.lock").exists()  # while a rank may still write, the lock goes with the process alone
     run(*elastic_command("train_sit", small, tmp_path / "out", "--steps", step + 2), ranks=2)
     do(*elastic_command("train_sit", small, tmp_path / "whole", "--steps", step + 2))
     assert_same_losses(tmp_path / "whole", tmp_path / "out")
@@ -4069,7 +4085,7 @@ def test_a_full_disk(small, tmp_path, disk):
     assert_refused(forked(*command, log=log), "GiB are free")
     disk("ro")
     assert_refused(forked(*command, log=log), "cannot be written", "Read-only file system")
-    disk("rw,size=200m")
+    disk("rw,size=105m")  # room for the third, but not for three more
     assert forked(*command, log=log)[0] == 0, log.read_text()
     do("train_sit", *train_command("train_sit", small, tmp_path / "whole"), "--steps", 4)
     assert_same_bits(tmp_path / "whole/sit.pt", out / "sit.pt")
@@ -4080,6 +4096,17 @@ def test_a_full_disk(small, tmp_path, disk):
         command, result = killed_command(script, small, out)
         assert_refused(forked(script, *command, log=log, prepare=lie_about_space), "No space left on device")
         assert not (out / "meta.json").exists() and not (out / "a.npz").exists()
+    for p in out.iterdir():
+        p.unlink()
+    images, disk_need = write_images(tmp_path / "images", 120, size=32), 120 * 2 * 8 * 8 * 8 * 2
+    truncate(images / "a/010.png")  # its row is taken out, by a second copy
+    disk(f"size={disk_need * 3 // 2}")
+    command = ("vae", "--vae", small / "vae/vae.pt", "--data", images, "--resolution", 32, "--flip", *FP32, "--out", out)
+    assert_refused(forked(*command, log=log, prepare=lie_about_space), "No space left on device")
+    assert not (out / "moments.npy.part").exists()
+    disk("size=2m")
+    status, _, printed = forked(*command, log=log)
+    assert status == 0 and "going on, 119 of 120" in printed and len(data.load_latents(out).files) == 119
 
 
 def test_out_of_memory(small, tmp_path):
@@ -4124,8 +4151,12 @@ def test_a_reader_that_hangs_or_dies(act, words, small, tmp_path):
 def test_too_many_open_files(workers, small, tmp_path):
     """Good images are skipped as unreadable when the machine has no more file descriptors, or there is a traceback."""
     def prepare():
-        original = Image.open
-        Image.open = lambda path, *args, **kwargs: no_more_files() if "007" in str(path) else original(path, *args, **kwargs)
+        original, seen = Image.open, []  # the first look is at the size, in the main process
+
+        def opening(path, *args, **kwargs):
+            seen.append(path)
+            return no_more_files() if "007" in str(path) and seen.count(path) > 1 else original(path, *args, **kwargs)
+        Image.open = opening
     command = ("train_vae", "--data", small / "images", *SMALL_VAE, *PLAIN, "--workers", workers, "--steps", 30, "--out", tmp_path / "out")
     result = forked(*command, log=tmp_path / "log", prepare=prepare)
     assert_refused(result, "007.png", "Too many open files", "ulimit -n", "--workers")
@@ -4160,6 +4191,114 @@ def test_two_runs_in_one_place(small, tmp_path):
         status, _, err = call(*commands[name])
         assert status == 0 and f"left by process {owner} on {socket.gethostname()}" in err and "taken over" in err, err
         assert not lock.exists()
+    assert_refused(call(*commands["cache"][:-3], tmp_path / "both", "--out", tmp_path / "both"), "--cache-vfm", "something else there already")
+    for script, more in (("train_sit", ("--steps", 10 ** 9)), ("sample", ("--steps", 2000))):  # a run that works, not a lock alone
+        out = tmp_path / f"{script} at work"
+        command, pid = (*killed_command(script, small, out)[0], *more), None
+        pid = fork(script, *command, log=tmp_path / "log", prepare=lambda: setattr(data.RowFiles, "EVERY", 0))
+        end = time.time() + 60
+        while not ((out / "sit.prev.pt").exists() if script == "train_sit" else (out / "a.npz.done").exists() and np.load(out / "a.npz.done").any()):
+            assert time.time() < end
+            time.sleep(0.01)
+        assert_refused(call(script, *command), f"in use by process {pid}", f"{script}.py")
+        os.kill(pid, signal.SIGKILL), os.waitpid(pid, 0)
+
+
+def on_two_ranks(script, *args, folder, second=lambda: None):
+    """A script in two forked processes; second() prepares rank 1 -> [(status, "", output)]."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    place = lambda rank: os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    logs = [folder / "rank0", folder / "rank1"]
+    for log in logs:
+        log.unlink(missing_ok=True)
+    pids = [fork(script, *args, log=logs[0], prepare=lambda: place(0)), fork(script, *args, log=logs[1], prepare=lambda: (place(1), second()))]
+    return [(ended(pid), "", log.read_text()) for pid, log in zip(pids, logs)]
+
+
+def test_ranks_resume_from_one_checkpoint(small, tmp_path):
+    """One rank falls back to an older checkpoint than the others, or an error of the machine is taken for damage."""
+    command = ("train_sit", *train_command("train_sit", small, tmp_path / "out"))
+    do(*command, "--steps", 3)
+    before = (tmp_path / "out/sit.pt").read_bytes()
+
+    def no_memory():
+        def load(*_, **__):
+            raise MemoryError
+        torch.load = load
+    first, second = on_two_ranks(*command, "--steps", 6, folder=tmp_path, second=no_memory)
+    assert_refused(second, "cannot be read now", "MemoryError"), assert_refused(first, "another process of this run is lost")
+    assert (tmp_path / "out/sit.pt").read_bytes() == before and not (tmp_path / "out/sit.damaged").exists()
+    truncate(tmp_path / "out/sit.pt")
+    first, second = on_two_ranks(*command, "--steps", 6, folder=tmp_path)
+    assert first[0] == second[0] == 0 and "step 2 of 6" in first[2] and first[2].count("going on from") == 1 and "going on from" not in second[2]
+    assert [r["step"] for r in metrics(tmp_path / "out")[1]] == [1, 2, 3, 4, 5, 6]
+
+
+def test_errors_of_the_machine_are_no_damage(tmp_path, monkeypatch):
+    """A disk error while reading makes stored rows begin anew, puts a good checkpoint away, or makes images unreadable for good."""
+    files = {tmp_path / "a": (np.float16, (5, 2)), tmp_path / "done": (np.uint8, (5,))}
+    assert data.begin_rows(tmp_path / "mark", {"x": 1}, files) is False
+    store = data.RowFiles(*files)
+    store.put([0, 3], np.ones((2, 2))), store.flush()
+    for step in (1, 2):
+        data.save_checkpoint(tmp_path / "x.pt", {"step": step})
+
+    def fail(*_, **__):
+        raise OSError(errno.EIO, "Input/output error")
+    with monkeypatch.context() as m:
+        m.setattr(np, "load", fail), m.setattr(torch, "load", fail)
+        with pytest.raises(OSError, match="Input/output"):
+            data.begin_rows(tmp_path / "mark", {"x": 1}, files)
+        with pytest.raises(UserError, match="cannot be read now"):
+            data.load_newest(tmp_path / "x.pt")
+    assert data.begin_rows(tmp_path / "mark", {"x": 1}, files) and np.load(tmp_path / "done").tolist() == [1, 0, 0, 1, 0] and data.load_newest(tmp_path / "x.pt")["step"] == 2
+    images = write_images(tmp_path / "images", 4)
+    with monkeypatch.context() as m:
+        m.setattr(os, "scandir", lambda path=".", original=os.scandir: fail() if str(path).endswith("b") else original(path))
+        with pytest.raises(OSError, match="Input/output"):
+            data.find_images(images)
+    for number in (errno.EIO, errno.ENOTCONN, errno.ESTALE):
+        with monkeypatch.context() as m:
+            def lost(*_, number=number):
+                raise OSError(number, "lost")
+            m.setattr(Image, "open", lost)
+            with pytest.raises(UserError, match="cannot be read now") as e:
+                data.read_image(images / "a/000.png", 8)
+            assert not isinstance(e.value, data.UnreadableImage)
+
+
+def test_neighbours_that_are_unreadable(tmp_path):
+    """Neighbouring bad files, few enough to be skipped, make rows of a batch vanish."""
+    root = write_images(tmp_path, 1200, size=4, classes=("",))
+    images = data.ImageFolder(root, 4)
+    for file in images.files[30:42]:
+        (root / file).write_bytes(b"")
+    batches = [list(range(k, k + 64)) for k in range(0, 192, 64)]
+    for (pixels, _, kept), asked in zip(data.load_batches(images, batches, replace=True), batches):
+        assert len(pixels) == 64 and kept == asked
+    (root / images.files[50]).write_bytes(b"")
+    with pytest.raises(UserError, match="13 of 1200"):
+        list(data.load_batches(data.ImageFolder(root, 4), batches, replace=True))
+
+
+def test_a_mended_image_is_encoded_after_all(small, tmp_path):
+    """An image that could not be read before a stop stays out of the latents although it can be read now; or a kill among the last files
+    changes them."""
+    images, log = write_images(tmp_path / "images", 120, size=8), tmp_path / "log"
+    good = (images / "a/010.png").read_bytes()
+    command = lambda out: ("vae", "--vae", small / "vae/vae.pt", "--data", images, "--resolution", 8, *FP32, "--micro-batch", 16, "--out", tmp_path / out)
+    truncate(images / "a/010.png")
+    do(*command("119"))
+    for k in range(2, 5):
+        assert forked(*command(f"killed{k}"), log=log, prepare=die_in(os, "replace", k))[0] == -9
+        do(*command(f"killed{k}"))
+        assert_same_output("vae", tmp_path / "119", tmp_path / f"killed{k}")
+    (images / "a/010.png").write_bytes(bytes(len(good)))  # as long as it will be
+    assert forked(*command("mended"), log=log, prepare=die_in(np, "save"))[0] == -9
+    (images / "a/010.png").write_bytes(good)
+    assert "going on, 119 of 120" in do(*command("mended")) and len(data.load_latents(tmp_path / "mended").files) == 120
 
 
 def test_locks_that_a_file_system_lacks(tmp_path, monkeypatch, capsys):
@@ -4355,11 +4494,15 @@ def test_hostile_images(small, tmp_path):
     Image.fromarray(np.full((32, 32), np.nan, np.float32)).save(images / "a/005.tif")
     assert (images / "a/000.png").stat().st_size < 10 ** 5
     (images / "a/loop").symlink_to(images / "a"), (images / "b/loop").symlink_to(images)
+    (images / "c").mkdir(), (images / "d").mkdir(), (images / "c/d").symlink_to(images / "d"), (images / "d/c").symlink_to(images / "c")
     status, out, err = call("data", "check", images, "--size", 32)
     assert status == 0 and "397 images" in out and "4 unreadable" in out
     for name, word in (("000.png", "400000000 pixels"), ("002.png", "200000 x 1 pixels"), ("004.png", "no regular file"), ("005.tif", "NaN")):
         assert len([line for line in err.splitlines() if f"a/{name}" in line and word in line]) == 1, (name, err)
     assert len(data.find_images(images)) == 401  # no image twice
+    (images / "a/gone.png").symlink_to(tmp_path / "nowhere")
+    assert len(data.ImageFolder(images, 8).hash) == 16
+    (images / "a/gone.png").unlink()
     for p in ("a/000.png", "a/002.png", "a/005.tif"):
         (images / p).unlink()
     (images / "a/new\nline.png").write_bytes((images / "a/006.png").read_bytes())
@@ -4634,7 +4777,7 @@ def test_deterministic(small, tmp_path):
 def test_flags_end_in_one_line():
     """A wrong flag ends in a page of usage."""
     for command, words in ((("train_vae", "--steps", "x"), ["--steps", "'x'"]), (("train_sit", "--latnts", "x"), ["unrecognized arguments: --latnts"]), (("sample",), ["--sit, --out", "--help"]), (("data", "draw"), ["'draw'"]),
-                           (("vae", "--precision", "fp8"), ["'fp8'"]), (("fid", "score"), ["required"]), (("probe",), ["required"])):
+                           (("vae", "--precision", "fp8"), ["'fp8'"]), (("vae", "--workers", -1), ["--workers", "'-1'"]), (("data", "avatars", "x", "--seed", -1), ["--seed", "'-1'"]), (("fid", "score"), ["required"]), (("probe",), ["required"])):
         assert_refused(call(*command), *words)
 
 
@@ -4647,7 +4790,7 @@ def soak(kills=20, terms=5, examples=4000):
         folder = Path(folder)
         small = make_small(folder / "small")
         for script in BAD_MOMENTS:
-            rounds = kill_rounds(script, small, folder / script, kills, terms, bad=0.5)
+            rounds = kill_rounds(script, small, folder / script, kills, terms)
             for k in range(kills + terms):
                 try:
                     print(next(rounds), flush=True)

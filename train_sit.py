@@ -40,7 +40,7 @@ def parse_args():
     p.add_argument("--batch", type=data.positive, default=256, help="images a step, over all processes")
     p.add_argument("--micro-batch", type=data.positive, help="images per forward pass and process: memory only (default: all)")
     p.add_argument("--lr", type=float, default=1e-4, help="AdamW, betas 0.9 0.999, no weight decay")
-    p.add_argument("--lr-warmup", type=int, default=0, help="steps of linear warm-up")
+    p.add_argument("--lr-warmup", type=data.natural, default=0, help="steps of linear warm-up")
     p.add_argument("--lr-decay", type=int, default=0, choices=(0, 1), help="1: half a cosine down to zero at --steps")
     p.add_argument("--clip", type=float, default=1.0, help="largest gradient norm")
     p.add_argument("--ema", type=float, default=0.9999, help="decay of the averaged weights")
@@ -60,12 +60,12 @@ def parse_args():
     p.add_argument("--eval-stats", help="reference: a file of fid.py score ... --save-stats FILE; it names the network too")
     p.add_argument("--eval-images", type=data.positive, default=2000)
     # The run
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--seed", type=data.natural, default=0)
     p.add_argument("--precision", choices=("bf16", "fp32"), help="default: bf16 where it is fast")
     p.add_argument("--deterministic", action="store_true", help="equal bits in each run on CUDA too, slower (a CPU needs no flag)")
     p.add_argument("--compile", type=int, default=int(on_gpu), choices=(0, 1))
     p.add_argument("--grad-checkpointing", type=int, default=0, choices=(0, 1), help="1: less memory for about a third more time; the result stays the same")
-    p.add_argument("--workers", type=int, default=4 if on_gpu else 0, help="image reading processes (REPA)")
+    p.add_argument("--workers", type=data.natural, default=4 if on_gpu else 0, help="image reading processes (REPA)")
     p.add_argument("--save-every", type=data.positive, default=5000, help="steps between checkpoints")
     p.add_argument("--log-every", type=data.positive, default=50, help="steps between lines of metrics.jsonl")
     p.add_argument("--dry-run", action="store_true", help="print the plan (parameters, tokens, memory, disk), and end; needs no VFM weights")
@@ -106,8 +106,8 @@ class PairedImages:
         missing = [f for f in latents.files if f not in at]
         if missing:
             raise UserError(f"--data {root}: {missing[0]} of the latent cache is not there ({len(missing)} such files)")
-        if check and latents.meta.get("files_hash", self.images.hash()) != self.images.hash():
-            raise UserError(f"--data {root}: not the images that the latents were made of (hash of names and sizes {self.images.hash()}, the latents' {latents.meta['files_hash']}); "
+        if check and latents.meta.get("files_hash", self.images.hash) != self.images.hash:
+            raise UserError(f"--data {root}: not the images that the latents were made of (hash of names and sizes {self.images.hash}, the latents' {latents.meta['files_hash']}); "
                             "a file was added, removed or replaced: bring it back, or encode again into another folder")
         self.index = np.array([at[f] for f in latents.files])
 
@@ -391,7 +391,7 @@ def main():
     if t.step >= args.steps:
         return print(f"{path}: already at step {t.step}") if rank == 0 else None
     t.parallel()
-    data.open_out(out, need_bytes=disk)
+    data.open_out(out, need_bytes=data.disk_left(disk, path))
     t.cache_tokens()
     if rank == 0:
         plan(t, path, params, disk)

@@ -54,7 +54,7 @@ def parse_args():
     p.add_argument("--batch", type=data.positive, default=1024, help="images a step, over all processes")
     p.add_argument("--micro-batch", type=data.positive, help="images per forward pass and process: memory only (default: all)")
     p.add_argument("--lr", type=float, default=3e-4, help="AdamW, betas 0.9 0.999, no weight decay")
-    p.add_argument("--lr-warmup", type=int, default=0, help="steps of linear warm-up")
+    p.add_argument("--lr-warmup", type=data.natural, default=0, help="steps of linear warm-up")
     p.add_argument("--lr-decay", type=int, default=0, choices=(0, 1), help="1: half a cosine down to zero at --steps")
     p.add_argument("--clip", type=float, default=1.0, help="largest gradient norm")
     p.add_argument("--ema", type=float, default=0.9999, help="decay of the averaged weights")
@@ -63,7 +63,7 @@ def parse_args():
     p.add_argument("--lpips", type=float, default=1.0, help="weight of LPIPS (VGG); 0: off")
     p.add_argument("--lpips-ckpt", help="local torchvision VGG16 weights instead of the download")
     p.add_argument("--gan", type=float, default=0.1, help="weight of the hinge GAN; 0: no discriminator")
-    p.add_argument("--gan-start", type=int, default=0, help="first step with the GAN")
+    p.add_argument("--gan-start", type=data.natural, default=0, help="first step with the GAN")
     p.add_argument("--gan-adaptive", type=int, default=0, choices=(0, 1), help="1: weigh the GAN by LDM's ratio of gradients too; costs a second forward pass")
     p.add_argument("--disc-ckpt", help="pre-trained discriminator of taming, LDM or REPA-E, with its batch norm (default: from scratch, group norm)")
     p.add_argument("--kl", type=float, default=1e-6, help="weight of the KL, summed over the latent")
@@ -78,14 +78,14 @@ def parse_args():
     p.add_argument("--mapper-depth", type=int, default=1, help="ViT blocks; 0: MLP only")
     p.add_argument("--mapper-width", type=int, help="default: the VFM's dimension")
     p.add_argument("--mapper-mlp", type=int, default=2048, help="width of the mapper's projector")
-    p.add_argument("--mapper-warmup", type=int, default=0, help="first steps in which L_align trains the mapper alone")
+    p.add_argument("--mapper-warmup", type=data.natural, default=0, help="first steps in which L_align trains the mapper alone")
     p.add_argument("--noise", type=int, default=1, choices=(0, 1), help="eq. (1) on the latent before the mapper")
     # The run
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--seed", type=data.natural, default=0)
     p.add_argument("--precision", choices=("bf16", "fp32"), help="default: bf16 where it is fast")
     p.add_argument("--deterministic", action="store_true", help="equal bits in each run on CUDA too, slower (a CPU needs no flag)")
     p.add_argument("--compile", type=int, default=int(on_gpu), choices=(0, 1))
-    p.add_argument("--workers", type=int, default=4 if on_gpu else 0, help="image reading processes")
+    p.add_argument("--workers", type=data.natural, default=4 if on_gpu else 0, help="image reading processes")
     p.add_argument("--save-every", type=data.positive, default=1000, help="steps between checkpoints")
     p.add_argument("--log-every", type=data.positive, default=50, help="steps between lines of metrics.jsonl")
     p.add_argument("--dry-run", action="store_true", help="print the plan (parameters, tokens, memory, disk), and end; needs no VFM or LPIPS weights")
@@ -524,14 +524,14 @@ def main():
     data.check_folder(images, args.batch)
     if args.dry_run:
         return plan(t, images, path, disk) if rank == 0 else None
-    checkpoint, t.inputs["data"] = data.load_newest(path), images.hash() if rank == 0 else None
+    checkpoint, t.inputs["data"] = data.load_newest(path), images.hash if rank == 0 else None
     if checkpoint is not None:
         data.same_run(checkpoint, args, path, t.inputs if rank == 0 else {})
         t.load(checkpoint)
     if t.step >= args.steps:
         return print(f"{path}: already at step {t.step}") if rank == 0 else None
     t.parallel()
-    data.open_out(out, need_bytes=disk)
+    data.open_out(out, need_bytes=data.disk_left(disk, path))
     t.cache_tokens(images)
     if rank == 0:
         plan(t, images, path, disk)

@@ -408,12 +408,12 @@ def parse_args():
     p.add_argument("--data", help="image folder (encode)")
     p.add_argument("--out", help="folder for the latents, or for diffusers")
     p.add_argument("--split", choices=data.SPLITS, help="only the images that attributes.csv puts there (default: all)")
-    p.add_argument("--resolution", type=int, help="crop in pixels (default: the VAE's)")
+    p.add_argument("--resolution", type=data.positive, help="crop in pixels (default: the VAE's)")
     p.add_argument("--flip", action="store_true", help="store the mirror image's moments too (F = 2)")
     p.add_argument("--micro-batch", type=data.positive, default=64, help="images per forward pass: memory only")
     p.add_argument("--precision", choices=("bf16", "fp32"), help="default: bf16 where it is fast")
     p.add_argument("--compile", type=int, default=int(torch.cuda.is_available()), choices=(0, 1))
-    p.add_argument("--workers", type=int, default=4 if torch.cuda.is_available() else 0, help="image reading processes")
+    p.add_argument("--workers", type=data.natural, default=4 if torch.cuda.is_available() else 0, help="image reading processes")
     p.add_argument("--deterministic", action="store_true", help="equal bits in each run on CUDA too, slower (a CPU needs no flag)")
     p.add_argument("--dry-run", action="store_true", help="print the plan (images, disk, memory), and end")
     data.bench_flags(p)
@@ -497,13 +497,17 @@ def row_files(folder, shape):
 
 
 def drop_rows(path, kept):
-    """Rewrite the array at `path` with the rows `kept` alone: what is left when unreadable images are taken out."""
-    whole = np.load(path, mmap_mode="r", allow_pickle=False)
-    part = np.lib.format.open_memmap(f"{path}.part", "w+", whole.dtype, (len(kept), *whole.shape[1:]))
+    """Write the rows `kept` of the array at `path` to PATH.part: what is left when unreadable images are taken out."""
+    whole, part = np.load(path, mmap_mode="r", allow_pickle=False), f"{path}.part"
+    try:
+        data.new_array(part, whole.dtype, (len(kept), *whole.shape[1:]))
+    except OSError:
+        Path(part).unlink(missing_ok=True)  # it may fill the disk
+        raise
+    rows = np.load(part, mmap_mode="r+", allow_pickle=False)
     for i in range(0, len(kept), 1024):
-        part[i:i + 1024] = whole[kept[i:i + 1024]]
-    part.flush()
-    os.replace(f"{path}.part", path)
+        rows[i:i + 1024] = whole[kept[i:i + 1024]]
+    rows.flush()
 
 
 def tidy(out):
@@ -533,12 +537,14 @@ def finish(out, images, store, settings, seconds):
     std = np.sqrt(np.maximum(square - mean ** 2, 0))
     if not std.min() > 1e-6:
         raise UserError(f"{settings['vae']}: latent channel {std.argmin()} is constant (std {std.min():.2g}) over {images.root}; the VAE has collapsed")
+    np.save(out / "labels.npy", np.asarray(images.labels, np.int64)[kept])
+    np.savez(out / "stats.npz", mean=mean, std=std)
+    data.sync(out / "labels.npy"), data.sync(out / "stats.npz")
+    data.write_text(out / "files.txt", "".join(images.files[i] + "\n" for i in kept))
+    meta = dict(settings, n=len(kept), skipped=n - len(kept), shape=shape, seconds=round(seconds, 1))
     if len(kept) < n:
         drop_rows(out / "moments.npy", kept)
-    np.save(out / "labels.npy", np.asarray(images.labels, np.int64)[kept])
-    data.write_text(out / "files.txt", "".join(images.files[i] + "\n" for i in kept))
-    np.savez(out / "stats.npz", mean=mean, std=std)
-    meta = dict(settings, n=len(kept), skipped=n - len(kept), shape=shape, seconds=round(seconds, 1))
+        os.replace(out / "moments.npy.part", out / "moments.npy")  # killed between this and the next line, the images are encoded anew
     data.write_json(out / "meta.json", meta)
     return dict(meta, std=std)
 
@@ -572,7 +578,7 @@ def main():
                     precision=args.precision, crop="ADM centre", classes=images.classes)
     out, files = Path(args.out), row_files(args.out, shape)
     if rank == 0:
-        settings["files_hash"] = images.hash()
+        settings["files_hash"] = images.hash
     if already_encoded(out, settings):
         if rank == 0:
             tidy(out)
@@ -583,7 +589,10 @@ def main():
     if rank == 0:
         data.claim(out / ".lock")
         if data.begin_rows(out / "unfinished.json", settings, files):
-            print(f"{out}: going on, {np.count_nonzero(np.load(out / 'done.npy', allow_pickle=False))} of {n} images are there")
+            done = np.load(out / "done.npy", mmap_mode="r+", allow_pickle=False)
+            done[done == UNREADABLE] = 0  # they may have been mended
+            done.flush()
+            print(f"{out}: going on, {np.count_nonzero(done)} of {n} images are there")
     data.barrier()
     store = data.RowFiles(*files)
     prepare_encoder(vae, args, device)
