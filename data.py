@@ -74,6 +74,14 @@ class UserError(ValueError):
     """A user's mistake or a machine's limit; scripts print it as one line and exit with status 2."""
 
 
+class Stopped(UserError):
+    """A signal ended a run that saved before; the exit status is 128 and its number, as a shell counts."""
+
+    def __init__(self, message, number):
+        super().__init__(message)
+        self.status = 128 + number
+
+
 class UnreadableImage(UserError):
     """One image file that cannot be decoded."""
 
@@ -178,6 +186,8 @@ def identity(folder):
 def find_images(root):
     """Sorted posix paths of the images below `root`, relative to it. Raises UserError when there are none."""
     root = Path(root)
+    if root.is_file():
+        raise UserError(f"{root}: a file; expected a folder of images")
     if not root.is_dir():
         raise UserError(f"{root}: no such folder; expected a folder of images (for the built-in set: python data.py avatars {root})")
     def fail(error):  # a folder that cannot be listed is not an empty one
@@ -238,9 +248,9 @@ class ImageFolder(torch.utils.data.Dataset):
 
     @functools.cached_property
     def hash(self):
-        """16 hex digits that name the files by path and size (-1 where there is none)."""
+        """The number of files, and 16 hex digits of their paths and sizes (-1 where there is none)."""
         size = lambda path: path.stat().st_size if path.exists() else -1
-        return hashlib.sha256("\n".join(f"{f} {size(self.root / f)}" for f in self.files).encode()).hexdigest()[:16]
+        return f"{len(self.files)}-" + hashlib.sha256("\n".join(f"{f} {size(self.root / f)}" for f in self.files).encode()).hexdigest()[:16]
 
     def note_bad(self, bad):
         """Name each new unreadable file once; raise UserError when they are more than max_bad of the folder."""
@@ -605,6 +615,14 @@ BROKEN = (EOFError, LookupError, ValueError, TypeError, AttributeError, Assertio
 DAMAGED = (*BROKEN, OSError, RuntimeError, MemoryError)
 
 
+def is_zip(path):
+    """Whether a file is, or was, a zip file with its end."""
+    try:
+        return zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:
+        return True
+
+
 def check_zip(path, checksums=False):
     """Refuse a zip file that unpacks to more than a gibibyte and a hundred times its size (a bomb), and, when asked to, one whose
     content is not what its checksums say. Raises ValueError."""
@@ -640,6 +658,8 @@ def load_latents(folder):
     """Open a latent cache. Raises UserError when it is missing, unfinished or damaged."""
     folder = Path(folder)
     again = f"make it with: python vae.py --vae CKPT --data DIR --out {folder}"
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; if it has moved, give its new place; else {again}")
     if not (folder / "meta.json").is_file():  # written last
         raise UserError(f"{folder}: no finished latent cache (meta.json is missing); {again}")
     try:
@@ -941,7 +961,7 @@ def explain(error):
     if isinstance(error, UserError):
         return one_line(str(error))
     if isinstance(error, KeyboardInterrupt):
-        return f"stopped by {text or 'Ctrl-C'}; what was written before is intact; run the same command again"
+        return f"stopped by {text or 'SIGINT'}; what was written before is intact; run the same command again"
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in text or "bad_alloc" in text:
         kind = "GPU memory" if isinstance(error, torch.OutOfMemoryError) else "memory"
         return f"out of {kind} ({text[:200]}); use a smaller --micro-batch where the script has it: the result stays the same (except with --disc-ckpt)"
@@ -950,7 +970,7 @@ def explain(error):
     if isinstance(error, RuntimeError) and ("DataLoader worker" in text or "ancdata" in text):
         return f"a process that reads images was lost ({text[:200]}): out of memory, of /dev/shm or of open files (ulimit -n); use fewer --workers, then run the same command again"
     if dist.is_initialized() and (isinstance(error, dist.DistError) or isinstance(error, RuntimeError) and any(w in text for w in ("gloo", "NCCL", "Connection"))):
-        return f"rank {dist.get_rank()}: another process of this run is lost or does not answer (its own message, or torchrun's, says why); the last checkpoint is intact; run the same command again ({text[:150]})"
+        return f"rank {dist.get_rank()}: another process of this run is lost or does not answer (its own message, or torchrun's, says why); the last checkpoint is intact; run the same command again ({text.rpartition('] ')[2][:100]})"
     return None
 
 
@@ -959,15 +979,17 @@ def interrupt(number, _):
 
 
 def run_script(main):
-    """Run main(); what explain() knows ends in one line on stderr and exit status 2."""
+    """Run main(); what explain() knows ends in one line on stderr and exit status 2, a signal in 128 and its number."""
     signal.signal(signal.SIGTERM, interrupt)
     try:
         commit()  # of the code that runs, not of what it may be changed to meanwhile
         main()
     except (Exception, KeyboardInterrupt) as e:
-        message = explain(e)
+        message, status = explain(e), getattr(e, "status", 2)
         if message is None:
             raise
+        if isinstance(e, KeyboardInterrupt):
+            status = 128 + getattr(signal, str(e), signal.SIGINT)
     else:
         for f in [*CLAIMS]:
             release(f)
@@ -979,7 +1001,7 @@ def run_script(main):
             release(f)
     sys.stdout.flush()
     print(f"error: {message}", file=sys.stderr, flush=True)
-    os._exit(2) if dist.is_initialized() else sys.exit(2)  # other ranks may wait in a collective: do not wait for them
+    os._exit(status) if dist.is_initialized() else sys.exit(status)  # other ranks may wait in a collective: do not wait for them
 
 
 CLAIMS = []  # open files that stand for the outputs of this process
@@ -993,20 +1015,20 @@ def claim(path, flag="--out"):
     while True:
         f = open(str(path), "a+")
         f.seek(0)
-        owner = f.read().strip()
+        owner, _, what = f.read().strip().partition(": ")
         try:
             fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as e:
             if e.errno not in (errno.EACCES, errno.EAGAIN):
                 print(f"{path}: this file system has no locks ({e.strerror}); nothing will stop a second run in the same place", file=sys.stderr)
                 return None
-            raise UserError(f"{path}: in use by {owner or 'another process'}; wait for it, stop it, or choose another {flag}")
+            raise UserError(f"{path}: in use by {owner or 'another process'}; wait for it, stop it, or choose another {flag} (it runs {what[:200]})")
         if os.path.exists(path) and os.path.samestat(os.fstat(f.fileno()), os.stat(path)):
             break  # else its owner has just deleted it
     if owner:
-        print(f"{path}: left by {owner}, which is gone; taken over", file=sys.stderr)
+        print(f"{path}: left by {owner}, which is gone; taken over (it ran {what[:200]})", file=sys.stderr)
     f.truncate(0)
-    f.write(f"process {os.getpid()} on {socket.gethostname()} (since {time.strftime('%Y-%m-%d %H:%M:%S')}: {command()})\n")
+    f.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H.%M')}: {command()}\n")
     f.flush()
     CLAIMS.append(f)
     return f
@@ -1392,13 +1414,13 @@ def load_checkpoint(path):
     torn or foreign file."""
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"{path}: no such checkpoint")
+        raise UserError(f"{path}: {'a folder, expected a checkpoint file' if path.is_dir() else 'no such checkpoint'}")
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
-        if zipfile.is_zipfile(path):
+        if is_zip(path):
             check_zip(path, checksums=True)
-        foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path) if zipfile.is_zipfile(path) else ["argparse.Namespace"]
+        foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path) if is_zip(path) else ["argparse.Namespace"]
         strange = [name for name in foreign if not name.startswith(BYSTANDERS)]
         if strange:
             raise UserError(f"{path}: not a readable checkpoint: it holds {strange[0]}, which is no weight; pickled code is never run")
@@ -1408,7 +1430,9 @@ def load_checkpoint(path):
         raise
     except DAMAGED as e:
         kind, what = (UserError, "cannot be read now") if of_the_machine(e) else (DamagedFile, "not a readable checkpoint")
-        raise kind(f"{path}: {what} ({type(e).__name__}: {' '.join(str(e).split())[-120:]})")
+        text = f"{type(e).__name__}: {' '.join(str(e).split())[-120:]}" if path.suffix == ".safetensors" or is_zip(path) else "cut, or not written by torch.save"
+        before = path.with_suffix(".prev.pt")
+        raise kind(f"{path}: {what} ({text})" + (f"; the one before it is {before}" if before.exists() and before != path else ""))
 
 
 def load_newest(path):
@@ -1416,16 +1440,18 @@ def load_newest(path):
     ranks; the first one chooses. A damaged file is renamed, lest the next save puts it in the place of the good one."""
     path, rank, found, choice = Path(path), dist.get_rank() if dist.is_initialized() else 0, None, 0
     places = [path, path.with_suffix(".prev.pt")]
-    kept = [p for p in places if p.exists()]
-    for p in kept if rank == 0 else ():
+    damaged = {}
+    for p in [p for p in places if p.exists()] if rank == 0 else ():
         try:
             found, choice = load_checkpoint(p), 1 + places.index(p)
             break
         except DamagedFile as e:
-            if p == kept[-1]:
-                raise
-            print(f"{one_line(str(e))}; going on from {kept[-1]}, the damaged file is now {p.with_suffix('.damaged')}", file=sys.stderr)
-            os.replace(p, p.with_suffix(".damaged"))
+            damaged[p] = one_line(str(e))
+    if damaged and found is None:
+        raise UserError(f"{'; '.join(damaged.values())}; no checkpoint is left to go on from; begin anew with another --out")
+    for p, reason in damaged.items():
+        print(f"{reason}; going on from {places[1]}, the damaged file is now {p.with_suffix('.damaged')}", file=sys.stderr)
+        os.replace(p, p.with_suffix(".damaged"))
     choice = int(all_reduce(torch.tensor(choice)))
     return load_checkpoint(places[choice - 1]) if choice and rank else found
 
@@ -1503,7 +1529,7 @@ class Log:
         first = json.dumps(dict(settings, made=made()))
         write_text(self.path, "".join(line + "\n" for line in kept or [first]))
         if kept:
-            self.write(step=step, resumed=made())
+            self.write(resumed=made(), from_step=step)
 
     def write(self, **record):
         if not self.rank:
@@ -1733,10 +1759,11 @@ class Stop:
     def __init__(self):
         self.flag = torch.zeros(1)
         for s in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(s, lambda *_: self.flag.fill_(1))
+            signal.signal(s, lambda number, _: self.flag.fill_(number))
 
     def asked(self):
-        return bool(all_reduce(self.flag.clone(), dist.ReduceOp.MAX))
+        """The number of the signal, else 0."""
+        return int(all_reduce(self.flag.clone(), dist.ReduceOp.MAX))
 
 
 def save_grid(images, path, columns):

@@ -62,7 +62,7 @@ def parse_args():
 def read_sit(path, weights):
     """The SiT of a file. Raises UserError for a file that is none, or damaged."""
     try:
-        if zipfile.is_zipfile(path):
+        if data.is_zip(path):
             data.check_zip(path, checksums=True)
         return load_sit(path, weights)
     except data.DAMAGED as e:
@@ -75,6 +75,8 @@ def load_pair(args):
     path = args.vae or checkpoint["vae"]
     if path is None:
         raise UserError(f"{args.sit} does not say which VAE made its latents: give --vae")
+    if not args.vae and not Path(path).exists():
+        raise UserError(f"{args.sit} was trained on latents of {path}, which is not there; if it has moved, give its new place with --vae")
     vae = load_vae(path)
     found = data.weights_hash(vae.state_dict())
     if checkpoint["vae_hash"] is None and checkpoint["vae"] and args.vae:  # REPA-E's joint file

@@ -10,6 +10,7 @@ The latents are normalised with the mean and std that vae.py stored; the checkpo
 """
 import argparse
 import copy
+import signal
 import tempfile
 import time
 from pathlib import Path
@@ -105,9 +106,9 @@ class PairedImages:
         at = {f: i for i, f in enumerate(self.images.files)}
         missing = [f for f in latents.files if f not in at]
         if missing:
-            raise UserError(f"--data {root}: {missing[0]} of the latent cache is not there ({len(missing)} such files)")
+            raise UserError(f"--data {root}: {missing[0]} of the latent cache is not there ({len(missing)} missing in all); bring it back, or encode again into another folder")
         if check and latents.meta.get("files_hash", self.images.hash) != self.images.hash:
-            raise UserError(f"--data {root}: not the images that the latents were made of (hash of names and sizes {self.images.hash}, the latents' {latents.meta['files_hash']}); "
+            raise UserError(f"--data {root}: not the images that the latents were made of (count and hash of names and sizes {self.images.hash}, the latents' {latents.meta['files_hash']}); "
                             "a file was added, removed or replaced: bring it back, or encode again into another folder")
         self.index = np.array([at[f] for f in latents.files])
 
@@ -423,7 +424,7 @@ def main():
             data.save_checkpoint(path, dict(t.state(), losses=pending.state()))
         if stopping:
             data.barrier()  # no rank leaves, and takes the others with it, before the checkpoint is on disk
-            raise UserError(f"stopped by a signal; saved at step {t.step}; run the same command to go on")
+            raise data.Stopped(f"stopped by {signal.Signals(stopping).name}; saved at step {t.step}; run the same command to go on", stopping)
     bar.close()
     if rank == 0:
         print(f"{path}: step {t.step}, " + ", ".join(f"{k} {v:.4g}" for k, v in parts.items()) + f", {t.seconds:.0f} s")

@@ -21,6 +21,7 @@ Send-VAE's or VA-VAE's):
 """
 import argparse
 import copy
+import signal
 import tempfile
 import time
 from functools import partial
@@ -558,7 +559,7 @@ def main():
             data.save_checkpoint(path, dict(t.state(), losses=pending.state()))
         if stopping:
             data.barrier()  # no rank leaves, and takes the others with it, before the checkpoint is on disk
-            raise UserError(f"stopped by a signal; saved at step {t.step}; run the same command to go on")
+            raise data.Stopped(f"stopped by {signal.Signals(stopping).name}; saved at step {t.step}; run the same command to go on", stopping)
     bar.close()
     if rank == 0:
         print(f"{path}: step {t.step}, " + ", ".join(f"{k} {v:.4g}" for k, v in parts.items()) + f", {t.seconds:.0f} s")

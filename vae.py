@@ -278,8 +278,8 @@ def load_vae(path):
     scaled in here (diffusers' scaling_factor is not used): vae.py measures their mean and std.
     """
     path, config = Path(path), None
-    if path.is_dir() and not (path / "config.json").exists() and (path / "vae.pt").exists():
-        raise UserError(f"{path}: a folder of train_vae.py; give its file {path / 'vae.pt'}")
+    if path.is_dir() and not any((path / name).exists() for name in ("config.json", "vae")):
+        raise UserError(f"{path}: a folder of train_vae.py; give its file {path / 'vae.pt'}" if (path / "vae.pt").exists() else f"{path}: holds no VAE; expected a checkpoint file, or a folder of diffusers")
     if path.is_dir():
         path = path / "vae" if (path / "vae").is_dir() else path  # a whole pipeline
         config = diffusers_config(path / "config.json")
@@ -521,6 +521,9 @@ def already_encoded(out, settings):
         return False
     found = data.read_json(out / "meta.json")
     different = [k for k in settings if k not in ("vae", "data") and found.get(k, settings[k]) != settings[k]]
+    if different == ["files_hash"]:
+        raise UserError(f"{out} holds the latents of other images than --data {settings['data']} has now (count and hash of names and sizes {found['files_hash']}, now {settings['files_hash']}): one was added, removed or "
+                        "replaced; bring it back, or choose another --out")
     if different:
         raise UserError(f"{out} holds latents with {different[0]} {found.get(different[0])}, this command says "
                         f"{settings[different[0]]}; choose another --out or delete it")
