@@ -4271,6 +4271,21 @@ def test_errors_of_the_machine_are_no_damage(tmp_path, monkeypatch):
             assert not isinstance(e.value, data.UnreadableImage)
 
 
+def test_rows_are_marked_after_they_are_on_disk(tmp_path, monkeypatch):
+    """A row counts as stored before it is safe: after a power loss it would be zeros."""
+    files = {tmp_path / "a": (np.float32, (5, 2)), tmp_path / "done": (np.uint8, (5,))}
+    data.begin_rows(tmp_path / "mark", {}, files)
+    store, marks, flush = data.RowFiles(*files), [], np.memmap.flush
+    monkeypatch.setattr(data.RowFiles, "EVERY", 1000)
+    store.put([1, 2], np.ones((2, 2)))
+    store.put([4], done=2)
+    assert not store.done.any() and store.arrays[0][1:3].all()
+    monkeypatch.setattr(np.memmap, "flush", lambda self: marks.append(store.done.tolist()) or flush(self))
+    store.flush()
+    assert marks == [[0, 0, 0, 0, 0], [0, 1, 1, 0, 2]]  # at the flush of the rows, at that of the marks
+    assert store.missing(0, 1) == [0, 3] and data.begin_rows(tmp_path / "mark", {}, files) and not data.begin_rows(tmp_path / "mark", {"x": 1}, files)
+
+
 def test_neighbours_that_are_unreadable(tmp_path):
     """Neighbouring bad files, few enough to be skipped, make rows of a batch vanish."""
     root = write_images(tmp_path, 1200, size=4, classes=("",))
