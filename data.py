@@ -1180,7 +1180,7 @@ class Parts:
         their times t (B,) its loss."""
         self.rows.append((step, list(parts), torch.stack([v.detach().float() for v in parts.values()]), each, t))
 
-    def look(self, advice, name_images=lambda step, places: places):
+    def look(self, advice, name_images=lambda step, places: [""] * len(places)):
         """{name: float} of the last step, means over ranks. Raises UserError for the first step since the last look with a value that is not
         finite; name_images(step, places in the global batch) names the images that are not."""
         rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -1192,7 +1192,8 @@ class Parts:
             bad = [k for k, v in parts.items() if not np.isfinite(v)]
             if bad:
                 places = [] if each is None else self.not_finite(each, rank, world)
-                images = f"; of the batch's images {len(places)}: {', '.join(map(str, name_images(step, places[:8])))}" if places else ""
+                shown = ", ".join(f"{p} ({name})" for p, name in zip(places, name_images(step, places[:8])))
+                images = f"; {len(places)} of the batch's images, {shown}" if places else ""
                 raise UserError(f"step {step}: {', '.join(bad)} not finite ({', '.join(f'{k} {v:.4g}' for k, v in parts.items())}){images}; the last checkpoint is intact; "
                                 f"begin anew with another --out and {advice}")
             high = {k: self.usual[k][1] for k in self.WATCHED if self.unusual(k, parts.get(k, 0))}
@@ -1383,11 +1384,12 @@ def save_checkpoint(path, state):
             torch.save(dict(state, made=made()), f)
             f.flush()
             os.fsync(f.fileno())
-    except (OSError, RuntimeError) as e:
-        cause = e if isinstance(e, OSError) or not isinstance(e.__context__, OSError) else e.__context__  # torch.save hides the system's error
+    except BaseException as e:
         temporary.unlink(missing_ok=True)
-        number = getattr(cause, "errno", None)
-        raise UserError(f"{path}: cannot be written ({getattr(cause, 'strerror', None) or cause}); the checkpoint before it is intact; {HINTS.get(number, 'mend that')}, then run the same command again")
+        cause = e.__context__ if isinstance(e, RuntimeError) else e  # torch.save hides the system's error
+        if not isinstance(cause, OSError):
+            raise
+        raise UserError(f"{path}: cannot be written ({cause.strerror or cause}); the checkpoint before it is intact; {HINTS.get(cause.errno, 'mend that')}, then run the same command again")
     if path.exists():
         os.replace(path, path.with_suffix(".prev.pt"))
     os.replace(temporary, path)
@@ -1741,10 +1743,10 @@ def save_png(image, path):
     image.save(path, "png", pnginfo=info)
 
 
-def read_json(path):
+def read_json(path, kind=dict):
     try:
         found = json.loads(Path(path).read_text("utf-8"))
-        if not isinstance(found, dict):
+        if not isinstance(found, kind):
             raise ValueError(f"holds a {type(found).__name__}")
         return found
     except FileNotFoundError:

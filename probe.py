@@ -513,7 +513,7 @@ def read_run(path):
     path = Path(path).parent if Path(path).name == "report.json" else Path(path)
     try:
         if not path.is_dir():
-            return [dict({"run": f"{path}:{i}", "measure": ""}, **row) for i, row in enumerate(read_json(path))]
+            return [dict({"run": f"{path}:{i}", "measure": ""}, **row) for i, row in enumerate(read_json(path, list))]
         if (path / "report.json").exists():
             report = read_json(path / "report.json")
             return [dict(numbers(arm), name=f"{path}/{name}", run=str(path), kind=name, measure=f"FD({report['network']})-{arm['fd_n']}", psnr=arm["psnr"]) for name, arm in report["arms"].items()]
