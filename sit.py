@@ -205,7 +205,7 @@ def load_sit(path, weights="ema"):
     try:
         if "config" not in checkpoint:
             checkpoint = from_release(checkpoint, path, weights)
-        if weights not in checkpoint or "vae" in checkpoint and isinstance(checkpoint["vae"], dict):
+        if isinstance(checkpoint.get("vae"), dict):
             raise LookupError("it holds no SiT; a VAE goes to --vae")
         model = SiT(**checkpoint["config"])
         model.load_state_dict(checkpoint[weights])

@@ -1,4 +1,5 @@
-"""All tests: python -m pytest -q test_all.py (or: bash run.sh test). About 13 minutes on two CPU cores, no network.
+"""All tests: python -m pytest -q test_all.py (or: bash run.sh test). Less than 20 minutes on two CPU cores, no network. `python test_all.py --soak`:
+the long version of the kills and the fuzzing.
 
 Order: data, vae, mapper, train_vae, sit, fid, probe, then the scripts: the tiny chain, processes, resume, bad input.
 """
