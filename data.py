@@ -966,7 +966,8 @@ def explain(error):
         kind = "GPU memory" if isinstance(error, torch.OutOfMemoryError) else "memory"
         return f"out of {kind} ({text[:200]}); use a smaller --micro-batch where the script has it: the result stays the same (except with --disc-ckpt)"
     if isinstance(error, OSError):
-        return f"{error.filename or 'reading or writing'}: {error.strerror or text}; what was written before is intact; {HINTS.get(error.errno, 'mend that')}, then run the same command again"
+        number = errno.ENOSPC if "requested and" in text else error.errno  # NumPy's words for a full disk
+        return f"{error.filename or 'reading or writing'}: {error.strerror or text}; what was written before is intact; {HINTS.get(number, 'mend that')}, then run the same command again"
     if isinstance(error, RuntimeError) and ("DataLoader worker" in text or "ancdata" in text):
         return f"a process that reads images was lost ({text[:200]}): out of memory, of /dev/shm or of open files (ulimit -n); use fewer --workers, then run the same command again"
     if dist.is_initialized() and (isinstance(error, dist.DistError) or isinstance(error, RuntimeError) and any(w in text for w in ("gloo", "NCCL", "Connection"))):
@@ -1013,7 +1014,7 @@ def claim(path, flag="--out"):
     if any(os.path.exists(path) and os.path.samestat(os.fstat(f.fileno()), os.stat(path)) for f in CLAIMS):
         raise UserError(f"{flag} {Path(path).parent}: this run writes something else there already; choose another folder")
     while True:
-        f = open(str(path), "a+")
+        f = open(str(path), "a+", encoding="utf-8", errors="replace")
         f.seek(0)
         owner, _, what = f.read().strip().partition(": ")
         try:
@@ -1315,7 +1316,9 @@ def begin_rows(mark, settings, files):
         arrays = [np.load(p, mmap_mode="r", allow_pickle=False) for p in files]
         if found == json.loads(json.dumps(settings)) and [(a.dtype, a.shape) for a in arrays] == [(np.dtype(d), tuple(s)) for d, s in files.values()]:
             return True
-    mark.unlink(missing_ok=True)
+    if mark.exists():
+        print(f"{mark}: of other settings, or damaged; begun anew", file=sys.stderr)
+        mark.unlink()
     for path, (dtype, shape) in files.items():
         new_array(path, dtype, shape)
     write_json(mark, settings)  # last: without it the others do not count

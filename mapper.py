@@ -227,12 +227,12 @@ class TokenCache:
 
     def begin(self, settings, files):
         """New files, or those of a stopped run, with a lock on them; or whole ones (None). Raises UserError for a folder that holds something else."""
-        mark, before = self.folder / "meta.json", None
+        mark = self.folder / "meta.json"
         if mark.exists():
-            before = data.read_json(mark)
-            different = [k for k in settings if before.get(k) != settings[k]]
+            found = data.read_json(mark)
+            different = [k for k in settings if found.get(k) != settings[k]]
             if different:
-                raise UserError(f"--cache-vfm {self.folder} holds tokens with {different[0]} {before.get(different[0])}, this run needs {settings[different[0]]}; "
+                raise UserError(f"--cache-vfm {self.folder} holds tokens with {different[0]} {found.get(different[0])}, this run needs {settings[different[0]]}; "
                                 "choose another folder or delete it")
             if self.whole(files):
                 return None
@@ -241,8 +241,7 @@ class TokenCache:
         if strange:
             raise UserError(f"--cache-vfm {self.folder}: holds {min(strange)} and is no cache; expected a new or empty folder")
         lock = data.claim(self.folder / ".lock", flag="--cache-vfm")
-        if not data.begin_rows(mark, settings, files) and before:
-            print(f"--cache-vfm {self.folder}: its files are damaged; computed anew")
+        data.begin_rows(mark, settings, files)
         return lock
 
     def __getitem__(self, rows):

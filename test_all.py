@@ -3593,7 +3593,7 @@ def test_grad_checkpointing(tmp_path):
     assert found[0][0] == found[1][0] and found[0][2] == found[1][2] and found[1][1] < 0.6 * found[0][1]
 
 
-def test_cache_vfm(small, tmp_path, monkeypatch):
+def test_cache_vfm(small, tmp_path, monkeypatch, capsys):
     """Cached tokens are not the VFM's of that crop, its mirror image or its row; another VFM's are taken; a stopped run begins anew;
     or training still reads images or runs the VFM."""
     images, cache = write_images(tmp_path / "images", 6, size=32), tmp_path / "tokens"
@@ -3622,7 +3622,9 @@ def test_cache_vfm(small, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="is no cache"):
         mapper.TokenCache(images, t.vfm, t.inputs["vfm"], folder, 2, t.args, t.device, 0, 1)
     (cache / "done.npy").write_bytes(b"")
-    mapper.TokenCache(cache, t.vfm, t.inputs["vfm"], folder, 2, t.args, t.device, 0, 1)  # damaged: computed anew
+    capsys.readouterr()
+    mapper.TokenCache(cache, t.vfm, t.inputs["vfm"], folder, 2, t.args, t.device, 0, 1)
+    assert "damaged; begun anew" in capsys.readouterr().err
     assert sum(seen) == 5 + 12
     shutil.rmtree(cache)
     command = ("train_vae", "--data", images, "--preset", "demo", "--resolution", 32, "--lpips", 0, "--gan", 0, "--batch", 4, "--precision", "fp32", "--lambda-align", 1, *VFM, "--mapper-mlp", 64, "--log-every", 1)
@@ -4124,6 +4126,7 @@ def test_out_of_memory(small, tmp_path):
     assert_refused(forked(*command, "--steps", 3, log=log, prepare=starve), "out of memory", "--micro-batch")
     assert_refused(forked(*command[:-1], tmp_path / "large", "--preset", "f8d4", "--steps", 3, log=log, prepare=starve), "out of memory", "--micro-batch")
     assert data.load_checkpoint(out / "vae.pt")["step"] == 1
+    assert "free space" in data.explain(OSError("1000000 requested and 12484 written"))  # NumPy's, on a full disk
     gpu = data.explain(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"))
     assert "out of GPU memory" in gpu and "--micro-batch" in gpu
 
