@@ -62,7 +62,7 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".ti
 MAX_BAD = 0.01  # a data set with a larger share of unreadable images stops the run
 MAX_PIXELS = Image.MAX_IMAGE_PIXELS  # of an image, as it is and at the crop's scale: 89 million, where Pillow warns
 WORKER_TIMEOUT = 600  # seconds that a batch of images may take
-# What Pillow raises on damaged files. An error of the system among them is no file's fault, but for these
+# What Pillow raises on damaged files. An error of the system among them is no image's fault, but for these
 DAMAGED_IMAGE = (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, AttributeError, AssertionError, OverflowError, struct.error, zlib.error,
                  Image.DecompressionBombError)
 OF_A_FILE = (None, errno.ENOENT, errno.EACCES, errno.EPERM, errno.ELOOP, errno.EINVAL, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG)
@@ -90,9 +90,9 @@ class DamagedFile(UserError):
     """A file whose content is not what was written."""
 
 
-def of_the_machine(error):
-    """Whether an error in reading a file tells of the machine (memory, disk, network, limits) and nothing of the file."""
-    return isinstance(error, MemoryError) or isinstance(error, OSError) and error.errno not in OF_A_FILE or "allocate memory" in str(error)
+def of_the_machine(error, of_the_file=(None, errno.ENOENT, errno.EINVAL, errno.EISDIR, errno.ENOTDIR)):
+    """Whether an error in reading a file tells of the machine (memory, disk, network, limits, rights) and nothing of its content."""
+    return isinstance(error, MemoryError) or isinstance(error, OSError) and error.errno not in of_the_file or "allocate memory" in str(error)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -137,7 +137,7 @@ def open_image(path, size=1):
             yield image
     except DAMAGED_IMAGE as e:
         reason = ' '.join(str(e).split()) or type(e).__name__
-        if of_the_machine(e):
+        if of_the_machine(e, OF_A_FILE):
             raise UserError(f"{path}: cannot be read now ({e.strerror}); {HINTS.get(e.errno, 'see to the disk or the network')}, then run the same command again")
         raise UnreadableImage(f"{path}: cannot be read as an image ({reason})")
 
@@ -195,7 +195,7 @@ def find_images(root):
 
     files, above = [], {str(root): {identity(root)}}
     for folder, dirs, names in os.walk(str(root), followlinks=True, onerror=fail):
-        inside = {d: identity(Path(folder, d)) for d in dirs if not d.startswith((".", "__MACOSX"))}
+        inside = {d: identity(Path(folder, d)) for d in dirs if not d.startswith((".", "__MACOSX", "lost+found", "$RECYCLE.BIN", "System Volume Information"))}
         dirs[:] = [d for d, key in inside.items() if key not in above[folder]]  # a link to a folder that holds it is no end
         above.update((os.path.join(folder, d), above[folder] | {inside[d]}) for d in dirs)
         files += [Path(folder, n).relative_to(root).as_posix() for n in names
@@ -248,9 +248,9 @@ class ImageFolder(torch.utils.data.Dataset):
 
     @functools.cached_property
     def hash(self):
-        """The number of files, and 16 hex digits of their paths and sizes (-1 where there is none)."""
+        """16 hex digits that name the files by path and size (-1 where there is none)."""
         size = lambda path: path.stat().st_size if path.exists() else -1
-        return f"{len(self.files)}-" + hashlib.sha256("\n".join(f"{f} {size(self.root / f)}" for f in self.files).encode()).hexdigest()[:16]
+        return hashlib.sha256("\n".join(f"{f} {size(self.root / f)}" for f in self.files).encode()).hexdigest()[:16]
 
     def note_bad(self, bad):
         """Name each new unreadable file once; raise UserError when they are more than max_bad of the folder."""
@@ -679,6 +679,8 @@ def load_latents(folder):
         for key in ("resolution", "split", "vae", "vae_hash"):
             meta[key]
     except DAMAGED as e:
+        if isinstance(e, OSError) and of_the_machine(e):
+            raise
         raise UserError(f"{folder}: the latent cache is damaged ({type(e).__name__}: {' '.join(str(e).split())}); delete the folder and {again}")
     return Latents(moments, labels, files, mean, std, meta)
 
@@ -1370,8 +1372,13 @@ def weights_hash(state_dict):
 def sync(path):
     """A file's content, or a folder's names, on disk."""
     handle = os.open(path, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
+    try:
+        os.fsync(handle)
+    except OSError as e:
+        if e.errno not in (errno.EINVAL, errno.EBADF, errno.ENOTSUP):  # some network file systems know no fsync of a folder
+            raise
+    finally:
+        os.close(handle)
 
 
 def save_checkpoint(path, state):
@@ -1435,7 +1442,7 @@ def load_checkpoint(path):
         raise
     except DAMAGED as e:
         kind, what = (UserError, "cannot be read now") if of_the_machine(e) else (DamagedFile, "not a readable checkpoint")
-        text = f"{type(e).__name__}: {' '.join(str(e).split())[-120:]}" if path.suffix == ".safetensors" or is_zip(path) else "cut, or not written by torch.save"
+        text = f"{type(e).__name__}: {' '.join(str(e).split())[-120:]}" if kind is UserError or path.suffix == ".safetensors" or is_zip(path) else "cut, or not written by torch.save"
         before = path.with_suffix(".prev.pt")
         raise kind(f"{path}: {what} ({text})" + (f"; the one before it is {before}" if before.exists() and before != path else ""))
 
@@ -1522,7 +1529,7 @@ def update_ema(ema, model, step, decay):
 
 class Log:
     """metrics.jsonl: the run's settings first, then one JSON object a line; a resumed run drops what came after its
-    checkpoint, and says by which command it goes on. Only rank 0 writes."""
+    checkpoint, and says by which command it goes on (these lines stay). Only rank 0 writes."""
 
     def __init__(self, path, step, settings, rank):
         self.path, self.rank, kept = Path(path), rank, []
@@ -1728,8 +1735,12 @@ def random_images(folder, n, size):
 def write_text(path, text):
     """Whole or not at all."""
     temporary = Path(f"{path}.tmp")
-    temporary.write_text(text, "utf-8")
-    sync(temporary)
+    try:
+        temporary.write_text(text, "utf-8")
+        sync(temporary)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     os.replace(temporary, path)
     sync(temporary.parent)
 

@@ -211,6 +211,7 @@ class TokenCache:
         if mine:
             store.flush()
         data.barrier()
+        store = data.RowFiles(*files, mode="r")  # as the other processes left them
         if not store.done.all():
             raise UserError(f"--cache-vfm {folder}: {int((store.done == 0).sum())} crops have no tokens; run the same command again")
         if rank == 0:
@@ -237,7 +238,7 @@ class TokenCache:
             if self.whole(files):
                 return None
         data.open_out(self.folder, need_bytes=2 * math.prod(settings["shape"]) - sum(p.stat().st_blocks * 512 for p in files if p.exists()), flag="--cache-vfm")
-        strange = {p.name for p in self.folder.iterdir()} - {"tokens.npy", "done.npy", "meta.json", ".lock"}
+        strange = {p.name for p in self.folder.iterdir() if not p.name.startswith(".")} - {"tokens.npy", "done.npy", "meta.json", "meta.json.tmp"}
         if strange:
             raise UserError(f"--cache-vfm {self.folder}: holds {min(strange)} and is no cache; expected a new or empty folder")
         lock = data.claim(self.folder / ".lock", flag="--cache-vfm")

@@ -108,7 +108,7 @@ class PairedImages:
         if missing:
             raise UserError(f"--data {root}: {missing[0]} of the latent cache is not there ({len(missing)} missing in all); bring it back, or encode again into another folder")
         if check and latents.meta.get("files_hash", self.images.hash) != self.images.hash:
-            raise UserError(f"--data {root}: not the images that the latents were made of (count and hash of names and sizes {self.images.hash}, the latents' {latents.meta['files_hash']}); "
+            raise UserError(f"--data {root}: not the images that the latents were made of ({len(self.images.files)} files, hash of names and sizes {self.images.hash}; then {latents.meta['n'] + latents.meta['skipped']}, {latents.meta['files_hash']}); "
                             "a file was added, removed or replaced: bring it back, or encode again into another folder")
         self.index = np.array([at[f] for f in latents.files])
 

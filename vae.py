@@ -522,7 +522,7 @@ def already_encoded(out, settings):
     found = data.read_json(out / "meta.json")
     different = [k for k in settings if k not in ("vae", "data") and found.get(k, settings[k]) != settings[k]]
     if different == ["files_hash"]:
-        raise UserError(f"{out} holds the latents of other images than --data {settings['data']} has now (count and hash of names and sizes {found['files_hash']}, now {settings['files_hash']}): one was added, removed or "
+        raise UserError(f"{out} holds the latents of other images than --data {settings['data']} has now ({found['n'] + found['skipped']} files then; hash of names and sizes {found['files_hash']}, now {settings['files_hash']}): one was added, removed or "
                         "replaced; bring it back, or choose another --out")
     if different:
         raise UserError(f"{out} holds latents with {different[0]} {found.get(different[0])}, this command says "
@@ -545,10 +545,12 @@ def finish(out, images, store, settings, seconds):
     data.sync(out / "labels.npy"), data.sync(out / "stats.npz")
     data.write_text(out / "files.txt", "".join(images.files[i] + "\n" for i in kept))
     meta = dict(settings, n=len(kept), skipped=n - len(kept), shape=shape, seconds=round(seconds, 1))
+    data.write_json(out / "meta.json.part", meta)
     if len(kept) < n:
         drop_rows(out / "moments.npy", kept)
-        os.replace(out / "moments.npy.part", out / "moments.npy")  # killed between this and the next line, the images are encoded anew
-    data.write_json(out / "meta.json", meta)
+        os.replace(out / "moments.npy.part", out / "moments.npy")  # a kill between this and the next line would encode the images anew
+    os.replace(out / "meta.json.part", out / "meta.json")
+    data.sync(out)
     return dict(meta, std=std)
 
 
