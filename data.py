@@ -95,6 +95,11 @@ def of_the_machine(error, of_the_file=(None, errno.ENOENT, errno.EINVAL, errno.E
     return isinstance(error, MemoryError) or isinstance(error, OSError) and error.errno not in of_the_file or "allocate memory" in str(error)
 
 
+def damage(error, text):
+    """What to raise for an error in reading content: UserError with this text, or an error of the machine as it is."""
+    return error if isinstance(error, OSError) and of_the_machine(error) else UserError(text)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Images
 
@@ -679,9 +684,7 @@ def load_latents(folder):
         for key in ("resolution", "split", "vae", "vae_hash"):
             meta[key]
     except DAMAGED as e:
-        if isinstance(e, OSError) and of_the_machine(e):
-            raise
-        raise UserError(f"{folder}: the latent cache is damaged ({type(e).__name__}: {' '.join(str(e).split())}); delete the folder and {again}")
+        raise damage(e, f"{folder}: the latent cache is damaged ({type(e).__name__}: {' '.join(str(e).split())}); delete the folder and {again}")
     return Latents(moments, labels, files, mean, std, meta)
 
 
@@ -994,8 +997,6 @@ def run_script(main):
         if isinstance(e, KeyboardInterrupt):
             status = 128 + getattr(signal, str(e), signal.SIGINT)
     else:
-        for f in [*CLAIMS]:
-            release(f)
         if dist.is_initialized():
             dist.destroy_process_group()
         return

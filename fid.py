@@ -326,9 +326,7 @@ def load_source(path, split=None, size=None):
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; make it with: python sample.py --sit SIT --out {path}")
     except data.DAMAGED as e:
-        if isinstance(e, OSError) and data.of_the_machine(e):
-            raise
-        raise UserError(f"{path}: expected an .npz with arr_0 (images), or mu and sigma (statistics) ({type(e).__name__}: {e})")
+        raise data.damage(e, f"{path}: expected an .npz with arr_0 (images), or mu and sigma (statistics) ({type(e).__name__}: {e})")
     if stats is not None and (stats["mu"].ndim != 1 or stats["sigma"].shape != 2 * stats["mu"].shape):
         raise UserError(f"{path}: mu {stats['mu'].shape} and sigma {stats['sigma'].shape}; expected (D,) and (D, D)")
     if array is not None and (array.dtype != np.uint8 or array.ndim != 4 or array.shape[-1] != 3):

@@ -66,9 +66,7 @@ def read_sit(path, weights):
             data.check_zip(path, checksums=True)
         return load_sit(path, weights)
     except data.DAMAGED as e:
-        if isinstance(e, OSError) and data.of_the_machine(e):
-            raise
-        raise UserError(str(e) if str(path) in str(e) else f"{path}: {' '.join(str(e).split())}")
+        raise data.damage(e, str(e) if str(path) in str(e) else f"{path}: {' '.join(str(e).split())}")
 
 
 def load_pair(args):
@@ -115,9 +113,7 @@ def read_stats(text, channels):
     except UserError:
         raise
     except (*data.DAMAGED, ZeroDivisionError) as e:
-        if isinstance(e, OSError) and data.of_the_machine(e):
-            raise
-        raise UserError(f"--latent-stats {text}: expected latents_scale and latents_bias, mean and std, or a number ({type(e).__name__}: {e})")
+        raise data.damage(e, f"--latent-stats {text}: expected latents_scale and latents_bias, mean and std, or a number ({type(e).__name__}: {e})")
     if mean.shape != (channels,) or std.shape != (channels,) or not (std > 0).all() or not (mean.isfinite() & std.isfinite()).all():
         raise UserError(f"--latent-stats {text}: statistics {tuple(mean.shape)} and {tuple(std.shape)}, expected {channels} finite means and {channels} positive stds")
     return mean, std

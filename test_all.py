@@ -4862,7 +4862,7 @@ def soak(kills=20, terms=5, examples=4000):
                 try:
                     print(next(rounds), flush=True)
                     passed += 1
-                except Exception:
+                except (AssertionError, TimeoutError, OSError, ValueError):  # a failed check, a run that does not end, an output that cannot be read
                     traceback.print_exc()
                     failed += count - k  # a generator that raised has ended
                     break
@@ -4874,7 +4874,7 @@ def soak(kills=20, terms=5, examples=4000):
                 read += counts
                 passed += 1
                 print(f"fuzz {kind}: {dict(counts)}", flush=True)
-            except BaseException:
+            except Exception:  # what a reader should not have raised, whatever it is
                 traceback.print_exc()
                 failed += 1
     print(f"{passed + failed - len(FUZZED)} kills; {sum(read.values())} damaged files, {read['refused']} refused, the others read; {time.time() - begin:.0f} s")
