@@ -1477,7 +1477,7 @@ def disk_left(need, path):
 # Flags that may change between the first and the second half of a run without changing what it computes. What files hold is compared
 # by its hash (inputs): a folder may move.
 FREE_FLAGS = {"out", "data", "latents", "init", "vfm_ckpt", "lpips_ckpt", "disc_ckpt", "steps", "micro_batch", "workers", "save_every", "log_every", "compile", "eval_every",
-              "eval_stats", "eval_images", "grad_checkpointing", "deterministic"}
+              "eval_stats", "eval_images", "eval_steps", "grad_checkpointing", "deterministic"}
 
 
 def same_run(checkpoint, args, path, inputs):

