@@ -568,23 +568,24 @@ def last_seconds(path):
 
 
 def report(args):
-    """Collect what the stages wrote for each arm: RUN/report.json, RUN/report.png, and a table."""
+    """Collect what the stages wrote for each arm: RUN/report.json, RUN/report.png, and a table. Images without attributes have no probe.json."""
     run = Path(args.run)
-    fd, probe = read_json(run / "fd.json"), read_json(run / "probe.json")
+    fd = read_json(run / "fd.json")
+    probe = read_json(run / "probe.json") if (run / "probe.json").exists() else dict(results={}, attributes=[], seconds=0.0)
     by_path = lambda d: {Path(k): v for k, v in d.items()}  # out/x, ./out/x and out/x/ are one
     distance, count, probed = by_path(fd["fd"]), by_path(fd["n"]), by_path(probe["results"])
-    pixels = next(n for n in probe["results"] if n.startswith("pixels"))  # "pixels 18 x 18"
+    simple = {n: r["f1"] for n, r in probe["results"].items() if n == "majority" or n.startswith("pixels")}  # "pixels 18 x 18"
     arms = {}
     for arm in args.arms:
         quality = read_json(run / arm / "recon.json")
-        found = probed[run / arm / "vae.pt"]
+        found = probed[run / arm / "vae.pt"] if probed else {}
         arms[arm] = dict(psnr=quality["psnr"], ssim=quality["ssim"], recon_fd=quality.get("fd"), **{f"probe_{k}": v for k, v in found.items() if isinstance(v, float) and k not in ("psnr", "seconds")},
                          fd=distance[run / arm / "samples.npz"], fd_n=count[run / arm / "samples.npz"],
                          seconds=dict(train_vae=last_seconds(run / arm / "metrics.jsonl"), encode=read_json(run / arm / "latents/meta.json")["seconds"],
                                       train_sit=last_seconds(run / arm / "sit/metrics.jsonl"), sample=read_json(run / arm / "samples.json")["seconds"],
                                       recon=quality["seconds"]))
-    baselines = dict(fd_floor=fd["floor"], fd_floor_n=fd["floor_n"], fd_real=max(fd["fd_real"].values(), default=None), probe_f1_pixels=probe["results"][pixels]["f1"],
-                     probe_f1_majority=probe["results"]["majority"]["f1"])
+    baselines = dict(fd_floor=fd["floor"], fd_floor_n=fd["floor_n"], fd_real=max(fd["fd_real"].values(), default=None),
+                     **{f"probe_f1_{n.split()[0]}": f1 for n, f1 in simple.items()})
     result = dict(arms=arms, baselines=baselines, network=fd["network"], probe_attributes=len(probe["attributes"]),
                   seconds=dict(pretrain=last_seconds(run / "pretrain/metrics.jsonl"), fd=fd["seconds"], probe=probe["seconds"]),
                   torch=torch.__version__, cpu=data.cpu_name(), threads=torch.get_num_threads())
@@ -594,11 +595,12 @@ def report(args):
     draw_report(run, args.arms)
     print(f"{'':22} {'PSNR':>8} {'probe F1':>9} {'FD':>9} {'FD recon':>9}   FD = FD({fd['network']})-{count_name(arms[args.arms[0]]['fd_n'])}, lower is better")
     for arm, a in arms.items():
-        print(f"{arm:22} {a['psnr']:8.2f} {a['probe_f1']:9.4f} {a['fd']:9.2f}" + (f" {a['recon_fd']:9.2f}" if a["recon_fd"] is not None else ""))
-    print(f"{pixels:22} {'':8} {baselines['probe_f1_pixels']:9.4f}\n{'majority guess':22} {'':8} {baselines['probe_f1_majority']:9.4f}")
+        print(f"{arm:22} {a['psnr']:8.2f} " + (f"{a['probe_f1']:9.4f}" if probed else " " * 9) + f" {a['fd']:9.2f}" + (f" {a['recon_fd']:9.2f}" if a["recon_fd"] is not None else ""))
+    for name, f1 in simple.items():
+        print(f"{name:22} {'':8} {f1:9.4f}")
     if baselines["fd_real"] is not None:
         print(f"{'as many real images':22} {'':8} {'':9} {baselines['fd_real']:9.2f}")
-    print(f"{'real, half vs half':22} {'':8} {'':9} {baselines['fd_floor']:9.2f}")
+    print(f"{'real, half vs half':22} {'':8} {'':9} {baselines['fd_floor']:9.2f}" + ("" if probed else "\nno probe: the images have no attributes.csv"))
     spent = {f"{arm} {k}": v for arm, a in arms.items() for k, v in a["seconds"].items()} | result["seconds"]
     print("seconds: " + ", ".join(f"{k} {v:.0f}" for k, v in spent.items()) + f"\n{run}/report.json, {run}/report.png")
 

@@ -181,8 +181,14 @@ if [ "${1:-}" = study ]; then
     exit
 fi
 
-# The demo, on the avatars or on your own images
-OUT=${OUT:-out/demo} SEED=${SEED:-0}
+# The demo, on the avatars or on your own images. Those without attributes.csv have no splits and no probe: reconstructions are then of the images trained on.
+# VAE_FLAGS, SIT_FLAGS, SAMPLE_FLAGS are added to the commands (VAE_FLAGS to those with alignment and without).
+SEED=${SEED:-0} TRAIN="--split train" TEST="--split test" SHOW_ATTRIBUTES="--show background_blue hair_black face_mask glasses beard eyes_closed"
+if [ "${1:-demo}" = folder ]; then
+    OUT=${OUT:-out/folder/$(basename "$ROOT")} DATA=$ROOT SHOW_ATTRIBUTES=
+    [ -f "$DATA/attributes.csv" ] || TRAIN='' TEST=''
+fi
+OUT=${OUT:-out/demo}
 DATA=${DATA:-$OUT/avatars}
 
 # 0. Images
@@ -191,28 +197,28 @@ DATA=${DATA:-$OUT/avatars}
 # 1. A small VAE from scratch; from this checkpoint both arms are fine-tuned, with equal data order, steps and losses
 #    (with one seed for both commands, fine-tuning begins with the images that pre-training began with).
 #    Without LPIPS and GAN: their weights and time are beyond a laptop's demo.
-VAE=(python train_vae.py --data "$DATA" --split train --rec mse --lpips 0 --gan 0 --batch 32 --lr 2e-3 --ema 0.995 --seed "$SEED")
-"${VAE[@]}" --preset demo --steps 600 --lr-warmup 50 --lambda-align 0 --save-every 100 --out "$OUT/pretrain"
+VAE=(python train_vae.py --data "$DATA" $TRAIN --rec mse --lpips 0 --gan 0 --batch 32 --lr 2e-3 --ema 0.995 --seed "$SEED")
+"${VAE[@]}" --preset demo --steps 600 --lr-warmup 50 --lambda-align 0 --save-every 100 ${VAE_FLAGS:-} --out "$OUT/pretrain"
 TUNE=(--init "$OUT/pretrain/vae.pt" --steps 400 --lr-decay 1 --save-every 100)
-"${VAE[@]}" "${TUNE[@]}" --lambda-align 0 --out "$OUT/control"
-"${VAE[@]}" "${TUNE[@]}" --lambda-align 1 --vfm tf_efficientnet_lite0 --vfm-ckpt "$CKPT" --grid 8 --mapper-depth 1 --mapper-mlp 256 --noise 1 --out "$OUT/send"
+"${VAE[@]}" "${TUNE[@]}" --lambda-align 0 ${VAE_FLAGS:-} --out "$OUT/control"
+"${VAE[@]}" "${TUNE[@]}" --lambda-align 1 --vfm tf_efficientnet_lite0 --vfm-ckpt "$CKPT" --grid 8 --mapper-depth 1 --mapper-mlp 256 --noise 1 ${VAE_FLAGS:-} --out "$OUT/send"
 
 newer() { [ "$1" -nt "$OUT/control/$2" ] && [ "$1" -nt "$OUT/send/$2" ]; }  # a score of what is there now
 for ARM in control send; do
     # 2. Latents
-    python vae.py --vae "$OUT/$ARM/vae.pt" --data "$DATA" --split train --out "$OUT/$ARM/latents"
+    python vae.py --vae "$OUT/$ARM/vae.pt" --data "$DATA" $TRAIN --out "$OUT/$ARM/latents"
     # 3. The same SiT on each, without REPA
-    python train_sit.py --latents "$OUT/$ARM/latents" --model SiT-demo/2 --steps 900 --batch 64 --lr 4e-3 --lr-warmup 50 --lr-decay 1 --ema 0.995 --time lognormal --repa 0 --seed "$SEED" --save-every 100 --out "$OUT/$ARM/sit"
+    python train_sit.py --latents "$OUT/$ARM/latents" --model SiT-demo/2 --steps 900 --batch 64 --lr 4e-3 --lr-warmup 50 --lr-decay 1 --ema 0.995 --time lognormal --repa 0 --seed "$SEED" --save-every 100 ${SIT_FLAGS:-} --out "$OUT/$ARM/sit"
     # 4. Samples, from the same noise and labels
-    [ "$OUT/$ARM/samples.npz" -nt "$OUT/$ARM/sit/sit.pt" ] || python sample.py --sit "$OUT/$ARM/sit/sit.pt" --vae "$OUT/$ARM/vae.pt" --images 2000 --sampler heun --steps 5 --labels equal --seed "$SEED" --micro-batch 250 --out "$OUT/$ARM/samples.npz"
+    [ "$OUT/$ARM/samples.npz" -nt "$OUT/$ARM/sit/sit.pt" ] || python sample.py --sit "$OUT/$ARM/sit/sit.pt" --vae "$OUT/$ARM/vae.pt" --images 2000 --sampler heun --steps 5 --labels equal --seed "$SEED" --micro-batch 250 ${SAMPLE_FLAGS:-} --out "$OUT/$ARM/samples.npz"
     # 5. Reconstruction
-    [ "$OUT/$ARM/recon.json" -nt "$OUT/$ARM/vae.pt" ] || python fid.py recon --vae "$OUT/$ARM/vae.pt" --data "$DATA" --split test --net tf_efficientnet_lite0 --net-ckpt "$CKPT" --net-size 96 --lpips 0 --png "$OUT/$ARM/recon.png" --json "$OUT/$ARM/recon.json"
+    [ "$OUT/$ARM/recon.json" -nt "$OUT/$ARM/vae.pt" ] || python fid.py recon --vae "$OUT/$ARM/vae.pt" --data "$DATA" $TEST --net tf_efficientnet_lite0 --net-ckpt "$CKPT" --net-size 96 --lpips 0 --png "$OUT/$ARM/recon.png" --json "$OUT/$ARM/recon.json"
 done
 
 # 5. Fréchet distance to the training images, and between halves of them
-newer "$OUT/fd.json" samples.npz || python fid.py score "$DATA" "$OUT/control/samples.npz" "$OUT/send/samples.npz" --split train --net tf_efficientnet_lite0 --net-ckpt "$CKPT" --net-size 96 --json "$OUT/fd.json"
+newer "$OUT/fd.json" samples.npz || python fid.py score "$DATA" "$OUT/control/samples.npz" "$OUT/send/samples.npz" $TRAIN --resolution 64 --net tf_efficientnet_lite0 --net-ckpt "$CKPT" --net-size 96 --json "$OUT/fd.json"
 # 6. Linear probe of the attributes, its rivals, and a picture of what it saw
-newer "$OUT/probe.json" vae.pt || python probe.py "$OUT/control/vae.pt" "$OUT/send/vae.pt" --data "$DATA" --rivals --png "$OUT/directions.png" --show background_blue hair_black face_mask glasses beard eyes_closed --json "$OUT/probe.json" --csv "$OUT/probe.csv"
+[ ! -f "$DATA/attributes.csv" ] || newer "$OUT/probe.json" vae.pt || python probe.py "$OUT/control/vae.pt" "$OUT/send/vae.pt" --data "$DATA" --rivals --png "$OUT/directions.png" $SHOW_ATTRIBUTES --json "$OUT/probe.json" --csv "$OUT/probe.csv"
 # The table and the picture
 python fid.py report "$OUT" --arms control send
 echo "run.sh: $SECONDS s"

@@ -17,6 +17,7 @@ import math
 import multiprocessing
 import os
 import pickle
+import re
 import resource
 import shutil
 import signal
@@ -48,6 +49,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import scipy.linalg
+import scipy.stats
 import skimage.data
 import skimage.metrics
 import sklearn.linear_model
@@ -66,6 +68,7 @@ import mapper
 import probe
 import sample
 import sit
+import study
 import train_sit
 import train_vae
 import vae
@@ -1089,6 +1092,44 @@ def test_gradient_flow(which, vgg, tmp_path, monkeypatch):
     before = {k: data.weights_hash(m.state_dict()) for k, m in parts.items()}
     t.train_step(pixels, t.draw(t.step), None)
     assert {k for k, m in parts.items() if data.weights_hash(m.state_dict()) != before[k]} == set(TABLE[which].split())
+
+
+def test_standardised_tokens(tmp_path):
+    """--vfm-standardise measures over other axes or images, is left out of the loss, or depends on the cache."""
+    y = torch.randn(3, 16, 5) * torch.arange(1, 6) + torch.randn(3, 1, 5)
+    each = mapper.standardise(y, "image")
+    assert each.mean(1).abs().max() < 1e-5 and (each.std(1) - 1).abs().max() < 1e-4
+    both = mapper.standardise(y, "images", y.mean((0, 1)), y.std((0, 1)))
+    assert both.mean((0, 1)).abs().max() < 1e-5 and (both.std((0, 1)) - 1).abs().max() < 1e-4 and both.mean(1).abs().max() > 0.05
+    images, losses = write_images(tmp_path / "images", 12), {}
+    for over in ("image", "images"):
+        t, pixels = trainer(images, "--lambda-align", 1, *VFM, "--vfm-standardise", over)
+        folder = data.ImageFolder(images, 32, flip=True)
+        t.measure_tokens(folder)
+        known = t.vfm(data.to_float(torch.stack([folder[i][0] for i in range(12)])))
+        seen = t.vfm(data.to_float(pixels))
+        over_axes = (seen.mean(1, keepdim=True), seen.std(1, keepdim=True)) if over == "image" else (known.mean((0, 1)), known.std((0, 1)))
+        (_, _, target, _), = t.micro_batches(pixels, t.draw(0), None)
+        torch.testing.assert_close(target, (seen - over_axes[0]) / over_axes[1], rtol=1e-3, atol=1e-3)
+    command = ("--data", images, "--preset", "demo", "--resolution", 32, "--batch", 4, "--lr", 1e-4, "--lpips", 0, "--gan", 0, "--steps", 2, "--log-every", 1, *VFM, *FP32)
+    for name, more in dict(plain=(), image=("--vfm-standardise", "image"), images=("--vfm-standardise", "images"), cached=("--vfm-standardise", "images", "--cache-vfm", tmp_path / "tokens")).items():
+        do("train_vae", *command, *more, "--out", tmp_path / name)
+        losses[name] = [r["align"] for r in metrics(tmp_path / name)[1]]
+    assert losses["images"] == pytest.approx(losses["cached"], abs=1e-3)
+    assert all(abs(losses[a][0] - losses[b][0]) > 1e-4 for a, b in (("plain", "image"), ("plain", "images"), ("image", "images")))
+
+
+def test_lognormal_noise(tmp_path):
+    """--noise-a lognormal is not the logit-normal that SiT's --time lognormal draws, or moves the other random numbers."""
+    images = write_images(tmp_path, 4)
+    plain, lognormal = (trainer(images, "--lambda-align", 1, *VFM, *more)[0] for more in ((), ("--noise-a", "lognormal")))
+    a, b = plain.draw(3), lognormal.draw(3)
+    assert torch.equal(a[1], b[1]) and torch.equal(a[2], b[2]) and not torch.equal(a[0], b[0])
+    logits = torch.cat([lognormal.draw(s)[0].logit() for s in range(500)])
+    assert scipy.stats.kstest(logits.numpy(), "norm").pvalue > 0.01 and len(logits) == 2000
+    assert scipy.stats.kstest(torch.cat([plain.draw(s)[0] for s in range(500)]).numpy(), "uniform").pvalue > 0.01
+    for more in (("--noise-a", "lognormal", "--noise", 0), ("--noise-a", "lognormal", "--align", "none"), ("--vfm-standardise", "images", "--align", "vavae")):
+        assert_refused(call("train_vae", "--data", images, "--preset", "demo", "--out", tmp_path / "x", *more), more[0], "--align send")
 
 
 @pytest.mark.parametrize("rec", ["l1", "mse"])
@@ -2538,6 +2579,169 @@ def test_a_pretrained_discriminator(small, tmp_path):
     found, given = data.load_checkpoint(tmp_path / "out/vae.pt")["discriminator"], torch.load(tmp_path / "disc.pt")
     assert all(torch.equal(found[k], given[k]) for k in given if "running" not in k and "tracked" not in k) and found["main.3.num_batches_tracked"] > 0
     assert_refused(call("train_vae", *command, "--disc-ckpt", tmp_path / "gone.pt", "--out", tmp_path / "x"), "gone.pt")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The study
+
+def test_steps_to():
+    """The crossing of a curve is not linear between its points, or one that never gets there has one."""
+    curve = [(100, 50.0), (200, 30.0), (300, 32.0), (400, 20.0)]
+    assert [study.steps_to(curve, v) for v in (50, 40, 30, 26, 20, 19)] == [100, 150, 200, 350, 400, None]
+    assert study.steps_to(curve, 60) == 100 and study.steps_to([], 60) is None
+    rows = {"control": {"seed0": dict(curve=curve), "seed1": dict(curve=curve)}, "send": {"seed1": dict(curve=[(100, 40.0), (200, 20.0)]), "seed0": dict(curve=[(100, 90.0), (400, 21.0)])}}
+    assert study.speed_up(rows, "send") == [None, 2.0] and study.speed_up(rows, "control") == [1.0, 1.0]
+    assert study.speed_text(rows, "send") == "2.00 times, reached in 1 of 2 seeds"
+
+
+def test_study_statistics():
+    """Differences are not paired by seed, the interval is not Student's, or better and worse are turned round."""
+    rng = np.random.default_rng(0)
+    noise = rng.normal(size=(2, 5))
+    rows = {a: {f"seed{i}": dict(fd=100 + 50 * i + 10 * k + v, f1=0.5 + 0.1 * i + 0.05 * k + v / 1000) for i, v in enumerate(noise[k])} for k, a in enumerate(("control", "send"))}
+    d = study.differences(rows, "send", "fd")
+    expected = scipy.stats.ttest_rel([r["fd"] for r in rows["send"].values()], [r["fd"] for r in rows["control"].values()]).confidence_interval(0.95)
+    assert study.interval(d) == pytest.approx((expected.low, expected.high)) and 8 < np.mean(d) < 12
+    assert (study.compared(rows, "send", "fd"), study.compared(rows, "send", "f1"), study.compared(rows, "control", "fd", "send")) == ("worse", "better", "better")
+    del rows["send"]["seed0"]
+    assert len(study.differences(rows, "send", "fd")) == 4 and study.differences(rows, "send", "fd") == d[1:]
+    rows["send"] = {"seed1": rows["send"]["seed1"]}
+    assert study.compared(rows, "send", "fd") == "undecided" and study.compared({**rows, "send": {}}, "send", "fd") == "undecided"
+    assert study.mean_sd([1, 2, 4], 2) == "2.33 ± 1.53" and study.mean_sd([1], 1) == "1.0"
+
+
+def write_arm(folder, fd, f1, curve, psnr=24.0, vae=True):
+    """The files of a finished arm."""
+    made, folder = dict(command="x.py", commit="c0ffee"), Path(folder)
+    (folder / "sit").mkdir(parents=True)
+    lines = [dict(lr=1), *({"step": s, "FD(net@96)-500": v} for s, v in curve), dict(step=curve[-1][0], velocity=1, seconds=9.5)]
+    (folder / "sit/metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    records = {"fd.json": dict(network="net@96", fd={"s.npz": fd}, n={"s.npz": 1000})}
+    if vae:
+        records["recon.json"] = dict(psnr=psnr, ssim=0.8, fd=fd / 2)
+        records["probe.json"] = dict(results={"vae.pt": dict(f1=f1, kde_gini=0.3 + fd / 1000, psnr=psnr, seconds=3.0), "pixels 18 x 18": dict(f1=0.4), "majority": dict(f1=0.1)})
+    for name, record in records.items():
+        (folder / name).write_text(json.dumps(dict(record, made=made)))
+    np.savez(folder / "samples.npz", arr_0=np.random.default_rng(int(fd)).integers(0, 256, (12, 8, 8, 3), np.uint8))
+
+
+def test_study_report(tmp_path):
+    """A number of the report is not its file's, an unfinished arm counts, or what cannot be compared is."""
+    for i in range(3):
+        for k, arm in enumerate(("control", "send", "depth1-clean", "lambda4")):
+            write_arm(tmp_path / f"seed{i}/{arm}", 900.0 - 40 * k + i, 0.6 + 0.02 * k + 0.01 * i, [(100, 1000.0 - 50 * k), (200, 900.0 - 40 * k + i)], psnr=24 + 0.1 * k * (-1) ** i)
+        write_arm(tmp_path / f"seed{i}/send-repa", 700.0 + i, None, [(100, 800.0), (200, 700.0)], vae=False)
+    (tmp_path / "seed2/lambda4/probe.json").unlink()
+    (tmp_path / "seed0/half/sit").mkdir(parents=True)
+    out = do("study", tmp_path)
+    assert "left out: seed0/half, seed2/lambda4" in out and "| `send` |" in out
+    text = (tmp_path / "report.md").read_text()
+    send = next(line for line in text.splitlines() if line.startswith("| `send` | Send-VAE"))
+    assert "| 861 ± 1 | -40 [-40, -40] better | 1.29 ± 0.00 times |" in send and "| 0.630 ± 0.010 | +0.020 [+0.020, +0.020] better |" in send
+    assert text.count("| `send-repa` |") >= 2 and "c0ffee" in text and "nan" not in text.replace("±", "")
+    record = json.loads((tmp_path / "rows.json").read_text())
+    row = next(r for r in record["rows"] if r["name"] == "seed1/send")
+    assert (row["fd"], row["f1"], row["recon_fd"], row["curve"]) == (861, 0.63, 430.5, [[100, 950.0], [200, 861.0]]) and len(record["rows"]) == 14
+    assert record["correlations"]["kde_gini"]["pearson"] == pytest.approx(1) and record["correlations"]["kde_gini"]["n"] == 4
+    for figure in ("convergence", "predictors", "tradeoff", "samples"):
+        assert f"]({figure}.png)" in text
+        with Image.open(tmp_path / f"{figure}.png") as picture:
+            assert picture.width > 400 and len(picture.convert("RGB").getcolors(10 ** 6)) > 20
+    broken = tmp_path / "seed1/send/sit/metrics.jsonl"
+    broken.write_text("{}\n")
+    assert_refused(call("study", tmp_path), broken, "--eval-every")
+    broken.write_text("no json\n")
+    assert_refused(call("study", tmp_path), broken)
+    shutil.rmtree(tmp_path / "seed1/send")
+    write_arm(tmp_path / "seed1/send", 861, 0.6, [(100, 1.0)])
+    (tmp_path / "seed1/send/fd.json").write_text(json.dumps(dict(network="other@96", fd={"s.npz": 1.0}, n={"s.npz": 1000}, made=dict(command="", commit=""))))
+    assert_refused(call("study", tmp_path), "FD(other@96)-1000", "FD(net@96)-1000")
+    (tmp_path / "seed1/send/fd.json").write_text("{}")
+    assert_refused(call("study", tmp_path), "seed1/send", "run.sh study 1 send")
+    assert_refused(call("study", tmp_path / "nothing"), "run.sh study")
+    shutil.rmtree(tmp_path / "seed1")
+    for i in (0, 2):
+        (tmp_path / f"seed{i}/control/fd.json").unlink()
+    assert_refused(call("study", tmp_path), "run.sh study 0 control")
+
+
+def recipe_of(*words, folder=HERE, status=0, **env):
+    """bash run.sh WORDS with nothing installed -> (stdout, stderr)."""
+    environment = {**os.environ, "SKIP_INSTALL": "1", "VIRTUAL_ENV": sys.prefix, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", **{k: str(v) for k, v in env.items()}}
+    done = subprocess.run(["bash", str(HERE / "run.sh"), *words], capture_output=True, text=True, cwd=folder, env=environment, timeout=600)
+    assert done.returncode == status, f"{done.stdout}\n{done.stderr}"
+    return done.stdout, done.stderr
+
+
+TINY = dict(VAE_FLAGS="--steps 2 --batch 4", SIT_FLAGS="--steps 2 --batch 4 --eval-every 1 --eval-images 8 --eval-steps 1", SAMPLE_FLAGS="--images 10 --steps 1")
+
+
+def test_study_recipe(avatars, tmp_path):
+    """`bash run.sh study` does not run as such, does again what is done, its arms begin apart, or an arm run again has other numbers."""
+    env = dict(OUT=tmp_path, DATA=avatars, STUDY_SEEDS=1, STUDY_ARMS="control standardised standardised-repa", **TINY)
+    recipe_of("study", **env)
+    rows = {r["kind"]: r for r in json.loads((tmp_path / "rows.json").read_text())["rows"]}
+    assert list(rows) == ["control", "standardised", "standardised-repa"] and rows["standardised"]["psnr"] == rows["standardised-repa"]["psnr"]
+    assert [s for s, _ in rows["control"]["curve"]] == [1, 2] and rows["standardised"]["fd"] != rows["standardised-repa"]["fd"]
+    settings = {a: data.load_checkpoint(tmp_path / f"seed0/{a}/vae.pt") for a in ("control", "standardised")}
+    different = {k for k, v in settings["control"]["args"].items() if settings["standardised"]["args"][k] != v}
+    assert different == {"align", "lambda_align", "vfm", "vfm_ckpt", "vfm_standardise", "cache_vfm", "grid", "mapper_mlp", "out"}
+    assert settings["control"]["inputs"]["init"] == settings["standardised"]["inputs"]["init"]
+    flows = [data.load_checkpoint(tmp_path / f"seed0/{a}/sit/sit.pt")["args"] for a in ("control", "standardised")]
+    assert {k for k in flows[0] if flows[0][k] != flows[1][k]} == {"latents", "out"}
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.glob("seed0/*/*.*")}
+    shutil.rmtree(tmp_path / "seed0/standardised-repa")
+    recipe_of("study", "0", "standardised-repa", **env)
+    do("study", tmp_path)
+    assert {r["kind"]: r for r in json.loads((tmp_path / "rows.json").read_text())["rows"]}["standardised-repa"]["fd"] == rows["standardised-repa"]["fd"]
+    assert {p: p.stat().st_mtime_ns for p in before if "repa" not in str(p)} == {p: t for p, t in before.items() if "repa" not in str(p)}
+    for words in (["study", "x"], ["study", "0"], ["study", "0", "nothing"], ["study", "0", "control", "more"][:2], ["folder"], ["folder", str(tmp_path / "gone")]):
+        _, err = recipe_of(*words, status=2)
+        assert err.startswith("error: ") and len(err.splitlines()) == 1
+
+
+def test_every_arm_of_the_study_is_a_command(tmp_path):
+    """An arm of run.sh is mistyped, or changes something else than its name says."""
+    fake = tmp_path / "bin/python"  # prints what would run
+    fake.parent.mkdir()
+    fake.write_text(f"#!/bin/sh\ncase \"$1\" in -c) exec {sys.executable} \"$@\" ;; esac\necho \"COMMAND $@\"\n")
+    fake.chmod(0o755)
+    env, parsed = dict(os.environ, SKIP_INSTALL="1", VIRTUAL_ENV=sys.prefix, PATH=f"{fake.parent}:{os.environ['PATH']}", OUT=str(tmp_path)), {}
+    for arm in study.ARMS:
+        done = subprocess.run(["bash", str(HERE / "run.sh"), "study", "1", arm], capture_output=True, text=True, env=env)
+        assert done.returncode == 0, done.stderr
+        lines = [line.removeprefix("COMMAND ") for line in done.stdout.splitlines() if line.startswith("COMMAND ")]
+        parsed[arm] = {line.split()[0]: line for line in lines}
+        assert list(parsed[arm])[-4 if "repa" not in arm else -2:] == ["sample.py", "fid.py", "probe.py"][-3:] or "repa" in arm or "train_sit.py" in parsed[arm]
+    tuned = {a: vars(train_vae_args("python " + p["train_vae.py"])) for a, p in parsed.items() if "train_vae.py" in p}
+    assert set(study.ARMS) - set(tuned) == {"base", "control-repa", "send-repa"}
+    expected = dict(control=dict(align="none", lambda_align=0.0), send={}, vavae=dict(align="vavae", lambda_align=0.1), depth2=dict(mapper_depth=2), lambda4=dict(lambda_align=4.0), standardised=dict(vfm_standardise="images"),
+                    lognormal=dict(noise_a="lognormal"), vfm2=dict(vfm="tf_efficientnet_lite2"), **{"depth0-clean": dict(mapper_depth=0, noise=0), "depth1-clean": dict(noise=0), "lambda0.25": dict(lambda_align=0.25)})
+    for arm, changes in expected.items():
+        ignored = {"out", "vfm_ckpt", "cache_vfm"} | ({"vfm", "grid", "mapper_mlp"} if arm in ("control", "vavae") else set())
+        assert {k: v for k, v in tuned[arm].items() if v != tuned["send"][k] and k not in ignored} == changes, arm
+    assert (tuned["send"]["lambda_align"], tuned["send"]["mapper_depth"], tuned["send"]["noise"], tuned["send"]["seed"]) == (1.0, 1, 1, 1)
+    flows = {a: re.sub(r"--(out|latents) \S+", "", p["train_sit.py"]) for a, p in parsed.items()}
+    assert len({f for a, f in flows.items() if "repa" not in a}) == 1 and flows["control-repa"] == flows["send-repa"] and "--repa 0.5" in flows["send-repa"]
+    assert "seed1/send/latents" in parsed["send-repa"]["train_sit.py"] and "seed1/send/vae.pt" in parsed["send-repa"]["sample.py"] and "seed1/pretrain/vae.pt" in parsed["base"]["vae.py"]
+
+
+def test_photographs(tmp_path):
+    """`bash run.sh folder DIR` does not take photographs as they lie: JPEG of several sizes, in class folders or none, without attributes."""
+    photos = [skimage.data.astronaut(), skimage.data.chelsea(), skimage.data.coffee(), skimage.data.rocket()]
+    for i in range(16):
+        photo = photos[i % 4]
+        path = tmp_path / "photos" / ("people", "cats", "food", "things")[i % 4] / f"{i}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(photo[i * 4:i * 4 + 200 + 8 * i, i * 3:i * 3 + 180]).save(path)
+    out, _ = recipe_of("folder", "photos", folder=tmp_path, OUT=tmp_path / "out", **dict(TINY, SIT_FLAGS="--steps 2 --batch 4"))
+    assert "no probe: the images have no attributes.csv" in out and "people" in (tmp_path / "out/send/latents/meta.json").read_text()
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    assert {"psnr", "fd"} <= report["arms"]["send"].keys() and "probe_f1" not in report["arms"]["send"] and report["arms"]["send"]["fd"] > 0
+    assert np.load(tmp_path / "out/send/samples.npz")["arr_0"].shape == (10, 64, 64, 3) and not (tmp_path / "out/probe.json").exists()
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*") if p.is_file() and "report" not in p.name}
+    recipe_of("folder", str(tmp_path / "photos"), OUT=tmp_path / "out", **dict(TINY, SIT_FLAGS="--steps 2 --batch 4"))
+    assert {p: p.stat().st_mtime_ns for p in before} == before
 
 
 # ---------------------------------------------------------------------------------------------------------------------
