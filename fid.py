@@ -600,7 +600,7 @@ def report(args):
         print(f"{name:22} {'':8} {f1:9.4f}")
     if baselines["fd_real"] is not None:
         print(f"{'as many real images':22} {'':8} {'':9} {baselines['fd_real']:9.2f}")
-    print(f"{'real, half vs half':22} {'':8} {'':9} {baselines['fd_floor']:9.2f}" + ("" if probed else "\nno probe: the images have no attributes.csv"))
+    print(f"{'real, half vs half':22} {'':8} {'':9} {baselines['fd_floor']:9.2f}" + ("" if probed else f"\nno probe: no {run}/probe.json (images without attributes.csv have none)"))
     spent = {f"{arm} {k}": v for arm, a in arms.items() for k, v in a["seconds"].items()} | result["seconds"]
     print("seconds: " + ", ".join(f"{k} {v:.0f}" for k, v in spent.items()) + f"\n{run}/report.json, {run}/report.png")
 

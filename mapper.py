@@ -37,14 +37,6 @@ def align_loss(pred, target):
     return (1 - F.cosine_similarity(pred.float(), target.float(), dim=-1)).mean()
 
 
-def standardise(tokens, over, mean=None, std=None):
-    """Tokens (B, N, D) with zero mean and unit deviation per channel, so that the cosine of eq. (2) is not ruled by what all tokens share.
-    Not in the paper. over "image": over each image's own tokens (iREPA's spatial normalisation, arXiv 2512.10794); "images": by mean and std (D,)."""
-    if over == "image":
-        mean, std = tokens.mean(1, keepdim=True), tokens.std(1, keepdim=True)
-    return (tokens - mean) / (std + 1e-6)
-
-
 class Block(nn.Module):
     """Pre-norm ViT block (Dosovitskiy et al. 2021)."""
 

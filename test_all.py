@@ -1096,40 +1096,19 @@ def test_gradient_flow(which, vgg, tmp_path, monkeypatch):
 
 def test_standardised_tokens(tmp_path):
     """--vfm-standardise measures over other axes or images, is left out of the loss, or depends on the cache."""
-    y = torch.randn(3, 16, 5) * torch.arange(1, 6) + torch.randn(3, 1, 5)
-    each = mapper.standardise(y, "image")
-    assert each.mean(1).abs().max() < 1e-5 and (each.std(1) - 1).abs().max() < 1e-4
-    both = mapper.standardise(y, "images", y.mean((0, 1)), y.std((0, 1)))
-    assert both.mean((0, 1)).abs().max() < 1e-5 and (both.std((0, 1)) - 1).abs().max() < 1e-4 and both.mean(1).abs().max() > 0.05
     images, losses = write_images(tmp_path / "images", 12), {}
-    for over in ("image", "images"):
-        t, pixels = trainer(images, "--lambda-align", 1, *VFM, "--vfm-standardise", over)
-        folder = data.ImageFolder(images, 32, flip=True)
-        t.measure_tokens(folder)
-        known = t.vfm(data.to_float(torch.stack([folder[i][0] for i in range(12)])))
-        seen = t.vfm(data.to_float(pixels))
-        over_axes = (seen.mean(1, keepdim=True), seen.std(1, keepdim=True)) if over == "image" else (known.mean((0, 1)), known.std((0, 1)))
-        (_, _, target, _), = t.micro_batches(pixels, t.draw(0), None)
-        torch.testing.assert_close(target, (seen - over_axes[0]) / over_axes[1], rtol=1e-3, atol=1e-3)
+    t, pixels = trainer(images, "--lambda-align", 1, *VFM, "--vfm-standardise", 1)
+    folder = data.ImageFolder(images, 32, flip=True)
+    t.measure_tokens(folder)
+    known = t.vfm(data.to_float(torch.stack([folder[i][0] for i in range(12)]))).flatten(0, 1)
+    (_, _, target, _), = t.micro_batches(pixels, t.draw(0), None)
+    torch.testing.assert_close(target, (t.vfm(data.to_float(pixels)) - known.mean(0)) / known.std(0), rtol=1e-3, atol=1e-3)
     command = ("--data", images, "--preset", "demo", "--resolution", 32, "--batch", 4, "--lr", 1e-4, "--lpips", 0, "--gan", 0, "--steps", 2, "--log-every", 1, *VFM, *FP32)
-    for name, more in dict(plain=(), image=("--vfm-standardise", "image"), images=("--vfm-standardise", "images"), cached=("--vfm-standardise", "images", "--cache-vfm", tmp_path / "tokens")).items():
+    for name, more in dict(plain=(), standardised=("--vfm-standardise", 1), cached=("--vfm-standardise", 1, "--cache-vfm", tmp_path / "tokens")).items():
         do("train_vae", *command, *more, "--out", tmp_path / name)
         losses[name] = [r["align"] for r in metrics(tmp_path / name)[1]]
-    assert losses["images"] == pytest.approx(losses["cached"], abs=1e-3)
-    assert all(abs(losses[a][0] - losses[b][0]) > 1e-4 for a, b in (("plain", "image"), ("plain", "images"), ("image", "images")))
-
-
-def test_lognormal_noise(tmp_path):
-    """--noise-a lognormal is not the logit-normal that SiT's --time lognormal draws, or moves the other random numbers."""
-    images = write_images(tmp_path, 4)
-    plain, lognormal = (trainer(images, "--lambda-align", 1, *VFM, *more)[0] for more in ((), ("--noise-a", "lognormal")))
-    a, b = plain.draw(3), lognormal.draw(3)
-    assert torch.equal(a[1], b[1]) and torch.equal(a[2], b[2]) and not torch.equal(a[0], b[0])
-    logits = torch.cat([lognormal.draw(s)[0].logit() for s in range(500)])
-    assert scipy.stats.kstest(logits.numpy(), "norm").pvalue > 0.01 and len(logits) == 2000
-    assert scipy.stats.kstest(torch.cat([plain.draw(s)[0] for s in range(500)]).numpy(), "uniform").pvalue > 0.01
-    for more in (("--noise-a", "lognormal", "--noise", 0), ("--noise-a", "lognormal", "--align", "none"), ("--vfm-standardise", "images", "--align", "vavae")):
-        assert_refused(call("train_vae", "--data", images, "--preset", "demo", "--out", tmp_path / "x", *more), more[0], "--align send")
+    assert losses["standardised"] == pytest.approx(losses["cached"], abs=1e-3) and abs(losses["plain"][0] - losses["standardised"][0]) > 1e-4
+    assert_refused(call("train_vae", "--data", images, "--preset", "demo", "--out", tmp_path / "x", "--vfm-standardise", 1, "--align", "vavae"), "--vfm-standardise", "--align send")
 
 
 @pytest.mark.parametrize("rec", ["l1", "mse"])
@@ -2589,9 +2568,24 @@ def test_steps_to():
     curve = [(100, 50.0), (200, 30.0), (300, 32.0), (400, 20.0)]
     assert [study.steps_to(curve, v) for v in (50, 40, 30, 26, 20, 19)] == [100, 150, 200, 350, 400, None]
     assert study.steps_to(curve, 60) == 100 and study.steps_to([], 60) is None
-    rows = {"control": {"seed0": dict(curve=curve), "seed1": dict(curve=curve)}, "send": {"seed1": dict(curve=[(100, 40.0), (200, 20.0)]), "seed0": dict(curve=[(100, 90.0), (400, 21.0)])}}
-    assert study.speed_up(rows, "send") == [None, 2.0] and study.speed_up(rows, "control") == [1.0, 1.0]
-    assert study.speed_text(rows, "send") == "2.00 times, reached in 1 of 2 seeds"
+
+
+def test_speed_ups():
+    """An arm is called faster for chance: seeds in which it is slower do not count, or a control that was there before its end is measured at its end."""
+    of = lambda *values: dict(curve=list(zip((100, 200, 300, 400), values)))
+    rows = {"control": {"seed0": of(50.0, 40.0, 30.0, 20.0), "seed1": of(50.0, 40.0, 30.0, 20.0)}, "send": {"seed1": of(40.0, 20.0, 15.0, 10.0), "seed0": of(55.0, 50.0, 40.0, 30.0)}}
+    assert study.speed_ups(rows, "send", "control") == [2.0, 0.75] and study.speed_ups(rows, "control", "control") == [1, 1]
+    assert study.speed_ups(rows, "control", "send") == [4 / 3, 0.5]
+    early = {"control": {"seed0": of(50.0, 20.0, 30.0, 25.0)}, "send": {"seed0": of(50.0, 20.0, 30.0, 25.0)}}  # both were there before their ends
+    assert study.speed_ups(early, "send", "control") == [1.0]
+    assert study.speed_text(rows, "send").startswith(f"{1.5 ** 0.5:.2f} [") and study.speed_text(rows, "send").endswith("undecided") and study.speed_text(early, "send") == "1.00 (one seed)"
+    rows["send"]["seed0"] = of(44.0, 20.0, 15.0, 10.0)
+    assert study.speed_text(rows, "send").endswith("faster") and study.speed_text({"control": rows["send"], "send": rows["control"]}, "send").endswith("slower")
+    rng, ratios = np.random.default_rng(0), []  # arms that are the control but for noise
+    for _ in range(300):
+        noisy = [dict(curve=[(s, v + rng.normal() * 8) for s, v in zip((100, 200, 300, 400), (1200, 1090, 1040, 1015))]) for _ in range(2)]
+        ratios += study.speed_ups(dict(control=dict(seed0=noisy[0]), send=dict(seed0=noisy[1])), "send", "control")
+    assert abs(np.log(ratios).mean()) < 3 * np.log(ratios).std() / len(ratios) ** 0.5
 
 
 def test_study_statistics():
@@ -2610,16 +2604,21 @@ def test_study_statistics():
     assert study.mean_sd([1, 2, 4], 2) == "2.33 ± 1.53" and study.mean_sd([1], 1) == "1.0"
 
 
-def write_arm(folder, fd, f1, curve, psnr=24.0, vae=True):
+def fake_hash(name):
+    return hashlib.sha256(str(name).encode()).hexdigest()[:16]
+
+
+def write_arm(folder, fd, f1, curve, psnr=24.0, vae=True, commit="c0ffee"):
     """The files of a finished arm."""
-    made, folder = dict(command="x.py", commit="c0ffee"), Path(folder)
+    made, folder, vae_hash = dict(command="x.py --out here", commit=commit), Path(folder), fake_hash(str(folder).removesuffix("-repa"))
     (folder / "sit").mkdir(parents=True)
-    lines = [dict(lr=1), *({"step": s, "FD(net@96)-500": v} for s, v in curve), dict(step=curve[-1][0], velocity=1, seconds=9.5)]
+    (folder / "metrics.jsonl").write_text(json.dumps(dict(made=made)) + "\n")
+    lines = [dict(lr=1, made=made, inputs=dict(latents=f"{vae_hash}-files")), *({"step": s, "FD(net@96)-500": v} for s, v in curve), dict(step=curve[-1][0], velocity=1, seconds=9.5)]
     (folder / "sit/metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    records = {"fd.json": dict(network="net@96", fd={"s.npz": fd}, n={"s.npz": 1000})}
+    records = {"fd.json": dict(network="net@96", fd={"s.npz": fd}, n={"s.npz": 1000}), "fd2.json": dict(network="other@64", fd={"s.npz": fd / 10}, n={"s.npz": 1000}), "samples.json": dict(sampler="heun", steps=5, vae_hash=vae_hash)}
     if vae:
-        records["recon.json"] = dict(psnr=psnr, ssim=0.8, fd=fd / 2)
-        records["probe.json"] = dict(results={"vae.pt": dict(f1=f1, kde_gini=0.3 + fd / 1000, psnr=psnr, seconds=3.0), "pixels 18 x 18": dict(f1=0.4), "majority": dict(f1=0.1)})
+        records["recon.json"] = dict(psnr=psnr, ssim=0.8, fd=fd / 2, inputs=dict(vae=vae_hash, data="x"))
+        records["probe.json"] = dict(inputs={"data": "y", "vae.pt": vae_hash}, results={"vae.pt": dict(f1=f1, kde_gini=0.3 + fd / 1000, psnr=psnr, seconds=3.0), "pixels 18 x 18": dict(f1=0.4), "majority": dict(f1=0.1)})
     for name, record in records.items():
         (folder / name).write_text(json.dumps(dict(record, made=made)))
     np.savez(folder / "samples.npz", arr_0=np.random.default_rng(int(fd)).integers(0, 256, (12, 8, 8, 3), np.uint8))
@@ -2631,22 +2630,28 @@ def test_study_report(tmp_path):
         for k, arm in enumerate(("control", "send", "depth1-clean", "lambda4")):
             write_arm(tmp_path / f"seed{i}/{arm}", 900.0 - 40 * k + i, 0.6 + 0.02 * k + 0.01 * i, [(100, 1000.0 - 50 * k), (200, 900.0 - 40 * k + i)], psnr=24 + 0.1 * k * (-1) ** i)
         write_arm(tmp_path / f"seed{i}/send-repa", 700.0 + i, None, [(100, 800.0), (200, 700.0)], vae=False)
+        write_arm(tmp_path / f"seed{i}/control-repa", 690.0 + i ** 2, None, [(100, 800.0), (200, 690.0)], vae=False, commit=None)
     (tmp_path / "seed2/lambda4/probe.json").unlink()
     (tmp_path / "seed0/half/sit").mkdir(parents=True)
     out = do("study", tmp_path)
     assert "left out: seed0/half, seed2/lambda4" in out and "| `send` |" in out
     text = (tmp_path / "report.md").read_text()
     send = next(line for line in text.splitlines() if line.startswith("| `send` | Send-VAE"))
-    assert "| 861 ± 1 | -40 [-40, -40] better | 1.29 ± 0.00 times |" in send and "| 0.630 ± 0.010 | +0.020 [+0.020, +0.020] better |" in send
-    assert text.count("| `send-repa` |") >= 2 and "c0ffee" in text and "nan" not in text.replace("±", "")
+    assert "| 861 ± 1 | -40 [-40, -40] better | -4.0 [-4.0, -4.0] better | 1.29 [1.28, 1.30] faster |" in send and "| 0.630 ± 0.010 | +0.020 [+0.020, +0.020] better |" in send
+    expected = np.mean([10, 10, 8]) + scipy.stats.t.ppf([0.025, 0.975], 2) * np.std([10, 10, 8], ddof=1) / 3 ** 0.5  # against control-repa, not control
+    assert f"| +9 [{expected[0]:+.0f}, {expected[1]:+.0f}] worse |" in next(line for line in text.splitlines() if line.startswith("| `send-repa` | Send"))
+    assert "Commits of the arms: None, c0ffee" in text and "nan" not in text and "| `depth1-clean` | depth 1, no noise | +0.020 [" in text
     record = json.loads((tmp_path / "rows.json").read_text())
     row = next(r for r in record["rows"] if r["name"] == "seed1/send")
-    assert (row["fd"], row["f1"], row["recon_fd"], row["curve"]) == (861, 0.63, 430.5, [[100, 950.0], [200, 861.0]]) and len(record["rows"]) == 14
+    assert (row["fd"], row["f1"], row["recon_fd"], row["curve"]) == (861, 0.63, 430.5, [[100, 950.0], [200, 861.0]]) and len(record["rows"]) == 17 and row["sources"]["fd"] == str(tmp_path / "seed1/send/fd.json")
     assert record["correlations"]["kde_gini"]["pearson"] == pytest.approx(1) and record["correlations"]["kde_gini"]["n"] == 4
     for figure in ("convergence", "predictors", "tradeoff", "samples"):
         assert f"]({figure}.png)" in text
         with Image.open(tmp_path / f"{figure}.png") as picture:
             assert picture.width > 400 and len(picture.convert("RGB").getcolors(10 ** 6)) > 20
+    probed = tmp_path / "seed1/send/probe.json"
+    probed.write_text(probed.read_text().replace(fake_hash(tmp_path / "seed1/send"), "another"))
+    assert_refused(call("study", tmp_path), "seed1/send", "different VAEs")
     broken = tmp_path / "seed1/send/sit/metrics.jsonl"
     broken.write_text("{}\n")
     assert_refused(call("study", tmp_path), broken, "--eval-every")
@@ -2656,6 +2661,8 @@ def test_study_report(tmp_path):
     write_arm(tmp_path / "seed1/send", 861, 0.6, [(100, 1.0)])
     (tmp_path / "seed1/send/fd.json").write_text(json.dumps(dict(network="other@96", fd={"s.npz": 1.0}, n={"s.npz": 1000}, made=dict(command="", commit=""))))
     assert_refused(call("study", tmp_path), "FD(other@96)-1000", "FD(net@96)-1000")
+    (tmp_path / "seed1/send/samples.json").write_text(json.dumps(dict(sampler="sde", steps=5, vae_hash=fake_hash(tmp_path / "seed1/send"), made=dict(command="", commit=""))))
+    assert_refused(call("study", tmp_path), "sde 5 steps")
     (tmp_path / "seed1/send/fd.json").write_text("{}")
     assert_refused(call("study", tmp_path), "seed1/send", "run.sh study 1 send")
     assert_refused(call("study", tmp_path / "nothing"), "run.sh study")
@@ -2693,9 +2700,11 @@ def test_study_recipe(avatars, tmp_path):
     do("study", tmp_path)
     assert {r["kind"]: r for r in json.loads((tmp_path / "rows.json").read_text())["rows"]}["control-repa"]["fd"] == rows["control-repa"]["fd"]
     assert {p: p.stat().st_mtime_ns for p in before if "repa" not in str(p)} == {p: t for p, t in before.items() if "repa" not in str(p)}
-    for words in (["study", "x"], ["study", "0"], ["study", "0", "nothing"], ["study", "0", "control", "more"][:2], ["folder"], ["folder", str(tmp_path / "gone")]):
+    for words in (["study", "x"], ["study", "0"], ["study", "0", "nothing"], ["study", "0", "control", "more"], ["folder"], ["folder", str(tmp_path / "gone")]):
         _, err = recipe_of(*words, status=2)
         assert err.startswith("error: ") and len(err.splitlines()) == 1
+    out, err = recipe_of("study", status=1, **{**env, "STUDY_ARMS": "control-repa depth-2"})  # an arm of no such name, and the rest goes on
+    assert "seed 0, depth-2: FAILED" in out and "no such arm" in out and "seed 0, control-repa: done" in out and "| `control-repa` |" in out
 
 
 def test_every_arm_of_the_study_is_a_command(tmp_path):
@@ -2709,12 +2718,15 @@ def test_every_arm_of_the_study_is_a_command(tmp_path):
         done = subprocess.run(["bash", str(HERE / "run.sh"), "study", "1", arm], capture_output=True, text=True, env=env)
         assert done.returncode == 0, done.stderr
         lines = [line.removeprefix("COMMAND ") for line in done.stdout.splitlines() if line.startswith("COMMAND ")]
-        parsed[arm] = {line.split()[0]: line for line in lines}
-        assert list(parsed[arm])[-4 if "repa" not in arm else -2:] == ["sample.py", "fid.py", "probe.py"][-3:] or "repa" in arm or "train_sit.py" in parsed[arm]
+        parsed[arm] = {line.split()[0] + (" second" if "fd2.json" in line else " recon" if "recon" in line else ""): line for line in lines}
+        own = [] if "repa" in arm else ["fid.py recon", "probe.py"]
+        assert list(parsed[arm]) == ["train_vae.py"] * (arm != "base" and not "repa" in arm) + ["vae.py", "train_sit.py", "sample.py", "fid.py", "fid.py second", *own]
+        assert "reference.npz" in parsed[arm]["fid.py"] and f"seed1/{arm}/samples.npz" in parsed[arm]["fid.py"] and "reference2.npz" in parsed[arm]["fid.py second"] and "lite2" in parsed[arm]["fid.py second"]
     tuned = {a: vars(train_vae_args("python " + p["train_vae.py"])) for a, p in parsed.items() if "train_vae.py" in p}
     assert set(study.ARMS) - set(tuned) == {"base", "control-repa", "send-repa"}
-    expected = dict(control=dict(align="none", lambda_align=0.0), send={}, vavae=dict(align="vavae", lambda_align=0.1), depth2=dict(mapper_depth=2), lambda4=dict(lambda_align=4.0), standardised=dict(vfm_standardise="images"),
-                    lognormal=dict(noise_a="lognormal"), vfm2=dict(vfm="tf_efficientnet_lite2"), **{"depth0-clean": dict(mapper_depth=0, noise=0), "depth1-clean": dict(noise=0), "lambda0.25": dict(lambda_align=0.25)})
+    expected = dict(control=dict(align="none", lambda_align=0.0), send={}, vavae=dict(align="vavae", lambda_align=0.1), depth2=dict(mapper_depth=2), lambda4=dict(lambda_align=4.0), standardised=dict(vfm_standardise=1),
+                    vfm2=dict(vfm="tf_efficientnet_lite2"), **{"depth2-clean": dict(mapper_depth=2, noise=0), "depth0-clean": dict(mapper_depth=0, noise=0), "depth1-clean": dict(noise=0), "lambda0.25": dict(lambda_align=0.25)})
+    assert tuned.keys() == expected.keys() and "lite2" in tuned["vfm2"]["vfm_ckpt"] and tuned["vfm2"]["cache_vfm"] != tuned["send"]["cache_vfm"]
     for arm, changes in expected.items():
         ignored = {"out", "vfm_ckpt", "cache_vfm"} | ({"vfm", "grid", "mapper_mlp"} if arm in ("control", "vavae") else set())
         assert {k: v for k, v in tuned[arm].items() if v != tuned["send"][k] and k not in ignored} == changes, arm
@@ -2727,13 +2739,14 @@ def test_every_arm_of_the_study_is_a_command(tmp_path):
 def test_photographs(tmp_path):
     """`bash run.sh folder DIR` does not take photographs as they lie: JPEG of several sizes, in class folders or none, without attributes."""
     photos = [skimage.data.astronaut(), skimage.data.chelsea(), skimage.data.coffee(), skimage.data.rocket()]
-    for i in range(16):
-        photo = photos[i % 4]
-        path = tmp_path / "photos" / ("people", "cats", "food", "things")[i % 4] / f"{i}.jpg"
+    for i in range(64):
+        path = tmp_path / "my photos" / ("people", "cats", "food", "things")[i % 4] / f"{i}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(photo[i * 4:i * 4 + 200 + 8 * i, i * 3:i * 3 + 180]).save(path)
-    out, _ = recipe_of("folder", "photos", folder=tmp_path, OUT=tmp_path / "out", **dict(TINY, SIT_FLAGS="--steps 2 --batch 4"))
-    assert "no probe: the images have no attributes.csv" in out and "people" in (tmp_path / "out/send/latents/meta.json").read_text()
+        Image.fromarray(photos[i % 4][i:i + 200 + 2 * i, i:i + 180]).save(path)
+    _, err = recipe_of("folder", str(tmp_path / "my photos/cats"), status=1)
+    assert "16 images; expected 64 or more" in err
+    out, _ = recipe_of("folder", "my photos", folder=tmp_path, OUT=tmp_path / "out", **dict(TINY, SIT_FLAGS="--steps 2 --batch 4"))
+    assert "no probe: no " in out and "people" in (tmp_path / "out/send/latents/meta.json").read_text()
     report = json.loads((tmp_path / "out/report.json").read_text())
     assert {"psnr", "fd"} <= report["arms"]["send"].keys() and "probe_f1" not in report["arms"]["send"] and report["arms"]["send"]["fd"] > 0
     assert np.load(tmp_path / "out/send/samples.npz")["arr_0"].shape == (10, 64, 64, 3) and not (tmp_path / "out/probe.json").exists()

@@ -36,7 +36,7 @@ from tqdm import tqdm
 import data
 from data import UserError
 from fid import build_lpips
-from mapper import VFM, LinearMapper, Mapper, TokenCache, add_noise, align_loss, cache_size, standardise, vavae_loss
+from mapper import VFM, LinearMapper, Mapper, TokenCache, add_noise, align_loss, cache_size, vavae_loss
 from vae import VAE_CONFIGS, AutoencoderKL, GroupNorm, load_vae
 
 
@@ -81,8 +81,7 @@ def parse_args():
     p.add_argument("--mapper-mlp", type=int, default=2048, help="width of the mapper's projector")
     p.add_argument("--mapper-warmup", type=data.natural, default=0, help="first steps in which L_align trains the mapper alone")
     p.add_argument("--noise", type=int, default=1, choices=(0, 1), help="eq. (1) on the latent before the mapper")
-    p.add_argument("--noise-a", default="uniform", choices=("uniform", "lognormal"), help="distribution of a in eq. (1) (paper: uniform); lognormal: that of SiT's --time lognormal")
-    p.add_argument("--vfm-standardise", choices=("image", "images"), help="tokens with zero mean and unit deviation per channel, over each image's tokens or over all images (default: as they are, the paper's)")
+    p.add_argument("--vfm-standardise", type=int, default=0, choices=(0, 1), help="1: tokens with zero mean and unit deviation per channel, so that the cosine is not ruled by what all tokens share (not in the paper)")
     # The run
     p.add_argument("--seed", type=data.natural, default=0)
     p.add_argument("--precision", choices=("bf16", "fp32"), help="default: bf16 where it is fast")
@@ -99,9 +98,8 @@ def parse_args():
         args.lambda_align = {"send": 1.0, "vavae": 0.1, "none": 0.0}[args.align]
     if args.align == "none" or not args.lambda_align:
         args.align, args.lambda_align = "none", 0.0
-    for flag, set_ in (("--noise-a", args.noise_a != "uniform"), ("--vfm-standardise", args.vfm_standardise)):
-        if set_ and (args.align != "send" or flag == "--noise-a" and not args.noise):
-            p.error(f"{flag}: has no effect here; expected --align send" + (" --noise 1" if flag == "--noise-a" else ""))
+    if args.vfm_standardise and args.align != "send":
+        p.error("--vfm-standardise: has no effect here; expected --align send")
     return args
 
 
@@ -292,7 +290,7 @@ class Trainer:
         if self.discriminator is not None:
             self.disc_loss = DiscriminatorLoss(self.discriminator).to(device, memory_format=torch.channels_last)
             self.disc_optimizer = torch.optim.AdamW(self.discriminator.parameters(), args.lr, weight_decay=0.0, fused=fused)
-        self.stats, self.token_stats = LatentStats(c, device, world), ()
+        self.stats, self.token_stats = LatentStats(c, device, world), None
         self.step, self.seconds = 0, 0.0
 
     def cache_tokens(self, images):
@@ -302,8 +300,8 @@ class Trainer:
             self.vfm.to("meta")
 
     def measure_tokens(self, images):
-        """Mean and std (D,) of the tokens of up to 256 images, for --vfm-standardise images."""
-        if self.args.vfm_standardise != "images":
+        """Mean and std (D,) of the tokens of up to 256 images, for --vfm-standardise."""
+        if not self.args.vfm_standardise:
             return
         rows = torch.linspace(0, len(images.files) - 1, min(256, len(images.files))).long().tolist()
         if self.tokens is not None:
@@ -361,8 +359,7 @@ class Trainer:
         local = self.args.batch // self.world
         first = step * self.args.batch + self.rank * local  # place of the rank's first image in the stream of samples
         a, *eps = data.draw_noise(self.args.seed, range(first, first + local), 1, self.latent_shape, self.latent_shape)
-        a = torch.special.ndtri(a[:, 0].double()).sigmoid().float() if self.args.noise_a == "lognormal" else a[:, 0]
-        return (a if self.args.noise else None), *eps
+        return (a[:, 0] if self.args.noise else None), *eps
 
     def micro_batches(self, pixels, noise, tokens):
         """The rank's images (B, 3, S, S) uint8, noise, and tokens when they are known -> list of (x, noise, tokens, share of the rank's
@@ -377,8 +374,8 @@ class Trainer:
             if known is None and self.vfm is not None:
                 with self.clock("vfm"), data.autocast(self.device, self.args.precision):
                     known = self.vfm(data.any_batch(x, self.loss.varies))
-            if self.args.vfm_standardise and known is not None:
-                known = standardise(known, self.args.vfm_standardise, *self.token_stats)
+            if self.token_stats is not None:
+                known = (known - self.token_stats[0]) / (self.token_stats[1] + 1e-6)
             out.append((x, [move(n, i) for n in noise], known, len(x) / local))
         return out
 
