@@ -2703,17 +2703,32 @@ def test_study_recipe(avatars, tmp_path):
     for words in (["study", "x"], ["study", "0"], ["study", "0", "nothing"], ["study", "0", "control", "more"], ["folder"], ["folder", str(tmp_path / "gone")]):
         _, err = recipe_of(*words, status=2)
         assert err.startswith("error: ") and len(err.splitlines()) == 1
-    out, err = recipe_of("study", status=1, **{**env, "STUDY_ARMS": "control-repa depth-2"})  # an arm of no such name, and the rest goes on
-    assert "seed 0, depth-2: FAILED" in out and "no such arm" in out and "seed 0, control-repa: done" in out and "| `control-repa` |" in out
+
+
+def fake_python(folder):
+    """An environment of run.sh in which python prints its command line and does nothing; it fails where that line holds $FAIL."""
+    fake = folder / "bin/python"
+    fake.parent.mkdir()
+    fake.write_text(f"#!/bin/sh\ncase \"$1\" in -c) exec {sys.executable} \"$@\" ;; esac\necho \"COMMAND $@\"\ncase \"$*\" in *${{FAIL:-nothing at all}}*) exit 3 ;; esac\n")
+    fake.chmod(0o755)
+    return dict(os.environ, SKIP_INSTALL="1", VIRTUAL_ENV=sys.prefix, PATH=f"{fake.parent}:{os.environ['PATH']}", OUT=str(folder))
+
+
+def test_one_arm_that_fails(tmp_path):
+    """A failing or mistyped arm of the study stops the others or passes for done, REPA comes before the VAE it needs, or a seed is left out."""
+    env = dict(fake_python(tmp_path), STUDY_SEEDS="2", STUDY_ARMS="send-repa control depth-2 send", FAIL="seed1/control/latents", JOBS="1")
+    (tmp_path / "reference.npz").touch(), (tmp_path / "reference2.npz").touch()
+    done = subprocess.run(["bash", str(HERE / "run.sh"), "study"], capture_output=True, text=True, env=env)
+    assert done.returncode == 1 and f"COMMAND study.py {tmp_path}" in done.stdout
+    said = [line.removeprefix("seed ").split(":")[0] for line in done.stdout.splitlines() if line.startswith("seed ") and "done" in line]
+    assert said == ["0, pretrain", "1, pretrain", "0, tokens", "0, tokens2", "0, reference", "0, reference2", "0, control", "0, send", "1, send", "0, send-repa", "1, send-repa", "0, real"]
+    failed = [line for line in done.stdout.splitlines() if "FAILED" in line]
+    assert [line.split(":")[0] for line in failed] == ["seed 1, control", "seed 0, depth-2", "seed 1, depth-2"] and "no such arm" in done.stdout
 
 
 def test_every_arm_of_the_study_is_a_command(tmp_path):
     """An arm of run.sh is mistyped, or changes something else than its name says."""
-    fake = tmp_path / "bin/python"  # prints what would run
-    fake.parent.mkdir()
-    fake.write_text(f"#!/bin/sh\ncase \"$1\" in -c) exec {sys.executable} \"$@\" ;; esac\necho \"COMMAND $@\"\n")
-    fake.chmod(0o755)
-    env, parsed = dict(os.environ, SKIP_INSTALL="1", VIRTUAL_ENV=sys.prefix, PATH=f"{fake.parent}:{os.environ['PATH']}", OUT=str(tmp_path)), {}
+    env, parsed = fake_python(tmp_path), {}
     for arm in study.ARMS:
         done = subprocess.run(["bash", str(HERE / "run.sh"), "study", "1", arm], capture_output=True, text=True, env=env)
         assert done.returncode == 0, done.stderr
