@@ -11,7 +11,7 @@ set -euo pipefail
 case "${2:-}" in "" | /*) ROOT=${2:-} ;; *) ROOT=$PWD/$2 ;; esac
 cd "$(dirname "$0")"
 # The study's arms, in the order in which they run
-STUDY_ARMS=${STUDY_ARMS:-control send depth1-clean depth0-clean standardised vavae vfm2 depth2 lambda0.25 lambda4 control-repa send-repa base depth2-clean}
+STUDY_ARMS=${STUDY_ARMS:-control send depth1-clean depth0-clean standardised vavae vfm2 depth2 lambda0.25 lambda4 control-repa send-repa}
 case "${1:-demo}" in
 demo | test) ;;
 study)
@@ -141,12 +141,10 @@ study() {  # SEED ARM
     real) [ -e "$OUT/real.json" ] || python fid.py score "$DATA" "$run/control/samples.npz" --split train "${judge[@]}" --json "$OUT/real.json"; return ;;  # what as many real images score
     # The arms
     *-repa) vae=$run/${2%-repa}/vae.pt latents=$run/${2%-repa}/latents repa=(--repa 0.5 --data "$DATA" "${teacher[@]}") align=() ;;  # REPA in the SiT, on the VAE of that arm
-    base) vae=$run/pretrain/vae.pt align=() ;;  # not fine-tuned
     control) align=(--align none) ;;
     send) align+=("${teacher[@]}") ;;
     depth0-clean) align+=("${teacher[@]}" --mapper-depth 0 --noise 0) ;;
     depth1-clean) align+=("${teacher[@]}" --mapper-depth 1 --noise 0) ;;
-    depth2-clean) align+=("${teacher[@]}" --mapper-depth 2 --noise 0) ;;
     depth2) align+=("${teacher[@]}" --mapper-depth 2) ;;
     vavae) align=(--align vavae --grid 8 "${teacher[@]}") ;;
     vfm2) align+=("${teacher2[@]}") ;;

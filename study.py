@@ -2,8 +2,8 @@
 
     python study.py out/study          # reads out/study/seed*/ARM; what is not there yet is left out, and said
 
-Every arm is compared within each seed, where all share the pre-trained VAE, images, order and noise (and, but for `base`, the steps): with the control, an arm with
-REPA with the control with REPA. An interval is the 95 % interval of Student's t over the seeds of those differences; "undecided" means that it holds 0 (or 1, for a ratio).
+Every arm is compared within each seed, where all share the pre-trained VAE, images, order, noise and steps: with the control, an arm with REPA with the
+control with REPA. An interval is the 95 % interval of Student's t over the seeds of those differences; "undecided" means that it holds 0 (or 1, for a ratio).
 """
 import argparse
 import io
@@ -19,14 +19,14 @@ from data import UserError
 from probe import correlate, numbers, verdict
 
 # What each arm of run.sh changes, in the order of the tables
-ARMS = {"base": "not fine-tuned", "control": "fine-tuned, no alignment", "send": "Send-VAE: depth 1, noise, lambda 1", "depth0-clean": "MLP only, no noise", "depth1-clean": "depth 1, no noise", "depth2-clean": "depth 2, no noise",
+ARMS = {"control": "fine-tuned, no alignment", "send": "Send-VAE: depth 1, noise, lambda 1", "depth0-clean": "MLP only, no noise", "depth1-clean": "depth 1, no noise",
         "depth2": "depth 2, noise", "vavae": "VA-VAE's alignment", "vfm2": "Send-VAE, EfficientNet-Lite2 as VFM", "lambda0.25": "Send-VAE, lambda 0.25", "lambda4": "Send-VAE, lambda 4",
         "standardised": "Send-VAE, tokens standardised (not in the paper)",
         "control-repa": "control's VAE, REPA in the SiT", "send-repa": "Send-VAE's VAE, REPA in the SiT"}
 # Tables of the paper and the arms that stand for their rows; the number is the paper's gFID (SiT-B/1 + REPA, ImageNet 256)
-TABLES = {"Table 2, depth of the mapper (without noise)": {"depth0-clean": 9.20, "depth1-clean": 8.42, "depth2-clean": 9.47},
+TABLES = {"Table 2, depth of the mapper (without noise)": {"depth0-clean": 9.20, "depth1-clean": 8.42},
           "Table 3, noise (depth 1)": {"depth1-clean": 8.42, "send": 7.57},
-          "Table 4, vision foundation model (the paper's \"none\" is not fine-tuned; the control is ours)": {"base": 11.40, "control": None, "vfm2": None, "send": 7.57}}
+          "Table 4, vision foundation model (the paper's \"none\", 11.40, is not fine-tuned; the control is)": {"control": None, "vfm2": None, "send": 7.57}}
 LOWER = ("fd", "fd2", "recon_fd", "lpips", "kde_gini", "gmm_nll", "high_frequency_share", "shift_error", "scale_error")  # the others: higher is better
 
 
@@ -50,7 +50,7 @@ def read_arm(folder):
     name, again = folder.name, f"delete that arm and run it again: bash run.sh study {folder.parent.name.removeprefix('seed')} {folder.name}"
     owner = folder.parent / name.removesuffix("-repa")  # an arm with REPA in the SiT has another arm's VAE
     files = {k: folder / f"{k}.json" for k in ("fd", "fd2", "samples")} | {k: owner / f"{k}.json" for k in ("recon", "probe")}
-    log, tuned = folder / "sit/metrics.jsonl", (folder.parent / "pretrain" if name.startswith("base") else owner) / "metrics.jsonl"
+    log, tuned = folder / "sit/metrics.jsonl", owner / "metrics.jsonl"
     if not log.is_file() or not tuned.is_file() or not all(p.is_file() for p in files.values()):
         return None
     records = {k: data.read_json(p) for k, p in files.items()}
@@ -151,10 +151,10 @@ def speed_ups(rows, arm, reference):
 
 
 def arm_means(rows):
-    """One row an arm, the mean over its seeds, for probe.correlate, which then resamples arms. Without `base`, which is not trained as long, and arms with REPA."""
+    """One row an arm, the mean over its seeds, for probe.correlate, which then resamples arms. Without arms with REPA, which is another SiT."""
     out = []
     for arm, of in rows.items():
-        if arm != "base" and not arm.endswith("-repa"):
+        if not arm.endswith("-repa"):
             shared = set.intersection(*(set(numbers(r)) for r in of.values())) | {"psnr"}
             out.append(dict({k: float(np.mean([r[k] for r in of.values()])) for k in sorted(shared - {"fd2"})}, name=arm, run=arm, kind=arm))
     return out
@@ -204,7 +204,7 @@ def main_table(rows):
 
 def send_table(rows):
     """Each variant against Send-VAE's own arm, from which it differs in one thing."""
-    arms = [a for a in rows if a not in ("send", "control", "base", "vavae") and not a.endswith("-repa")]
+    arms = [a for a in rows if a not in ("send", "control", "vavae") and not a.endswith("-repa")]
     return table(["arm", "", "F1 minus `send`'s", "FD minus `send`'s", "the same by the second judge"], [[f"`{a}`", ARMS.get(a, ""), change(rows, a, "f1", 3, "send"), change(rows, a, "fd", 0, "send"), change(rows, a, "fd2", 1, "send")] for a in arms])
 
 
@@ -238,7 +238,7 @@ def correlation_table(rows, result):
     for name, r in result.items():
         each = []
         for s in seeds:
-            x, y = np.array([(of[s][name], of[s]["fd"]) for a, of in rows.items() if s in of and a != "base" and not a.endswith("-repa")]).reshape(-1, 2).T
+            x, y = np.array([(of[s][name], of[s]["fd"]) for a, of in rows.items() if s in of and not a.endswith("-repa")]).reshape(-1, 2).T
             if len(x) > 2 and np.ptp(x) > 0 and np.ptp(y) > 0:
                 each.append(np.corrcoef(x, y)[0, 1])
         lines.append([name, span(r, "pearson"), span(r, "spearman"), span(r, "partial"), r["n"], f"{min(each):+.2f} to {max(each):+.2f}" if each else "", verdict(r)])
@@ -263,7 +263,7 @@ def report(root, rows, missing, correlations):
 ## Arms against the control
 
 {main_table(rows)}
-Probe F1 of the baselines: {', '.join(f'{k} {v:.3f}' for k, v in control['baselines'].items())}. An arm with REPA is compared with `control-repa`, which itself is compared with `control`. `base` has had {'no fine-tuning: fewer steps of the VAE than the others' if 'base' in rows else 'not been run'}.
+Probe F1 of the baselines: {', '.join(f'{k} {v:.3f}' for k, v in control['baselines'].items())}. An arm with REPA is compared with `control-repa`, which itself is compared with `control`.
 Speed-up: steps of the control over steps of the arm to the worse of their two last distances, linear between the points of the curve; above 1 the arm is faster; geometric mean and interval over seeds.
 
 ![Distance while the SiT trains, and the arms' final distance minus the control's](convergence.png)
@@ -283,7 +283,7 @@ The paper's numbers are of ImageNet 256 and SiT-B/1 with REPA; these arms are wi
 
 ## Which score follows the distance?
 
-Over the arms' means, without REPA and `base`; intervals are over resampled arms. {len(correlations)} scores were tried: of those without any relation about one in 20 leaves 0 outside its interval. The arms are variations of one recipe on the same pre-trained VAEs, not a
+Over the means of the arms without REPA; intervals are over resampled arms. {len(correlations)} scores were tried: of those without any relation about one in 20 leaves 0 outside its interval. The arms are variations of one recipe on the same pre-trained VAEs, not a
 sample of all VAEs: intervals are too narrow for that. `recon_fd` and `ssim` look at the same decoder as the distance. "In each seed" is the same arms again, seed by seed.
 
 {correlation_table(rows, correlations)}

@@ -2735,12 +2735,12 @@ def test_every_arm_of_the_study_is_a_command(tmp_path):
         lines = [line.removeprefix("COMMAND ") for line in done.stdout.splitlines() if line.startswith("COMMAND ")]
         parsed[arm] = {line.split()[0] + (" second" if "fd2.json" in line else " recon" if "recon" in line else ""): line for line in lines}
         own = [] if "repa" in arm else ["fid.py recon", "probe.py"]
-        assert list(parsed[arm]) == ["train_vae.py"] * (arm != "base" and not "repa" in arm) + ["vae.py", "train_sit.py", "sample.py", "fid.py", "fid.py second", *own]
+        assert list(parsed[arm]) == ["train_vae.py"] * ("repa" not in arm) + ["vae.py", "train_sit.py", "sample.py", "fid.py", "fid.py second", *own]
         assert "reference.npz" in parsed[arm]["fid.py"] and f"seed1/{arm}/samples.npz" in parsed[arm]["fid.py"] and "reference2.npz" in parsed[arm]["fid.py second"] and "lite2" in parsed[arm]["fid.py second"]
     tuned = {a: vars(train_vae_args("python " + p["train_vae.py"])) for a, p in parsed.items() if "train_vae.py" in p}
-    assert set(study.ARMS) - set(tuned) == {"base", "control-repa", "send-repa"}
+    assert set(study.ARMS) - set(tuned) == {"control-repa", "send-repa"}
     expected = dict(control=dict(align="none", lambda_align=0.0), send={}, vavae=dict(align="vavae", lambda_align=0.1), depth2=dict(mapper_depth=2), lambda4=dict(lambda_align=4.0), standardised=dict(vfm_standardise=1),
-                    vfm2=dict(vfm="tf_efficientnet_lite2"), **{"depth2-clean": dict(mapper_depth=2, noise=0), "depth0-clean": dict(mapper_depth=0, noise=0), "depth1-clean": dict(noise=0), "lambda0.25": dict(lambda_align=0.25)})
+                    vfm2=dict(vfm="tf_efficientnet_lite2"), **{"depth0-clean": dict(mapper_depth=0, noise=0), "depth1-clean": dict(noise=0), "lambda0.25": dict(lambda_align=0.25)})
     assert tuned.keys() == expected.keys() and "lite2" in tuned["vfm2"]["vfm_ckpt"] and tuned["vfm2"]["cache_vfm"] != tuned["send"]["cache_vfm"]
     for arm, changes in expected.items():
         ignored = {"out", "vfm_ckpt", "cache_vfm"} | ({"vfm", "grid", "mapper_mlp"} if arm in ("control", "vavae") else set())
@@ -2748,7 +2748,7 @@ def test_every_arm_of_the_study_is_a_command(tmp_path):
     assert (tuned["send"]["lambda_align"], tuned["send"]["mapper_depth"], tuned["send"]["noise"], tuned["send"]["seed"]) == (1.0, 1, 1, 1)
     flows = {a: re.sub(r"--(out|latents) \S+", "", p["train_sit.py"]) for a, p in parsed.items()}
     assert len({f for a, f in flows.items() if "repa" not in a}) == 1 and flows["control-repa"] == flows["send-repa"] and "--repa 0.5" in flows["send-repa"]
-    assert "seed1/send/latents" in parsed["send-repa"]["train_sit.py"] and "seed1/send/vae.pt" in parsed["send-repa"]["sample.py"] and "seed1/pretrain/vae.pt" in parsed["base"]["vae.py"]
+    assert "seed1/send/latents" in parsed["send-repa"]["train_sit.py"] and "seed1/send/vae.pt" in parsed["send-repa"]["sample.py"]
 
 
 def test_photographs(tmp_path):
