@@ -16,6 +16,7 @@ case "${1:-demo}" in
 demo | test) ;;
 study)
     arm=${3:-}
+    [[ ${STUDY_SEEDS:-3} =~ ^[1-9][0-9]*$ && " $STUDY_ARMS " = *" control "* ]] || { echo "error: STUDY_SEEDS '${STUDY_SEEDS:-3}', STUDY_ARMS '$STUDY_ARMS'; expected a number of seeds, and control among the arms" >&2; exit 2; }
     if [ $# -gt 1 ] && ! [[ $# = 3 && $2 =~ ^[0-9]+$ && " pretrain tokens tokens2 reference reference2 real $STUDY_ARMS " = *" $arm "* ]]; then
         echo "error: 'study ${*:2}'; expected: bash run.sh study, or bash run.sh study SEED ARM, ARM one of $STUDY_ARMS" >&2; exit 2
     fi ;;
@@ -175,8 +176,9 @@ if [ "${1:-}" = study ]; then
     pool() {  # one that fails does not stop the others
         xargs -P "$JOBS" -n 2 bash -c 'log=$OUT/log/seed$0-$1.txt; if bash run.sh study "$0" "$1" >> "$log" 2>&1; then echo "seed $0, $1: done after $SECONDS s"; else echo "seed $0, $1: FAILED, see $log"; tail -n 1 "$log"; exit 1; fi' || failed=1
     }
-    with_repa=$(printf '%s\n' $STUDY_ARMS | grep -e '-repa$' || true) without=$(printf '%s\n' $STUDY_ARMS | grep -v -e '-repa$')
+    with_repa=$(printf '%s\n' $STUDY_ARMS | grep -e '-repa$' || true) without=$(printf '%s\n' $STUDY_ARMS | grep -v -e '-repa$' || true)
     pool < <(pairs pretrain; printf '0 %s\n' tokens tokens2 reference reference2)
+    [ $failed = 0 ] || exit 1  # every arm needs these
     pool < <(pairs $without)
     [ -z "$with_repa" ] || pool < <(pairs $with_repa)  # later: they take another arm's VAE
     pool < <(echo "0 real")
@@ -192,7 +194,8 @@ if [ "${1:-demo}" = folder ]; then
     DATA=$(cd "$ROOT" && pwd) SHOW_ATTRIBUTES=
     OUT=${OUT:-out/folder/$(basename "$DATA")}
     [ -f "$DATA/attributes.csv" ] || TRAIN='' TEST=''
-    python -c 'import data, sys; n = len(data.find_images(sys.argv[1])); n < 64 and sys.exit(f"error: {sys.argv[1]}: {n} images; expected 64 or more")' "$DATA"
+    found=$(find -L "$DATA" -type f | grep -c -i -E '\.(jpe?g|png|webp|bmp|gif|tiff?)$' || true)
+    [ "$found" -ge 64 ] || { echo "error: $DATA: $found images; expected 64 or more" >&2; exit 2; }
 fi
 OUT=${OUT:-out/demo}
 DATA=${DATA:-$OUT/avatars}

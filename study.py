@@ -47,7 +47,7 @@ def read_curve(log):
 
 def read_arm(folder):
     """One row: {name, run, kind, measure, psnr, fd, fd2, scores..., curve, vae_hash, commands, commits, sources}; None when the arm is not finished. Raises UserError."""
-    name, again = folder.name, f"delete that arm and run it again: bash run.sh study {folder.parent.name.removeprefix('seed')} {folder.name}"
+    name, again = folder.name, f"delete that arm and run it again: OUT={folder.parent.parent} bash run.sh study {folder.parent.name.removeprefix('seed')} {folder.name}"
     owner = folder.parent / name.removesuffix("-repa")  # an arm with REPA in the SiT has another arm's VAE
     files = {k: folder / f"{k}.json" for k in ("fd", "fd2", "samples")} | {k: owner / f"{k}.json" for k in ("recon", "probe")}
     log, tuned = folder / "sit/metrics.jsonl", owner / "metrics.jsonl"
@@ -58,11 +58,12 @@ def read_arm(folder):
     try:
         (fd,), (n,), (fd2,) = records["fd"]["fd"].values(), records["fd"]["n"].values(), records["fd2"]["fd"].values()
         probe, drawn, begun = records["probe"]["results"], records["samples"], {k: json.loads(p.read_text("utf-8").splitlines()[0]) for k, p in (("train_vae", tuned), ("train_sit", log))}
-        measure = f"FD({records['fd']['network']})-{n}, {drawn['sampler']} {drawn['steps']} steps; second judge {records['fd2']['network']}"
+        measure = (f"FD({records['fd']['network']})-{n} (second judge {records['fd2']['network']}), {drawn['sampler']} {drawn['steps']} steps, VAE trained for {begun['train_vae']['steps']} steps of {begun['train_vae']['batch']}, "
+                   f"SiT for {begun['train_sit']['steps']} of {begun['train_sit']['batch']}")
         hashes = {records["recon"]["inputs"]["vae"], drawn["vae_hash"], begun["train_sit"]["inputs"]["latents"].split("-")[0], *(v for k, v in records["probe"]["inputs"].items() if k != "data")}
         row = dict(name=f"{folder.parent.name}/{name}", run=folder.parent.name, kind=name, measure=measure, psnr=records["recon"]["psnr"], fd=fd, fd2=fd2, **numbers(next(iter(probe.values()))),
                    recon_fd=records["recon"]["fd"], ssim=records["recon"]["ssim"], **{k: records["recon"][k] for k in ("lpips",) if k in records["recon"]}, curve=curve)
-        made = {k: r["made"] for k, r in (records | begun).items()}
+        made = {k: r["made"] for k, r in (begun | records).items()}
         row |= dict(baselines={k: r["f1"] for k, r in probe.items() if k == "majority" or k.startswith("pixels")}, commands={k: m["command"] for k, m in made.items()},
                     commits=sorted({str(m["commit"]) for m in made.values()}), sources={k: str(p) for k, p in files.items()} | dict(curve=str(log)))
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as e:
@@ -85,7 +86,7 @@ def read_study(root):
         else:
             rows.setdefault(folder.name, {})[row["run"]] = row
     if not rows.get("control"):
-        raise UserError(f"{root}: no finished control; every arm is compared with it: bash run.sh study 0 control")
+        raise UserError(f"{root}: no finished control; every arm is compared with it: OUT={root} bash run.sh study")
     measures = {r["measure"] for of in rows.values() for r in of.values()}
     if len(measures) > 1:
         raise UserError(f"{root}: distances of different kinds do not mix: {', '.join(sorted(measures))}")
@@ -150,6 +151,12 @@ def speed_ups(rows, arm, reference):
     return out
 
 
+def bounded(rows, arm, reference):
+    """Whether a speed-up is a bound alone, because one of two curves was at the target when it was first measured."""
+    pairs = [(rows[arm][s]["curve"], rows[reference][s]["curve"]) for s in shared_seeds(rows, arm, reference)]
+    return any(min(a[0][1], b[0][1]) <= max(a[-1][1], b[-1][1]) for a, b in pairs)
+
+
 def arm_means(rows):
     """One row an arm, the mean over its seeds, for probe.correlate, which then resamples arms. Without arms with REPA, which is another SiT."""
     out = []
@@ -189,7 +196,7 @@ def speed_text(rows, arm):
         return ""
     low, high = np.exp(interval(logs))
     reading = "faster" if low > 1 else "slower" if high < 1 else "undecided"
-    return f"{np.exp(logs.mean()):.2f} " + (f"[{low:.2f}, {high:.2f}] {reading}" if len(logs) > 1 else "(one seed)")
+    return f"{np.exp(logs.mean()):.2f} " + ("(a bound) " if bounded(rows, arm, reference) else "") + (f"[{low:.2f}, {high:.2f}] {reading}" if len(logs) > 1 else "(one seed)")
 
 
 def main_table(rows):
@@ -199,7 +206,7 @@ def main_table(rows):
         get, to = lambda k: [r[k] for r in of.values()], reference_of(rows, arm)
         lines.append([f"`{arm}`", ARMS.get(arm, ""), mean_sd(get("psnr"), 2), *([mean_sd(get("lpips"), 3)] if lpips else []), mean_sd(get("recon_fd"), 0), mean_sd(get("f1"), 3), "" if arm.endswith("-repa") else change(rows, arm, "f1", 3, to),
                       mean_sd(get("fd"), 0), change(rows, arm, "fd", 0, to), change(rows, arm, "fd2", 1, to), speed_text(rows, arm)])
-    return table(["arm", "", "PSNR", *(["LPIPS"] if lpips else []), "FD of reconstructions", "probe F1", "F1 minus control's", "FD", "FD minus control's", "the same by the second judge", "speed-up"], lines)
+    return table(["arm", "", "PSNR", *(["LPIPS"] if lpips else []), "FD of reconstructions", "probe F1", "F1 minus control's", "FD", "FD minus control's", "FD minus control's, second judge", "speed-up"], lines)
 
 
 def send_table(rows):
@@ -255,8 +262,8 @@ def report(root, rows, missing, correlations):
     made = data.made()
     text = f"""# The study
 
-{len(rows)} arms, {len(seeds)} seeds ({', '.join(seeds)}). The distance is {control['measure']}, to the training images (lower is better); curves: `{read_measure(root, control)}`.
-{'Real images score: ' + floor + '. ' if floor else ''}The first judge taught every aligned arm but `vfm2`, the second taught `vfm2` alone. Values are mean ± standard deviation over seeds. A difference is taken within each seed; in brackets its
+{len(rows)} arms, {len(seeds)} seeds ({', '.join(seeds)}). The distance is {control['measure']}, to the training images (lower is better).
+{f'Real images score (`{root}/real.json`): {floor}. ' if floor else ''}The first judge taught every aligned arm but `vfm2`, the second taught `vfm2` alone. Values are mean ± standard deviation over seeds. A difference is taken within each seed; in brackets its
 95 % interval by Student's t; "undecided" where that holds 0. All differences from a control rest on the same few control runs, and many are shown: of those without any effect about one in 20 falls outside.
 {'Not finished and left out: ' + ', '.join(missing) + '.' if missing else ''}
 
@@ -264,7 +271,8 @@ def report(root, rows, missing, correlations):
 
 {main_table(rows)}
 Probe F1 of the baselines: {', '.join(f'{k} {v:.3f}' for k, v in control['baselines'].items())}. An arm with REPA is compared with `control-repa`, which itself is compared with `control`.
-Speed-up: steps of the control over steps of the arm to the worse of their two last distances, linear between the points of the curve; above 1 the arm is faster; geometric mean and interval over seeds.
+PSNR, probe F1 and the distance of the reconstructions from their originals are of the test split; other scores and their meaning: README, section 6; `fd2` is the distance by the second judge.
+Speed-up: steps of the control over steps of the arm to the worse of the last distances of their two curves, linear between the points; above 1 the arm is faster; geometric mean and interval over seeds; "a bound" where a curve was there at its first point.
 
 ![Distance while the SiT trains, and the arms' final distance minus the control's](convergence.png)
 
@@ -278,16 +286,21 @@ The paper's numbers are of ImageNet 256 and SiT-B/1 with REPA; these arms are wi
 {paper_tables(rows)}
 ## Distance while the SiT trains
 
+`{read_measure(root, control)}`: of fewer samples and other noise than the table above, so its last value is another number.
+
 {curve_table(rows)}
-![Samples from the same noise and labels](samples.png)
+## Samples from the same noise and labels, first seed
+
+![A row an arm](samples.png)
 
 ## Which score follows the distance?
+
+{'' if correlations else 'Needs three arms without REPA.'}
 
 Over the means of the arms without REPA; intervals are over resampled arms. {len(correlations)} scores were tried: of those without any relation about one in 20 leaves 0 outside its interval. The arms are variations of one recipe on the same pre-trained VAEs, not a
 sample of all VAEs: intervals are too narrow for that. `recon_fd` and `ssim` look at the same decoder as the distance. "In each seed" is the same arms again, seed by seed.
 
-{correlation_table(rows, correlations)}
-![Each score against the distance](predictors.png)
+{correlation_table(rows, correlations) + chr(10) + '![Each score against the distance](predictors.png)' if correlations else ''}
 
 ## Reconstruction against generation
 
@@ -299,7 +312,7 @@ sample of all VAEs: intervals are too narrow for that. `recon_fd` and `ssim` loo
 ## Where the numbers come from
 
 Commits of the arms: {', '.join(commits)}; torch {made['versions']['torch']}. This report: `{made['command']}` at {made['commit']}, on {data.cpu_name()}. `rows.json` holds every row, its files and its commands.
-An arm again: `rm -r {root}/seed0/ARM; OUT={root} bash run.sh study 0 ARM; python study.py {root}` (and what its REPA arm was, if it has one). Commands of the first seed:
+An arm again, with the variables that the study was run with: `rm -r {root}/seed0/ARM; OUT={root} bash run.sh study 0 ARM; python study.py {root}`; then the same for `ARM-repa` if there is one. Commands of the first seed (what all arms share stands in `run.sh`, and its output in `{root}/log`):
 
 {commands}"""
     data.write_text(root / "report.md", text)
@@ -347,7 +360,7 @@ def draw_convergence(rows, path, Figure):
         right.barh(i, np.mean(d), color=colour[arm], alpha=0.6)
         right.plot(d, [i] * len(d), "o", color="black", markersize=4)
     right.axvline(0, color="black", linewidth=1)
-    right.set(yticks=range(len(arms)), yticklabels=arms, xlabel="final distance minus the control's (left: better); a dot a seed; REPA against REPA", title="After equal training")
+    right.set(yticks=range(len(arms)), yticklabels=arms, xlabel="final distance minus the control's (left is better); a dot a seed", title="After equal training")
     save(figure, path)
 
 
@@ -414,7 +427,8 @@ def main():
     correlations = correlate(means) if len(means) > 2 else {}
     data.write_json(root / "rows.json", dict(rows=[r for of in rows.values() for r in of.values()], correlations=correlations))
     draw_convergence(rows, root / "convergence.png", Figure)
-    draw_predictors(rows, correlations, root / "predictors.png", Figure)
+    if correlations:
+        draw_predictors(rows, correlations, root / "predictors.png", Figure)
     draw_tradeoff(rows, root / "tradeoff.png", Figure)
     draw_samples(root, rows, root / "samples.png", Figure)
     report(root, rows, missing, correlations)

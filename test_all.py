@@ -2579,6 +2579,7 @@ def test_speed_ups():
     early = {"control": {"seed0": of(50.0, 20.0, 30.0, 25.0)}, "send": {"seed0": of(50.0, 20.0, 30.0, 25.0)}}  # both were there before their ends
     assert study.speed_ups(early, "send", "control") == [1.0]
     assert study.speed_text(rows, "send").startswith(f"{1.5 ** 0.5:.2f} [") and study.speed_text(rows, "send").endswith("undecided") and study.speed_text(early, "send") == "1.00 (one seed)"
+    assert study.speed_text({"control": rows["control"], "send": {"seed0": of(19.0, 18.0, 17.0, 16.0)}}, "send") == "4.00 (a bound) (one seed)"
     rows["send"]["seed0"] = of(44.0, 20.0, 15.0, 10.0)
     assert study.speed_text(rows, "send").endswith("faster") and study.speed_text({"control": rows["send"], "send": rows["control"]}, "send").endswith("slower")
     rng, ratios = np.random.default_rng(0), []  # arms that are the control but for noise
@@ -2612,8 +2613,8 @@ def write_arm(folder, fd, f1, curve, psnr=24.0, vae=True, commit="c0ffee"):
     """The files of a finished arm."""
     made, folder, vae_hash = dict(command="x.py --out here", commit=commit), Path(folder), fake_hash(str(folder).removesuffix("-repa"))
     (folder / "sit").mkdir(parents=True)
-    (folder / "metrics.jsonl").write_text(json.dumps(dict(made=made)) + "\n")
-    lines = [dict(lr=1, made=made, inputs=dict(latents=f"{vae_hash}-files")), *({"step": s, "FD(net@96)-500": v} for s, v in curve), dict(step=curve[-1][0], velocity=1, seconds=9.5)]
+    (folder / "metrics.jsonl").write_text(json.dumps(dict(made=made, steps=200, batch=32)) + "\n")
+    lines = [dict(lr=1, made=made, steps=400, batch=64, inputs=dict(latents=f"{vae_hash}-files")), *({"step": s, "FD(net@96)-500": v} for s, v in curve), dict(step=curve[-1][0], velocity=1, seconds=9.5)]
     (folder / "sit/metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     records = {"fd.json": dict(network="net@96", fd={"s.npz": fd}, n={"s.npz": 1000}), "fd2.json": dict(network="other@64", fd={"s.npz": fd / 10}, n={"s.npz": 1000}), "samples.json": dict(sampler="heun", steps=5, vae_hash=vae_hash)}
     if vae:
@@ -2661,6 +2662,9 @@ def test_study_report(tmp_path):
     write_arm(tmp_path / "seed1/send", 861, 0.6, [(100, 1.0)])
     (tmp_path / "seed1/send/fd.json").write_text(json.dumps(dict(network="other@96", fd={"s.npz": 1.0}, n={"s.npz": 1000}, made=dict(command="", commit=""))))
     assert_refused(call("study", tmp_path), "FD(other@96)-1000", "FD(net@96)-1000")
+    trained = tmp_path / "seed0/lambda4/metrics.jsonl"
+    trained.write_text(trained.read_text().replace('"steps": 200', '"steps": 100'))
+    assert_refused(call("study", tmp_path), "100 steps of 32", "200 steps of 32")
     (tmp_path / "seed1/send/samples.json").write_text(json.dumps(dict(sampler="sde", steps=5, vae_hash=fake_hash(tmp_path / "seed1/send"), made=dict(command="", commit=""))))
     assert_refused(call("study", tmp_path), "sde 5 steps")
     (tmp_path / "seed1/send/fd.json").write_text("{}")
@@ -2669,7 +2673,7 @@ def test_study_report(tmp_path):
     shutil.rmtree(tmp_path / "seed1")
     for i in (0, 2):
         (tmp_path / f"seed{i}/control/fd.json").unlink()
-    assert_refused(call("study", tmp_path), "run.sh study 0 control")
+    assert_refused(call("study", tmp_path), "run.sh study")
 
 
 def recipe_of(*words, folder=HERE, status=0, **env):
@@ -2700,6 +2704,8 @@ def test_study_recipe(avatars, tmp_path):
     do("study", tmp_path)
     assert {r["kind"]: r for r in json.loads((tmp_path / "rows.json").read_text())["rows"]}["control-repa"]["fd"] == rows["control-repa"]["fd"]
     assert {p: p.stat().st_mtime_ns for p in before if "repa" not in str(p)} == {p: t for p, t in before.items() if "repa" not in str(p)}
+    for wrong in (dict(STUDY_SEEDS="x"), dict(STUDY_ARMS="send-repa")):
+        assert "expected a number of seeds, and control" in recipe_of("study", status=2, **{**env, **wrong})[1]
     for words in (["study", "x"], ["study", "0"], ["study", "0", "nothing"], ["study", "0", "control", "more"], ["folder"], ["folder", str(tmp_path / "gone")]):
         _, err = recipe_of(*words, status=2)
         assert err.startswith("error: ") and len(err.splitlines()) == 1
@@ -2758,7 +2764,7 @@ def test_photographs(tmp_path):
         path = tmp_path / "my photos" / ("people", "cats", "food", "things")[i % 4] / f"{i}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(photos[i % 4][i:i + 200 + 2 * i, i:i + 180]).save(path)
-    _, err = recipe_of("folder", str(tmp_path / "my photos/cats"), status=1)
+    _, err = recipe_of("folder", str(tmp_path / "my photos/cats"), status=2)
     assert "16 images; expected 64 or more" in err
     out, _ = recipe_of("folder", "my photos", folder=tmp_path, OUT=tmp_path / "out", **dict(TINY, SIT_FLAGS="--steps 2 --batch 4"))
     assert "no probe: no " in out and "people" in (tmp_path / "out/send/latents/meta.json").read_text()
