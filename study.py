@@ -8,6 +8,7 @@ control with REPA. An interval is the 95 % interval of Student's t over the seed
 import argparse
 import io
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -64,7 +65,7 @@ def read_arm(folder):
         row = dict(name=f"{folder.parent.name}/{name}", run=folder.parent.name, kind=name, measure=measure, psnr=records["recon"]["psnr"], fd=fd, fd2=fd2, **numbers(next(iter(probe.values()))),
                    recon_fd=records["recon"]["fd"], ssim=records["recon"]["ssim"], **{k: records["recon"][k] for k in ("lpips",) if k in records["recon"]}, curve=curve)
         made = {k: r["made"] for k, r in (begun | records).items()}
-        row |= dict(baselines={k: r["f1"] for k, r in probe.items() if k == "majority" or k.startswith("pixels")}, commands={k: m["command"] for k, m in made.items()},
+        row |= dict(baselines={k: r["f1"] for k, r in probe.items() if k == "majority" or k.startswith("pixels")}, commands={k: m["command"].replace(sys.prefix, "ENV") for k, m in made.items()},
                     commits=sorted({str(m["commit"]) for m in made.values()}), sources={k: str(p) for k, p in files.items()} | dict(curve=str(log)))
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as e:
         raise UserError(f"{folder}: not what the stages write ({type(e).__name__}: {e}); {again}")
@@ -312,7 +313,7 @@ sample of all VAEs: intervals are too narrow for that. `recon_fd` and `ssim` loo
 ## Where the numbers come from
 
 Commits of the arms: {', '.join(commits)}; torch {made['versions']['torch']}. This report: `{made['command']}` at {made['commit']}, on {data.cpu_name()}. `rows.json` holds every row, its files and its commands.
-An arm again, with the variables that the study was run with: `rm -r {root}/seed0/ARM; OUT={root} bash run.sh study 0 ARM; python study.py {root}`; then the same for `ARM-repa` if there is one. Commands of the first seed (what all arms share stands in `run.sh`, and its output in `{root}/log`):
+An arm again, with the variables that the study was run with: `rm -r {root}/seed0/ARM; OUT={root} bash run.sh study 0 ARM; python study.py {root}`; then the same for `ARM-repa` if there is one. Commands of the first seed (what all arms share stands in `run.sh`, and its output in `{root}/log`; ENV is the environment's folder):
 
 {commands}"""
     data.write_text(root / "report.md", text)
