@@ -334,10 +334,11 @@ def save(figure, path):
 
 
 def colours(rows):
-    """Black for the control, red for Send-VAE, others apart; the same in every figure."""
+    """Black for the control, red for Send-VAE, no other red; the same in every figure."""
     import matplotlib
+    order = [0, 2, 4, 8, 10, 12, 14, 16, 18, 1, 3, 5, 9, 11]
     others = [a for a in rows if a not in ("control", "send")]
-    return {"control": "black", "send": "crimson", **{a: matplotlib.colormaps["tab20"]((2 * i + i // 10) % 20) for i, a in enumerate(others)}}
+    return {"control": "black", "send": "crimson", **{a: matplotlib.colormaps["tab20"](order[i % len(order)]) for i, a in enumerate(others)}}
 
 
 def draw_convergence(rows, path, Figure):
@@ -407,7 +408,7 @@ def draw_samples(root, rows, path, Figure, count=10):
     figure = Figure((count * 0.75 + 1.6, len(arms) * 0.8), layout="constrained")
     for axis, (arm, row) in zip(np.ravel(figure.subplots(len(arms), 1)), arms.items()):
         images = data.read_npz(root / row["name"] / "samples.npz", "arr_0")["arr_0"]
-        axis.imshow(np.concatenate(list(images[:count]), 1))
+        axis.imshow(np.concatenate(list(images[:count]), 1), interpolation="nearest")
         axis.set_ylabel(arm, rotation=0, ha="right", va="center")
         axis.set(xticks=[], yticks=[])
     save(figure, path)
