@@ -2264,12 +2264,12 @@ def test_sampling_survives_a_kill(small, tmp_path):
     assert not np.array_equal(np.load(out)["arr_0"][9:], whole["arr_0"][9:])
 
 
-def test_scores_during_training(small, tmp_path):
+def test_scores_during_training(small, tmp_path, monkeypatch):
     """--eval-every logs another distance than that of the averaged model's samples, changes the training, or depends on the processes."""
     net = ("--net", "tf_efficientnet_lite0", "--net-ckpt", LITE0, "--net-size", 32)
     do("fid", "score", small / "images", small / "images", *net, "--save-stats", tmp_path / "ref.npz")
     command = ("--latents", small / "latents", *SMALL_SIT, *SLOW, "--repa", 0, "--steps", 4, "--ema", 0.5)
-    scored = (*command, "--eval-every", 3, "--eval-stats", tmp_path / "ref.npz", "--eval-images", 9)
+    scored = (*command, "--eval-every", 3, "--eval-stats", tmp_path / "ref.npz", "--eval-images", 9, "--eval-steps", 7)
     do("train_sit", *command, "--out", tmp_path / "plain")
     do("train_sit", *scored, "--out", tmp_path / "one")
     run("train_sit", *scored, "--out", tmp_path / "two", ranks=2)
@@ -2281,10 +2281,14 @@ def test_scores_during_training(small, tmp_path):
     assert_same_bits(tmp_path / "plain/sit.pt", tmp_path / "one/sit.pt")
     model, checkpoint = sit.load_sit(tmp_path / "one/sit.pt")
     noise, y = data.draw_noise(2 ** 61, range(9), 0, (4, 8, 8))[1], torch.arange(9) % 2
-    z = sit.sample_ode(model, noise, y, 25) * checkpoint["latent_std"].view(1, -1, 1, 1) + checkpoint["latent_mean"].view(1, -1, 1, 1)
+    z = sit.sample_ode(model, noise, y, 7) * checkpoint["latent_std"].view(1, -1, 1, 1) + checkpoint["latent_mean"].view(1, -1, 1, 1)
     images = data.to_uint8(vae.load_vae(small / "vae/vae.pt").decode(z))
     ref, stats = fid.load_stats(tmp_path / "ref.npz")
     assert curves["one"][4] == pytest.approx(fid.frechet_distance(stats["mu"], stats["sigma"], *fid.statistics(ref(images))), rel=1e-5)
+    seen = []  # so young a model hardly moves: the distance does not tell the steps
+    monkeypatch.setattr(train_sit, "sample_ode", lambda model, noise, y, steps, **_: seen.append(steps) or noise)
+    do("train_sit", *scored, "--out", tmp_path / "steps")
+    assert seen == [7, 7]
     assert_refused(call("train_sit", *command, "--eval-every", 2, "--out", tmp_path / "x"), "--eval-stats")
     np.savez(tmp_path / "bare.npz", mu=stats["mu"], sigma=stats["sigma"])
     assert_refused(call("train_sit", *command, "--eval-every", 2, "--eval-stats", tmp_path / "bare.npz", "--out", tmp_path / "x"), "bare.npz", "--save-stats")
