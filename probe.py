@@ -12,6 +12,7 @@ beside it, so that good can be told from bad.
 """
 import argparse
 import csv
+import io
 import math
 import shutil
 import sys
@@ -610,27 +611,50 @@ def verdict(r):
     return f"follows the distance beyond PSNR ({'lower' if r['partial'] > 0 else 'higher'} is better)"
 
 
-def draw_scatter(path, rows, result):
-    """One panel a score: the score across, the distance up, a colour for each kind of VAE."""
-    size, margin, across = 220, 34, min(6, len(result))
-    tall = size + 2 * margin
-    kinds = list(dict.fromkeys(map(kind_of, rows)))
-    colors = [f"hsl({360 * k // len(kinds)}, 70%, 45%)" for k in range(len(kinds))]
-    sheet = Image.new("RGB", (across * (size + margin) + margin, -(-len(result) // across) * tall + 14 * len(kinds) + 10), "white")
-    draw, fd = ImageDraw.Draw(sheet), np.array([r["fd"] for r in rows], float)
-    for p, (name, r) in enumerate(result.items()):
-        x, left, top = np.array([row[name] for row in rows], float), margin + p % across * (size + margin), p // across * tall + margin
-        draw.rectangle((left, top, left + size, top + size), outline="grey")
-        draw.text((left, top - 28), f"{name}\nr {'undefined' if r['pearson'] is None else format(r['pearson'], '+.2f')}, n = {r['n']}", fill="black")
-        for row, u, v in zip(rows, (x - x.min()) / max(np.ptp(x), 1e-12), (fd - fd.min()) / max(np.ptp(fd), 1e-12)):
-            cx, cy = left + 10 + u * (size - 20), top + size - 10 - v * (size - 20)
-            draw.ellipse((cx - 4, cy - 4, cx + 4, cy + 4), fill=colors[kinds.index(kind_of(row))])
-        draw.text((left, top + size + 4), f"{x.min():.4g} to {x.max():.4g}; fd {fd.min():.4g} to {fd.max():.4g}", fill="black")
-    for k, (kind, color) in enumerate(zip(kinds, colors)):
-        top = sheet.height - 14 * (len(kinds) - k) - 4
-        draw.ellipse((margin, top + 2, margin + 8, top + 10), fill=color)
-        draw.text((margin + 14, top), kind, fill="black")
-    data.save_png(sheet, path)
+def new_figure(width, height):
+    """A matplotlib figure, in inches. Raises UserError when the package is missing."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as e:
+        raise UserError(f"cannot draw the figure ({e}): pip install -r requirements-dev.txt")
+    return Figure((width, height), layout="constrained")
+
+
+def save_figure(figure, path):
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=100, facecolor="white")
+    data.save_png(Image.open(buffer).convert("RGB"), path)
+
+
+def kind_colours(kinds):
+    """Black for the control, red for Send-VAE, no other red: {kind: colour}, the same in every figure."""
+    import matplotlib
+    order = [0, 2, 4, 8, 10, 12, 14, 16, 18, 1, 3, 5, 9, 11]
+    others = [k for k in dict.fromkeys(kinds) if k not in ("control", "send")]
+    return {"control": "black", "send": "crimson", **{k: matplotlib.colormaps["tab20"](order[i % len(order)]) for i, k in enumerate(others)}}
+
+
+def scatter(axis, rows, score, colours):
+    """Score across, distance up: a dot a row, a disc for the mean of each kind of VAE."""
+    for kind in dict.fromkeys(map(kind_of, rows)):
+        x, y = np.array([(r[score], r["fd"]) for r in rows if kind_of(r) == kind], float).T
+        axis.plot(x, y, ".", color=colours[kind], markersize=5, alpha=0.5)
+        axis.plot(x.mean(), y.mean(), "o", color=colours[kind], markersize=8, label=kind)
+    axis.set(xlabel=score, ylabel="Fréchet distance")
+
+
+def scatter_figure(rows, result):
+    """One panel a score, and one for the legend. result: of correlate()."""
+    across, down = 4, len(result) // 4 + 1
+    figure, colours = new_figure(4 * across, 3.4 * down), kind_colours(map(kind_of, rows))
+    axes = list(figure.subplots(down, across, squeeze=False).flat)
+    for axis, (name, r) in zip(axes, result.items()):
+        scatter(axis, rows, name, colours)
+        axis.set_title(f"r {'undefined' if r['pearson'] is None else format(r['pearson'], '+.2f')}" + (f", given PSNR {r['partial']:+.2f}" if r.get("partial") is not None else "") + f", n = {r['n']}", fontsize=10)
+    for axis in axes[len(result):]:
+        axis.axis("off")
+    axes[len(result)].legend(*axes[0].get_legend_handles_labels(), fontsize=8, ncols=2, loc="center")
+    return figure
 
 
 def main_correlate(words):
@@ -660,7 +684,7 @@ def main_correlate(words):
         print(f"Four VAEs: they show that probe scores rise as gFID falls. They cannot show why: PSNR follows gFID as closely ({result['psnr']['pearson']:+.2f}), and given PSNR one degree of freedom\n"
               "is left. Semantic disentanglement and mere loss of pixel detail are not told apart by these rows.")
     if args.png:
-        draw_scatter(args.png, rows, result)
+        save_figure(scatter_figure(rows, result), args.png)
     if args.json:
         data.write_json(args.json, dict(rows=rows, correlations=result))
 

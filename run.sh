@@ -128,38 +128,41 @@ CKPT=$(package 0)
 study() {  # SEED ARM
     local run=$OUT/seed$1 dir=$OUT/seed$1/$2 vae=$OUT/seed$1/$2/vae.pt latents=$OUT/seed$1/$2/latents repa=(--repa 0) lpips=(--lpips 0)
     local train=(python train_vae.py --data "$DATA" --split train --rec mse --lpips 0 --gan 0 --batch 32 --lr 2e-3 --flip 0 --seed "$1" --save-every 100)
-    local judge=(--net tf_efficientnet_lite0 --net-ckpt "$CKPT" --net-size 96) judge2=(--net tf_efficientnet_lite2 --net-ckpt "$(package 2)" --net-size 64)
-    local teacher=(--vfm tf_efficientnet_lite0 --vfm-ckpt "$CKPT" --cache-vfm "$OUT/tokens") teacher2=(--vfm tf_efficientnet_lite2 --vfm-ckpt "$(package 2)" --cache-vfm "$OUT/tokens2")
-    local align=(--align send --grid 8 --mapper-mlp 256)
+    local ckpt2=$(package 2) reference=$OUT/reference.npz reference2=$OUT/reference2.npz
+    local judge=(--net tf_efficientnet_lite0 --net-ckpt "$CKPT" --net-size 96) judge2=(--net tf_efficientnet_lite2 --net-ckpt "$ckpt2" --net-size 64)
+    local teacher=(--vfm tf_efficientnet_lite0 --vfm-ckpt "$CKPT" --cache-vfm "$OUT/tokens") teacher2=(--vfm tf_efficientnet_lite2 --vfm-ckpt "$ckpt2" --cache-vfm "$OUT/tokens2")
+    local align=(--align send --grid 8 --mapper-mlp 256 "${teacher[@]}")
     [ -z "${LPIPS_CKPT:-}" ] || lpips=(--lpips 1 --lpips-ckpt "$LPIPS_CKPT")
     case "$2" in
     # What the arms share
     pretrain) "${train[@]}" --preset demo --steps 600 --lr-warmup 50 --ema 0.995 --align none ${VAE_FLAGS:-} --out "$dir"; return ;;
-    tokens) rm -rf "$OUT/fill"; "${train[@]}" --preset demo "${align[@]}" "${teacher[@]}" ${VAE_FLAGS:-} --steps 1 --out "$OUT/fill"; return ;;  # a run of one step fills the cache
-    tokens2) rm -rf "$OUT/fill2"; "${train[@]}" --preset demo "${align[@]}" "${teacher2[@]}" ${VAE_FLAGS:-} --steps 1 --out "$OUT/fill2"; return ;;
-    reference) [ -e "$OUT/reference.npz" ] || { python fid.py score "$DATA" "$DATA" --split train "${judge[@]}" --save-stats "$OUT/reference.part.npz" && mv "$OUT/reference.part.npz" "$OUT/reference.npz"; }; return ;;
-    reference2) [ -e "$OUT/reference2.npz" ] || { python fid.py score "$DATA" "$DATA" --split train "${judge2[@]}" --save-stats "$OUT/reference2.part.npz" && mv "$OUT/reference2.part.npz" "$OUT/reference2.npz"; }; return ;;
+    tokens | tokens2)  # a run of one step fills the cache
+        [ "$2" = tokens ] || align+=("${teacher2[@]}")
+        rm -rf "$OUT/fill-$2"; "${train[@]}" --preset demo "${align[@]}" ${VAE_FLAGS:-} --steps 1 --out "$OUT/fill-$2"; return ;;
+    reference | reference2)
+        [ "$2" = reference ] || { judge=("${judge2[@]}"); reference=$reference2; }
+        [ -e "$reference" ] || { python fid.py score "$DATA" "$DATA" --split train "${judge[@]}" --save-stats "$reference.part.npz" && mv "$reference.part.npz" "$reference"; }; return ;;
     real) [ -e "$OUT/real.json" ] || python fid.py score "$DATA" "$run/control/samples.npz" --split train "${judge[@]}" --json "$OUT/real.json"; return ;;  # what as many real images score
     # The arms
     *-repa) vae=$run/${2%-repa}/vae.pt latents=$run/${2%-repa}/latents repa=(--repa 0.5 --data "$DATA" "${teacher[@]}") align=() ;;  # REPA in the SiT, on the VAE of that arm
     control) align=(--align none) ;;
-    send) align+=("${teacher[@]}") ;;
-    depth0-clean) align+=("${teacher[@]}" --mapper-depth 0 --noise 0) ;;
-    depth1-clean) align+=("${teacher[@]}" --mapper-depth 1 --noise 0) ;;
-    depth2) align+=("${teacher[@]}" --mapper-depth 2) ;;
+    send) ;;
+    depth0-clean) align+=(--mapper-depth 0 --noise 0) ;;
+    depth1-clean) align+=(--mapper-depth 1 --noise 0) ;;
+    depth2) align+=(--mapper-depth 2) ;;
     vavae) align=(--align vavae --grid 8 "${teacher[@]}") ;;
     vfm2) align+=("${teacher2[@]}") ;;
-    lambda0.25 | lambda4) align+=("${teacher[@]}" --lambda-align "${2#lambda}") ;;
-    standardised) align+=("${teacher[@]}" --vfm-standardise 1) ;;  # not in the paper
+    lambda0.25 | lambda4) align+=(--lambda-align "${2#lambda}") ;;
+    standardised) align+=(--vfm-standardise 1) ;;  # not in the paper
     *) echo "error: '$2': no such arm" >&2; return 2 ;;
     esac
     [ ${#align[@]} = 0 ] || "${train[@]}" --init "$run/pretrain/vae.pt" --steps 200 --lr-decay 1 --ema 0.99 "${align[@]}" ${VAE_FLAGS:-} --out "$dir"
     python vae.py --vae "$vae" --data "$DATA" --split train --out "$latents"
     python train_sit.py --latents "$latents" --model SiT-demo/2 --steps 400 --batch 64 --lr 4e-3 --lr-warmup 50 --ema 0.99 --time lognormal "${repa[@]}" --seed "$1" --save-every 100 \
-        --eval-every 100 --eval-stats "$OUT/reference.npz" --eval-images 500 --eval-steps 5 ${SIT_FLAGS:-} --out "$dir/sit"
+        --eval-every 100 --eval-stats "$reference" --eval-images 500 --eval-steps 5 ${SIT_FLAGS:-} --out "$dir/sit"
     [ "$dir/samples.npz" -nt "$dir/sit/sit.pt" ] || python sample.py --sit "$dir/sit/sit.pt" --vae "$vae" --images 1000 --sampler heun --steps 5 --labels equal --seed "$1" --micro-batch 250 ${SAMPLE_FLAGS:-} --out "$dir/samples.npz"
-    [ "$dir/fd.json" -nt "$dir/samples.npz" ] || python fid.py score "$OUT/reference.npz" "$dir/samples.npz" "${judge[@]}" --json "$dir/fd.json"
-    [ "$dir/fd2.json" -nt "$dir/samples.npz" ] || python fid.py score "$OUT/reference2.npz" "$dir/samples.npz" "${judge2[@]}" --json "$dir/fd2.json"  # a judge that taught vfm2 alone
+    [ "$dir/fd.json" -nt "$dir/samples.npz" ] || python fid.py score "$reference" "$dir/samples.npz" "${judge[@]}" --json "$dir/fd.json"
+    [ "$dir/fd2.json" -nt "$dir/samples.npz" ] || python fid.py score "$reference2" "$dir/samples.npz" "${judge2[@]}" --json "$dir/fd2.json"  # a judge that taught vfm2 alone
     [ "${repa[1]}" = 0 ] || return 0
     [ "$dir/recon.json" -nt "$vae" ] || python fid.py recon --vae "$vae" --data "$DATA" --split test "${judge[@]}" "${lpips[@]}" --png "$dir/recon.png" --json "$dir/recon.json"
     [ "$dir/probe.json" -nt "$vae" ] || python probe.py "$vae" --data "$DATA" --rivals --json "$dir/probe.json" --csv "$dir/probe.csv"
@@ -194,8 +197,7 @@ if [ "${1:-demo}" = folder ]; then
     DATA=$(cd "$ROOT" && pwd) SHOW_ATTRIBUTES=
     OUT=${OUT:-out/folder/$(basename "$DATA")}
     [ -f "$DATA/attributes.csv" ] || TRAIN='' TEST=''
-    found=$(find -L "$DATA" -type f | grep -c -i -E '\.(jpe?g|png|webp|bmp|gif|tiff?)$' || true)
-    [ "$found" -ge 64 ] || { echo "error: $DATA: $found images; expected 64 or more" >&2; exit 2; }
+    python -c 'import data, sys; data.run_script(lambda: data.check_folder(data.ImageFolder(sys.argv[1], 64), 64))' "$DATA"  # the SiT's batch, before the VAEs are trained
 fi
 OUT=${OUT:-out/demo}
 DATA=${DATA:-$OUT/avatars}

@@ -6,18 +6,16 @@ Every arm is compared within each seed, where all share the pre-trained VAE, ima
 control with REPA. An interval is the 95 % interval of Student's t over the seeds of those differences; "undecided" means that it holds 0 (or 1, for a ratio).
 """
 import argparse
-import io
 import json
 import sys
 from pathlib import Path
 
 import numpy as np
 import scipy.stats
-from PIL import Image
 
 import data
 from data import UserError
-from probe import correlate, numbers, verdict
+from probe import correlate, kind_colours, new_figure, numbers, save_figure, scatter, scatter_figure, verdict
 
 # What each arm of run.sh changes, in the order of the tables
 ARMS = {"control": "fine-tuned, no alignment", "send": "Send-VAE: depth 1, noise, lambda 1", "depth0-clean": "MLP only, no noise", "depth1-clean": "depth 1, no noise",
@@ -35,19 +33,19 @@ LOWER = ("fd", "fd2", "recon_fd", "lpips", "kde_gini", "gmm_nll", "high_frequenc
 # Reading
 
 def read_curve(log):
-    """[(step, distance)] of a metrics.jsonl of train_sit.py --eval-every. Raises UserError."""
+    """Name of the distance and [(step, distance)] of a metrics.jsonl of train_sit.py --eval-every. Raises UserError."""
     try:
         records = [json.loads(line) for line in log.read_text("utf-8").splitlines()]
-        found = {r["step"]: v for r in records for k, v in r.items() if k.startswith(("FD(", "FID"))}
+        found = [(k, r["step"], v) for r in records for k, v in r.items() if k.startswith(("FD(", "FID"))]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise UserError(f"{log}: not a log of train_sit.py ({type(e).__name__}: {e}); run that arm again")
     if not found:
         raise UserError(f"{log}: no distances in it; expected a run with --eval-every")
-    return sorted(found.items())
+    return found[0][0], [(step, v) for _, step, v in found]
 
 
 def read_arm(folder):
-    """One row: {name, run, kind, measure, psnr, fd, fd2, scores..., curve, vae_hash, commands, commits, sources}; None when the arm is not finished. Raises UserError."""
+    """One row: {name, run, kind, measure, psnr, fd, fd2, scores..., curve, baselines, commands, commits, sources}; None when the arm is not finished. Raises UserError."""
     name, again = folder.name, f"delete that arm and run it again: OUT={folder.parent.parent} bash run.sh study {folder.parent.name.removeprefix('seed')} {folder.name}"
     owner = folder.parent / name.removesuffix("-repa")  # an arm with REPA in the SiT has another arm's VAE
     files = {k: folder / f"{k}.json" for k in ("fd", "fd2", "samples")} | {k: owner / f"{k}.json" for k in ("recon", "probe")}
@@ -55,14 +53,14 @@ def read_arm(folder):
     if not log.is_file() or not tuned.is_file() or not all(p.is_file() for p in files.values()):
         return None
     records = {k: data.read_json(p) for k, p in files.items()}
-    curve = read_curve(log)
+    curve_measure, curve = read_curve(log)
     try:
         (fd,), (n,), (fd2,) = records["fd"]["fd"].values(), records["fd"]["n"].values(), records["fd2"]["fd"].values()
         probe, drawn, begun = records["probe"]["results"], records["samples"], {k: json.loads(p.read_text("utf-8").splitlines()[0]) for k, p in (("train_vae", tuned), ("train_sit", log))}
         measure = (f"FD({records['fd']['network']})-{n} (second judge {records['fd2']['network']}), {drawn['sampler']} {drawn['steps']} steps, VAE trained for {begun['train_vae']['steps']} steps of {begun['train_vae']['batch']}, "
-                   f"SiT for {begun['train_sit']['steps']} of {begun['train_sit']['batch']}")
+                   f"SiT for {begun['train_sit']['steps']} of {begun['train_sit']['batch']}; curves {curve_measure}")
         hashes = {records["recon"]["inputs"]["vae"], drawn["vae_hash"], begun["train_sit"]["inputs"]["latents"].split("-")[0], *(v for k, v in records["probe"]["inputs"].items() if k != "data")}
-        row = dict(name=f"{folder.parent.name}/{name}", run=folder.parent.name, kind=name, measure=measure, psnr=records["recon"]["psnr"], fd=fd, fd2=fd2, **numbers(next(iter(probe.values()))),
+        row = dict(name=f"{folder.parent.name}/{name}", run=folder.parent.name, kind=name, measure=measure, curve_measure=curve_measure, psnr=records["recon"]["psnr"], fd=fd, fd2=fd2, **numbers(next(iter(probe.values()))),
                    recon_fd=records["recon"]["fd"], ssim=records["recon"]["ssim"], **{k: records["recon"][k] for k in ("lpips",) if k in records["recon"]}, curve=curve)
         made = {k: r["made"] for k, r in (begun | records).items()}
         row |= dict(baselines={k: r["f1"] for k, r in probe.items() if k == "majority" or k.startswith("pixels")}, commands={k: m["command"].replace(sys.prefix, "ENV") for k, m in made.items()},
@@ -121,9 +119,8 @@ def differences(rows, arm, key, reference="control"):
     return [rows[arm][s][key] - rows[reference][s][key] for s in shared_seeds(rows, arm, reference)]
 
 
-def compared(rows, arm, key, reference="control"):
-    """In words: which is better, or undecided."""
-    d = differences(rows, arm, key, reference)
+def compared(d, key):
+    """Differences in a score, in words: better, worse, or undecided."""
     low, high = interval(d)
     if np.isnan(low) or low <= 0 <= high:
         return "undecided"
@@ -186,7 +183,7 @@ def change(rows, arm, key, digits, reference):
     if arm == reference:
         return ""
     low, high = interval(d)
-    return f"{np.mean(d):+.{digits}f} " + (f"[{low:+.{digits}f}, {high:+.{digits}f}] {compared(rows, arm, key, reference)}" if len(d) > 1 else "(one seed)") if d else "no shared seed"
+    return f"{np.mean(d):+.{digits}f} " + (f"[{low:+.{digits}f}, {high:+.{digits}f}] {compared(d, key)}" if len(d) > 1 else "(one seed)") if d else "no shared seed"
 
 
 def speed_text(rows, arm):
@@ -205,15 +202,22 @@ def main_table(rows):
     lines = []
     for arm, of in rows.items():
         get, to = lambda k: [r[k] for r in of.values()], reference_of(rows, arm)
-        lines.append([f"`{arm}`", ARMS.get(arm, ""), mean_sd(get("psnr"), 2), *([mean_sd(get("lpips"), 3)] if lpips else []), mean_sd(get("recon_fd"), 0), mean_sd(get("f1"), 3), "" if arm.endswith("-repa") else change(rows, arm, "f1", 3, to),
+        own = lambda k, digits: "" if arm.endswith("-repa") else change(rows, arm, k, digits, to)  # of the VAE: an arm with REPA has another's
+        lines.append([f"`{arm}`", ARMS.get(arm, ""), mean_sd(get("psnr"), 2), own("psnr", 2), *([mean_sd(get("lpips"), 3)] if lpips else []), mean_sd(get("recon_fd"), 0), own("recon_fd", 0), mean_sd(get("f1"), 3), own("f1", 3),
                       mean_sd(get("fd"), 0), change(rows, arm, "fd", 0, to), change(rows, arm, "fd2", 1, to), speed_text(rows, arm)])
-    return table(["arm", "", "PSNR", *(["LPIPS"] if lpips else []), "FD of reconstructions", "probe F1", "F1 minus control's", "FD", "FD minus control's", "FD minus control's, second judge", "speed-up"], lines)
+    return table(["arm", "", "PSNR", "PSNR minus control's", *(["LPIPS"] if lpips else []), "FD of reconstructions", "the same minus control's", "probe F1", "F1 minus control's", "FD", "FD minus control's", "FD minus control's, second judge", "speed-up"], lines)
+
+
+def below_control(rows, key):
+    """Of the runs of aligned arms without REPA, how many have a lower score than their control, in words."""
+    d = [v for a in rows if a != "control" and not a.endswith("-repa") for v in differences(rows, a, key)]
+    return f"{sum(v < 0 for v in d)} of {len(d)}"
 
 
 def send_table(rows):
-    """Each variant against Send-VAE's own arm, from which it differs in one thing."""
-    arms = [a for a in rows if a not in ("send", "control", "vavae") and not a.endswith("-repa")]
-    return table(["arm", "", "F1 minus `send`'s", "FD minus `send`'s", "the same by the second judge"], [[f"`{a}`", ARMS.get(a, ""), change(rows, a, "f1", 3, "send"), change(rows, a, "fd", 0, "send"), change(rows, a, "fd2", 1, "send")] for a in arms])
+    """Each aligned arm against Send-VAE's own, from which all but `vavae` differ in one thing."""
+    arms = [a for a in rows if a not in ("send", "control") and not a.endswith("-repa")]
+    return table(["arm", "", "PSNR minus `send`'s", "F1 minus `send`'s", "FD minus `send`'s", "the same by the second judge"], [[f"`{a}`", ARMS.get(a, ""), change(rows, a, "psnr", 2, "send"), change(rows, a, "f1", 3, "send"), change(rows, a, "fd", 0, "send"), change(rows, a, "fd2", 1, "send")] for a in arms])
 
 
 def paper_tables(rows):
@@ -257,13 +261,13 @@ def report(root, rows, missing, correlations):
     control = next(iter(rows["control"].values()))
     seeds = list(dict.fromkeys(s for of in rows.values() for s in of))
     real = data.read_json(root / "real.json") if (root / "real.json").exists() else {}
-    floor = ", ".join([f"as many real images {v:.0f}" for v in real.get("fd_real", {}).values()] + [f"one half of the training images against the other ({real['floor_n']} each) {real['floor']:.0f}" for _ in (1,) if "floor" in real])
+    floor = real and f"as many {next(iter(real['fd_real'].values())):.0f}, one half of the training images against the other ({real['floor_n']} each) {real['floor']:.0f}"
     commits = sorted({c for of in rows.values() for r in of.values() for c in r["commits"]})
     commands = table(["arm", "stage", "command"], [[f"`{a}`", k, f"`{v}`"] for a, of in rows.items() for k, v in next(iter(of.values()))["commands"].items()])
     made = data.made()
     text = f"""# The study
 
-{len(rows)} arms, {len(seeds)} seeds ({', '.join(seeds)}). The distance is {control['measure']}, to the training images (lower is better).
+{len(rows)} arms, {len(seeds)} seeds ({', '.join(seeds)}). The distance to the training images is {control['measure']} (lower is better).
 {f'Real images score (`{root}/real.json`): {floor}. ' if floor else ''}The first judge taught every aligned arm but `vfm2`, the second taught `vfm2` alone. Values are mean ± standard deviation over seeds. A difference is taken within each seed; in brackets its
 95 % interval by Student's t; "undecided" where that holds 0. All differences from a control rest on the same few control runs, and many are shown: of those without any effect about one in 20 falls outside.
 {'Not finished and left out: ' + ', '.join(missing) + '.' if missing else ''}
@@ -274,6 +278,7 @@ def report(root, rows, missing, correlations):
 Probe F1 of the baselines: {', '.join(f'{k} {v:.3f}' for k, v in control['baselines'].items())}. An arm with REPA is compared with `control-repa`, which itself is compared with `control`.
 PSNR, probe F1 and the distance of the reconstructions from their originals are of the test split; other scores and their meaning: README, section 6; `fd2` is the distance by the second judge.
 Speed-up: steps of the control over steps of the arm to the worse of the last distances of their two curves, linear between the points; above 1 the arm is faster; geometric mean and interval over seeds; "a bound" where a curve was there at its first point.
+Of the runs of aligned arms without REPA {below_control(rows, 'fd')} end at a lower distance than their control, {below_control(rows, 'fd2')} by the second judge.
 
 ![Distance while the SiT trains, and the arms' final distance minus the control's](convergence.png)
 
@@ -287,7 +292,7 @@ The paper's numbers are of ImageNet 256 and SiT-B/1 with REPA; these arms are wi
 {paper_tables(rows)}
 ## Distance while the SiT trains
 
-`{read_measure(root, control)}`: of fewer samples and other noise than the table above, so its last value is another number.
+`{control['curve_measure']}`: of fewer samples and other noise than the table above, so its last value is another number.
 
 {curve_table(rows)}
 ## Samples from the same noise and labels, first seed
@@ -319,31 +324,12 @@ An arm again, with the variables that the study was run with: `rm -r {root}/seed
     data.write_text(root / "report.md", text)
 
 
-def read_measure(root, row):
-    log = root / row["run"] / row["kind"] / "sit/metrics.jsonl"
-    return next(k for line in log.read_text("utf-8").splitlines() for k in json.loads(line) if k.startswith(("FD(", "FID")))
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Figures
 
-def save(figure, path):
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=100, facecolor="white")
-    data.save_png(Image.open(buffer).convert("RGB"), path)
-
-
-def colours(rows):
-    """Black for the control, red for Send-VAE, no other red; the same in every figure."""
-    import matplotlib
-    order = [0, 2, 4, 8, 10, 12, 14, 16, 18, 1, 3, 5, 9, 11]
-    others = [a for a in rows if a not in ("control", "send")]
-    return {"control": "black", "send": "crimson", **{a: matplotlib.colormaps["tab20"](order[i % len(order)]) for i, a in enumerate(others)}}
-
-
-def draw_convergence(rows, path, Figure):
+def draw_convergence(rows, path):
     """Left: distance against steps, mean and band of one standard deviation over seeds. Right: final distance minus the control's, a dot a seed."""
-    figure, colour = Figure((13, 5.2), layout="constrained"), colours(rows)
+    figure, colour = new_figure(13, 5.2), kind_colours(rows)
     left, right = figure.subplots(1, 2)
     for arm, of in rows.items():
         steps = [s for s, _ in next(iter(of.values()))["curve"]]
@@ -363,76 +349,49 @@ def draw_convergence(rows, path, Figure):
         right.plot(d, [i] * len(d), "o", color="black", markersize=4)
     right.axvline(0, color="black", linewidth=1)
     right.set(yticks=range(len(arms)), yticklabels=arms, xlabel="final distance minus the control's (left is better); a dot a seed", title="After equal training")
-    save(figure, path)
+    save_figure(figure, path)
 
 
-def scatter(axis, rows, key, colour):
-    for arm, of in rows.items():
-        if not arm.endswith("-repa"):
-            x, y = ([r[k] for r in of.values()] for k in (key, "fd"))
-            axis.plot(x, y, ".", color=colour[arm], markersize=5, alpha=0.5)
-            axis.plot(np.mean(x), np.mean(y), "o", color=colour[arm], markersize=8, label=arm)
-    axis.set(xlabel=key, ylabel="Fréchet distance")
-
-
-def draw_predictors(rows, correlations, path, Figure):
-    """One panel a score: seeds as dots, arms' means as discs."""
-    colour, across, down = colours(rows), 4, len(correlations) // 4 + 1  # one panel more, for the legend
-    figure = Figure((4 * across, 3.4 * down), layout="constrained")
-    axes = list(figure.subplots(down, across, squeeze=False).flat)
-    for name, axis in zip(correlations, axes):
-        scatter(axis, rows, name, colour)
-        r = correlations[name]
-        axis.set_title(f"r {'undefined' if r['pearson'] is None else format(r['pearson'], '+.2f')}" + (f", given PSNR {r['partial']:+.2f}" if r.get("partial") is not None else "") + f", n = {r['n']}", fontsize=10)
-    for axis in axes[len(correlations):]:
-        axis.axis("off")
-    axes[len(correlations)].legend(*axes[0].get_legend_handles_labels(), fontsize=8, ncols=2, loc="center")
-    save(figure, path)
-
-
-def draw_tradeoff(rows, path, Figure):
-    figure, colour = Figure((11, 4.6), layout="constrained"), colours(rows)
+def draw_tradeoff(rows, path):
+    figure, colour = new_figure(11, 4.6), kind_colours(r["kind"] for r in rows)
     for axis, key, text in zip(figure.subplots(1, 2), ("psnr", "recon_fd"), ("PSNR of reconstructions (dB, higher is better)", "Fréchet distance of reconstructions (lower is better)")):
         scatter(axis, rows, key, colour)
         axis.set(xlabel=text)
     axis.legend(fontsize=8)
-    save(figure, path)
+    save_figure(figure, path)
 
 
-def draw_samples(root, rows, path, Figure, count=10):
+def draw_samples(root, rows, path, count=10):
     """A row an arm of the control's first seed: samples of the same noise and labels."""
     first = next(iter(rows["control"]))
     arms = {a: of[first] for a, of in rows.items() if first in of and (root / of[first]["name"] / "samples.npz").is_file()}
     if not arms:
         raise UserError(f"{root}/{first}: no arm has samples.npz; run the study again, it makes what is missing")
-    figure = Figure((count * 0.75 + 1.6, len(arms) * 0.8), layout="constrained")
+    figure = new_figure(count * 0.75 + 1.6, len(arms) * 0.8)
     for axis, (arm, row) in zip(np.ravel(figure.subplots(len(arms), 1)), arms.items()):
         images = data.read_npz(root / row["name"] / "samples.npz", "arr_0")["arr_0"]
         axis.imshow(np.concatenate(list(images[:count]), 1), interpolation="nearest")
         axis.set_ylabel(arm, rotation=0, ha="right", va="center")
         axis.set(xticks=[], yticks=[])
-    save(figure, path)
+    save_figure(figure, path)
 
 
 def main():
     p = data.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("study", help="folder of bash run.sh study")
     root = Path(p.parse_args().study)
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as e:
-        raise UserError(f"cannot draw the figures ({e}): pip install -r requirements-dev.txt")
     rows, missing = read_study(root)
     if missing:
         print(f"not finished, left out: {', '.join(missing)}")
     means = arm_means(rows)
     correlations = correlate(means) if len(means) > 2 else {}
     data.write_json(root / "rows.json", dict(rows=[r for of in rows.values() for r in of.values()], correlations=correlations))
-    draw_convergence(rows, root / "convergence.png", Figure)
+    one_sit = [r for arm, of in rows.items() for r in of.values() if not arm.endswith("-repa")]
+    draw_convergence(rows, root / "convergence.png")
     if correlations:
-        draw_predictors(rows, correlations, root / "predictors.png", Figure)
-    draw_tradeoff(rows, root / "tradeoff.png", Figure)
-    draw_samples(root, rows, root / "samples.png", Figure)
+        save_figure(scatter_figure(one_sit, correlations), root / "predictors.png")
+    draw_tradeoff(one_sit, root / "tradeoff.png")
+    draw_samples(root, rows, root / "samples.png")
     report(root, rows, missing, correlations)
     print(main_table(rows) + f"{root}/report.md, {root}/rows.json")
 
