@@ -36,6 +36,8 @@ VAE_CONFIGS = {
     "f16d16": dict(z_channels=16, ch=128, ch_mult=(1, 1, 2, 2, 4), num_res_blocks=2, attn_resolutions=(16,), resolution=256),
     "f16d32": dict(z_channels=32, ch=128, ch_mult=(1, 1, 2, 2, 4), num_res_blocks=2, attn_resolutions=(16,), resolution=256),
     "f16d64": dict(z_channels=64, ch=128, ch_mult=(1, 1, 2, 2, 4), num_res_blocks=2, attn_resolutions=(16,), resolution=256),
+    "f4d16": dict(z_channels=16, ch=16, ch_mult=(1, 2, 8), num_res_blocks=1, attn_resolutions=(), resolution=32),
+    "f4d32": dict(z_channels=32, ch=16, ch_mult=(1, 2, 8), num_res_blocks=1, attn_resolutions=(), resolution=32),
     "demo": dict(z_channels=4, ch=16, ch_mult=(1, 1, 4), num_res_blocks=1, attn_resolutions=(), resolution=64),
 }
 
