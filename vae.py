@@ -290,6 +290,8 @@ def load_vae(path):
     state = data.load_checkpoint(path)
     if isinstance(state, dict) and "config" in state and isinstance(state.get("vae"), dict):  # ours
         config, state = state["config"], state.get("ema", {})
+    elif path.suffix == ".safetensors" and (exported := exported_config(path)):
+        config, state = exported, {k: v.float() for k, v in state.items()}
     else:
         state = bare_weights(state)
     try:
@@ -299,6 +301,24 @@ def load_vae(path):
     ours = {diffusers_name(k, len(vae.encoder.down)): k for k in vae.state_dict()}
     data.load_weights(vae, {ours.get(k, k): v for k, v in state.items()}, path)
     return vae.eval().requires_grad_(False)
+
+
+def export_weights(vae, path, source):
+    """The averaged weights alone, in float16, with the constructor's arguments and how `source` was made: the small file that is passed on."""
+    state = {k: v.half().contiguous() for k, v in vae.state_dict().items()}
+    made = dict(data.made(), source=data.load_checkpoint(source).get("made"))
+    safetensors.torch.save_file(state, f"{path}.part", dict(config=json.dumps(vae.config), made=json.dumps(made)))
+    os.replace(f"{path}.part", path)
+
+
+def exported_config(path):
+    """Constructor arguments in a file of export_weights; None in any other .safetensors. Raises UserError for ones that cannot be read."""
+    with safetensors.safe_open(path, "pt") as f:
+        text = (f.metadata() or {}).get("config")
+    try:
+        return text and json.loads(text)
+    except ValueError as e:
+        raise UserError(f"{path}: its configuration is not readable ({e}); fetch the file again")
 
 
 def bare_weights(state):
@@ -404,8 +424,8 @@ UNREADABLE = 2  # in done.npy, of an image without moments
 
 def parse_args():
     p = data.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("command", nargs="?", default="encode", choices=("encode", "export-diffusers"), help="encode (default): latents; "
-                   "export-diffusers: the VAE as a diffusers folder (--vae and --out only)")
+    p.add_argument("command", nargs="?", default="encode", choices=("encode", "export", "export-diffusers"), help="encode (default): latents; "
+                   "export: the averaged weights alone, a small .safetensors; export-diffusers: the VAE as a diffusers folder (both: --vae and --out only)")
     p.add_argument("--vae", help="checkpoint of train_vae.py, LDM, LightningDiT, REPA-E or diffusers (--bench: or the name of a preset)")
     p.add_argument("--data", help="image folder (encode)")
     p.add_argument("--out", help="folder for the latents, or for diffusers")
@@ -568,6 +588,12 @@ def main():
     if args.command == "export-diffusers":
         export_diffusers(vae, args.out)
         return print(f"{args.out}: open it with diffusers.AutoencoderKL.from_pretrained('{args.out}'); its latents are not normalised (scaling_factor 1)")
+    if args.command == "export":
+        if Path(args.out).suffix != ".safetensors":
+            raise UserError(f"--out {args.out}: expected a name that ends in .safetensors")
+        data.open_out(Path(args.out).parent)
+        export_weights(vae, args.out, args.vae)
+        return print(f"{args.out}: {Path(args.out).stat().st_size / 2 ** 20:.1f} MiB")
     c, size = vae.config["z_channels"], args.resolution or vae.config["resolution"]
     if size % vae.factor:
         raise UserError(f"--resolution {size}: expected a multiple of {vae.factor}, the VAE's downsampling factor")
