@@ -439,6 +439,23 @@ def measure(net, weights, source, device, precision, batch=64):
     return Measured(pool, probabilities, stats)
 
 
+def measure_once(path, key, run):
+    """run() -> Measured of images, kept in the .npz `path` (None: not kept) for the next time under the same key: source, network, precision."""
+    if path and Path(path).exists():
+        try:
+            kept = data.read_npz(path, "key", "pool", "mu", "sigma")
+        except data.DAMAGED as e:
+            raise data.damage(e, f"--cache {path}: not readable ({type(e).__name__}: {e}); delete it, it is made again")
+        if str(kept["key"]) == key:
+            return Measured(torch.from_numpy(kept["pool"]), None, {k: kept[k] for k in ("mu", "sigma")})
+        raise UserError(f"--cache {path}: holds features of {kept['key']}; this command needs those of {key}; give another file or delete it")
+    found = run()
+    if path:
+        np.savez(f"{path}.part.npz", key=key, pool=found.pool.numpy(), **{k: found.stats[k] for k in ("mu", "sigma")})
+        os.replace(f"{path}.part.npz", path)
+    return found
+
+
 def distance(a, b, keys=("mu", "sigma")):
     return frechet_distance(*(a[k] for k in keys), *(b[k] for k in keys))
 
@@ -508,7 +525,10 @@ def score(args):
     net = net.to(device, memory_format=torch.channels_last)
     metric = "FID" if args.net == "inception" else f"FD({net.label})"
     weights = data.weights_hash(net.state_dict())
-    reference = measure(net, weights, sources[args.reference], device, args.precision)
+    if args.cache and (args.net == "inception" or sources[args.reference].images is None or sources[args.reference].stats is not None):
+        raise UserError("--cache: keeps features of images by a timm model; expected a reference of images, without statistics, and another --net than inception")
+    key = f"images {inputs[args.reference]}, split {args.split}, crop {args.resolution}, {net.label} {weights} in {args.precision}"
+    reference = measure_once(args.cache, key, lambda: measure(net, weights, sources[args.reference], device, args.precision))
     n_reference = sources[args.reference].n  # images at hand; a file's own statistics may be of more
     order = np.random.Generator(np.random.Philox(key=0)).permutation(n_reference)
     result = dict(metric=metric, network=net.label, weights=weights, reference=args.reference, split=args.split, n_reference=int(reference.stats.get("n", 0)) if sources[args.reference].stats else n_reference,
@@ -646,42 +666,61 @@ def last_seconds(path):
         raise UserError(f"{path}: no training log with seconds; run the stage before")
 
 
+def read_arm(folder, owner=None):
+    """The scores of one arm from what its stages wrote (fd.json, recon.json; probe.json where the images have attributes), under the
+    names that report.json and the study use: fd, rfd, fd_to_reconstructions, precision, recall, class_agreement, psnr, ssim,
+    recon_fd, probe_f1, ... owner: the folder of its VAE, where that is another. -> (scores, probe F1 of baselines, fd.json).
+    Raises UserError."""
+    owner = owner or folder
+    score, quality = read_json(folder / "fd.json"), read_json(owner / "recon.json")
+    try:
+        (found,), (n,) = score["scores"].values(), score["n"].values()
+        if "rfd" not in found:
+            raise UserError(f"{folder}/fd.json: no rFD in it; score again with: python fid.py score REFERENCE {folder}/samples.npz --vae {folder}/vae.pt --json {folder}/fd.json")
+        probe = read_json(owner / "probe.json")["results"] if (owner / "probe.json").exists() else {}
+        probed = next(iter(probe.values()), {})  # the VAE's comes first, then what it is compared with
+        arm = dict(found, fd_n=n, psnr=quality["psnr"], ssim=quality["ssim"], recon_fd=quality.get("fd"), **({"lpips": quality["lpips"]} if "lpips" in quality else {}))
+        arm |= {f"probe_{k}": v for k, v in probed.items() if isinstance(v, float) and k not in ("psnr", "seconds")}
+        return arm, {k.split()[0]: r["f1"] for k, r in probe.items() if k == "majority" or k.startswith("pixels")}, score
+    except (KeyError, TypeError, AttributeError, ValueError) as e:
+        if isinstance(e, UserError):
+            raise
+        raise UserError(f"{folder}: not what the stages write ({type(e).__name__}: {e}); delete its fd.json, recon.json and probe.json and run the same command again")
+
+
+# Columns of the demo's table: name in report.json, heading, digits
+COLUMNS = (("psnr", "PSNR", 2), ("probe_f1", "probe F1", 4), ("fd", "gFD", 1), ("rfd", "rFD", 1), ("fd_to_reconstructions", "gFD to rec.", 1),
+           ("precision", "precision", 3), ("recall", "recall", 3), ("precision_to_reconstructions", "P to rec.", 3), ("recall_to_reconstructions", "R to rec.", 3),
+           ("class_agreement", "class", 3))
+
+
 def report(args):
     """Collect what the stages wrote for each arm: RUN/report.json, RUN/report.png, and a table. Images without attributes have no probe.json."""
-    run = Path(args.run)
-    fd = read_json(run / "fd.json")
-    probe = read_json(run / "probe.json") if (run / "probe.json").exists() else dict(results={}, attributes=[], seconds=0.0)
-    by_path = lambda d: {Path(k): v for k, v in d.items()}  # out/x, ./out/x and out/x/ are one
-    distance, count, probed = by_path(fd["fd"]), by_path(fd["n"]), by_path(probe["results"])
-    simple = {n: r["f1"] for n, r in probe["results"].items() if n == "majority" or n.startswith("pixels")}  # "pixels 18 x 18"
-    arms = {}
+    run, arms = Path(args.run), {}
     for arm in args.arms:
-        quality = read_json(run / arm / "recon.json")
-        found = probed[run / arm / "vae.pt"] if probed else {}
-        arms[arm] = dict(psnr=quality["psnr"], ssim=quality["ssim"], recon_fd=quality.get("fd"), **{f"probe_{k}": v for k, v in found.items() if isinstance(v, float) and k not in ("psnr", "seconds")},
-                         fd=distance[run / arm / "samples.npz"], fd_n=count[run / arm / "samples.npz"],
-                         seconds=dict(train_vae=last_seconds(run / arm / "metrics.jsonl"), encode=read_json(run / arm / "latents/meta.json")["seconds"],
-                                      train_sit=last_seconds(run / arm / "sit/metrics.jsonl"), sample=read_json(run / arm / "samples.json")["seconds"],
-                                      recon=quality["seconds"]))
-    baselines = dict(fd_floor=fd["floor"], fd_floor_n=fd["floor_n"], fd_real=max(fd["fd_real"].values(), default=None),
-                     **{f"probe_f1_{n.split()[0]}": f1 for n, f1 in simple.items()})
-    result = dict(arms=arms, baselines=baselines, network=fd["network"], probe_attributes=len(probe["attributes"]),
-                  seconds=dict(pretrain=last_seconds(run / "pretrain/metrics.jsonl"), fd=fd["seconds"], probe=probe["seconds"]),
-                  torch=torch.__version__, cpu=data.cpu_name(), threads=torch.get_num_threads())
-    if (run / "avatars.time.json").exists():  # not when DATA= pointed elsewhere
-        result["seconds"]["avatars"] = read_json(run / "avatars.time.json")["seconds"]
+        arms[arm], simple, score = read_arm(run / arm)
+        arms[arm]["seconds"] = dict(train_vae=last_seconds(run / arm / "metrics.jsonl"), encode=read_json(run / arm / "latents/meta.json")["seconds"],
+                                    train_sit=last_seconds(run / arm / "sit/metrics.jsonl"), sample=read_json(run / arm / "samples.json")["seconds"],
+                                    fd=score["seconds"], recon=read_json(run / arm / "recon.json")["seconds"])
+    baselines = dict(fd_floor=score["floor"], fd_floor_n=score["floor_n"], fd_real=max(score["fd_real"].values(), default=None), **{f"probe_f1_{n}": f1 for n, f1 in simple.items()})
+    result = dict(arms=arms, baselines=baselines, network=score["network"], torch=torch.__version__, cpu=data.cpu_name(), threads=torch.get_num_threads())
     data.write_json(run / "report.json", result)
     draw_report(run, args.arms)
-    print(f"{'':22} {'PSNR':>8} {'probe F1':>9} {'FD':>9} {'FD recon':>9}   FD = FD({fd['network']})-{count_name(arms[args.arms[0]]['fd_n'])}, lower is better")
+    columns = [c for c in COLUMNS if any(a.get(c[0]) is not None for a in arms.values())]
+    print(f"{'':22}" + "".join(f"{title:>12}" for _, title, _ in columns) + f"   gFD = FD({score['network']})-{count_name(next(iter(arms.values()))['fd_n'])} to the training images, lower is better")
     for arm, a in arms.items():
-        print(f"{arm:22} {a['psnr']:8.2f} " + (f"{a['probe_f1']:9.4f}" if probed else " " * 9) + f" {a['fd']:9.2f}" + (f" {a['recon_fd']:9.2f}" if a["recon_fd"] is not None else ""))
+        print(f"{arm:22}" + "".join(f"{a[k]:12.{digits}f}" if a.get(k) is not None else " " * 12 for k, _, digits in columns))
     for name, f1 in simple.items():
-        print(f"{name:22} {'':8} {f1:9.4f}")
+        print(f"probe F1 of {name}: {f1:.4f}")
     if baselines["fd_real"] is not None:
-        print(f"{'as many real images':22} {'':8} {'':9} {baselines['fd_real']:9.2f}")
-    print(f"{'real, half vs half':22} {'':8} {'':9} {baselines['fd_floor']:9.2f}" + ("" if probed else f"\nno probe: no {run}/probe.json (images without attributes.csv have none)"))
-    spent = {f"{arm} {k}": v for arm, a in arms.items() for k, v in a["seconds"].items()} | result["seconds"]
-    print("seconds: " + ", ".join(f"{k} {v:.0f}" for k, v in spent.items()) + f"\n{run}/report.json, {run}/report.png")
+        print(f"gFD of as many real images: {baselines['fd_real']:.2f}")
+    print(f"gFD of real images, half against half: {baselines['fd_floor']:.2f}")
+    for arm, a in arms.items():
+        if a["rfd"] > a["fd"] / 2:
+            print(f"warning: {arm}: the VAE's blur rules this score: rFD is more than half of gFD; compare gFD to rec.")
+    if not simple:
+        print(f"no probe: no {run}/{args.arms[0]}/probe.json (images without attributes.csv have none)")
+    print("seconds: " + ", ".join(f"{arm} {k} {v:.0f}" for arm, a in arms.items() for k, v in a["seconds"].items()) + f"\n{run}/report.json, {run}/report.png")
 
 
 def draw_report(run, arms):
@@ -760,11 +799,12 @@ def main():
     commands = p.add_subparsers(dest="command", required=True)
     s = commands.add_parser("score", help="FID, sFID, IS, precision and recall of sample sets against a reference")
     s.add_argument("reference", help="image folder, .npz of images, or .npz of statistics")
-    s.add_argument("samples", nargs="+", help="the same")
+    s.add_argument("samples", nargs="*", help="the same (none: the reference's floors alone)")
     s.add_argument("--split", choices=data.SPLITS, help="the reference's images that attributes.csv puts there")
     s.add_argument("--resolution", type=data.positive, help="crop of image folders in pixels (default: the short side of the first image)")
     s.add_argument("--vae", help=f"the samples' VAE: what it makes of {RECONSTRUCTED:,} reference images, and the samples against that")
     s.add_argument("--bootstrap", type=int, default=0, metavar="B", help="resample the samples B times: +- 1.96 standard deviations of the distance")
+    s.add_argument("--cache", metavar="FILE", help="keep the features of the reference's images in this .npz for the next time")
     s.add_argument("--save-stats", help="write the reference's statistics to this .npz (ADM's keys), a reference for later runs")
     r = commands.add_parser("recon", help="rFID, PSNR, SSIM and LPIPS of a VAE")
     r.add_argument("--vae", required=True)
@@ -791,7 +831,7 @@ def main():
         args = b.parse_args()
         return bench(args)
     args = p.parse_args()
-    for path in filter(None, (getattr(args, k, None) for k in ("json", "png", "save_stats") if not getattr(args, "dry_run", False))):
+    for path in filter(None, (getattr(args, k, None) for k in ("json", "png", "save_stats", "cache") if not getattr(args, "dry_run", False))):
         data.open_out(Path(path).parent)
     {"score": score, "recon": recon, "report": report}[args.command](args)
 

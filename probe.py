@@ -503,12 +503,17 @@ PAPER = [dict(name="IN-VAE", psnr=28.59, celeba_f1=.6222, deepfashion_f1=.0786, 
 NEEDED = 8  # runs, and kinds of VAE, below which nothing is said of a score
 
 
+# Scores of samples, not of a VAE
+SAMPLE_SCORES = ("fd", "fd2", "fd3", "fd_n", "fd_to_reconstructions", "fd2_to_reconstructions", "precision", "recall", "precision_to_reconstructions", "recall_to_reconstructions", "class_agreement", "class_agreement_real",
+                 "sfid", "inception_score", "interval")
+
+
 def numbers(record, prefix=""):
     return {prefix + k: v for k, v in record.items() if isinstance(v, float) and k not in ("psnr", "seconds")}
 
 
 def read_run(path):
-    """Rows {name, run, kind (of VAE: its arm), measure (network, count and SiT of the distance), psnr, fd, scores...} of a run: each arm of RUN/report.json;
+    """Rows {name, run, arm (the kind of VAE), measure (network, count and SiT of the distance), psnr, fd, scores...} of a run: each arm of RUN/report.json;
     one SiT, or all, of an arm of run.sh imagenet (ARM/SiT-*/samples.npz.json, ARM/recon.json, ARM/probe.json); or a .json
     list of such rows, in which run and measure may be missing. Raises UserError."""
     path = Path(path).parent if Path(path).name == "report.json" else Path(path)
@@ -517,7 +522,7 @@ def read_run(path):
             return [dict({"run": f"{path}:{i}", "measure": ""}, **row) for i, row in enumerate(read_json(path, list))]
         if (path / "report.json").exists():
             report = read_json(path / "report.json")
-            return [dict(numbers(arm), name=f"{path}/{name}", run=str(path), kind=name, measure=f"FD({report['network']})-{arm['fd_n']}", psnr=arm["psnr"]) for name, arm in report["arms"].items()]
+            return [dict(numbers(arm), name=f"{path}/{name}", run=str(path), arm=name, measure=f"FD({report['network']})-{arm['fd_n']}", psnr=arm["psnr"]) for name, arm in report["arms"].items()]
         rows = []
         for file in sorted([*path.glob("samples.npz.json"), *path.glob("SiT-*/samples.npz.json")]):
             arm, score = file.parent.parent, read_json(file)
@@ -551,12 +556,12 @@ def check_rows(rows):
 
 def kind_of(row):
     """The kind of VAE: its arm, or where that is not said its name."""
-    return str(row.get("kind", row.get("name", "")))
+    return str(row.get("arm", row.get("name", "")))
 
 
 def shared_scores(rows):
-    """Names of the scores that every row has."""
-    return [k for k in rows[0] if k not in ("name", "run", "kind", "measure", "fd", "psnr") and all(isinstance(r.get(k), (int, float)) and np.isfinite(r[k]) for r in rows)]
+    """Names of the scores of a VAE that every row has; those of samples are what is predicted."""
+    return [k for k in rows[0] if k not in ("name", "run", "arm", "seed", "measure", "psnr", *SAMPLE_SCORES) and all(isinstance(r.get(k), (int, float)) and np.isfinite(r[k]) for r in rows)]
 
 
 def correlation(x, y):

