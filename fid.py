@@ -13,6 +13,7 @@ the Inception network of 2015 alone.
 """
 import argparse
 import hashlib
+import io
 import json
 import os
 import struct
@@ -29,7 +30,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
-from PIL import Image, ImageDraw
+from PIL import Image
 from tqdm import tqdm
 
 import data
@@ -705,7 +706,7 @@ def report(args):
     baselines = dict(fd_floor=score["floor"], fd_floor_n=score["floor_n"], fd_real=max(score["fd_real"].values(), default=None), **{f"probe_f1_{n}": f1 for n, f1 in simple.items()})
     result = dict(arms=arms, baselines=baselines, network=score["network"], torch=torch.__version__, cpu=data.cpu_name(), threads=torch.get_num_threads())
     data.write_json(run / "report.json", result)
-    draw_report(run, args.arms)
+    draw_report(run, args.arms, read_json(args.study, list) if args.study and Path(args.study).exists() else [])
     columns = [c for c in COLUMNS if any(a.get(c[0]) is not None for a in arms.values())]
     print(f"{'':22}" + "".join(f"{title:>12}" for _, title, _ in columns) + f"   gFD = FD({score['network']})-{count_name(next(iter(arms.values()))['fd_n'])} to the training images, lower is better")
     for arm, a in arms.items():
@@ -723,27 +724,74 @@ def report(args):
     print("seconds: " + ", ".join(f"{arm} {k} {v:.0f}" for arm, a in arms.items() for k, v in a["seconds"].items()) + f"\n{run}/report.json, {run}/report.png")
 
 
-def draw_report(run, arms):
-    """Originals, then each arm's reconstructions of them, then each arm's samples from the same noise and labels."""
-    def part(path, top, bottom):  # a share of a picture's height
-        with Image.open(path) as sheet:
-            return sheet.convert("RGB").crop((0, int(top * sheet.height), sheet.width, int(bottom * sheet.height)))
+def read_curve(log):
+    """Name of the distance and [(step, distance)] of a metrics.jsonl of train_sit.py --eval-every. Raises UserError."""
+    try:
+        records = [json.loads(line) for line in log.read_text("utf-8").splitlines()]
+        found = [(k, r["step"], v) for r in records for k, v in r.items() if k.startswith(("FD(", "FID"))]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        raise UserError(f"{log}: not a log of train_sit.py ({type(e).__name__}: {e}); run that arm again")
+    if not found:
+        raise UserError(f"{log}: no distances in it; expected a run with --eval-every")
+    return found[0][0], [(step, v) for _, step, v in found]
 
-    columns = [[("originals", part(run / arms[0] / "recon.png", 0, 0.5))] + [(f"{a}: reconstructions", part(run / a / "recon.png", 0.5, 1)) for a in arms]]
-    columns.append([(f"{a}: samples", part(run / a / "samples.png", 0, 0.5)) for a in arms])
-    gap, title = 12, 16
-    width = sum(c[0][1].width + gap for c in columns) + gap
-    height = max(sum(image.height + title + gap for _, image in c) for c in columns) + gap
-    sheet = Image.new("RGB", (width, height), "white")
-    draw, x = ImageDraw.Draw(sheet), gap
-    for column in columns:
-        y = gap
-        for text, image in column:
-            draw.text((x, y), text, fill="black")
-            sheet.paste(image, (x, y + title))
-            y += image.height + title + gap
-        x += column[0][1].width + gap
-    data.save_png(sheet, run / "report.png")
+
+def sheet_images(path, size, top=0.0, bottom=1.0):
+    """The pictures (N, size, size, 3) in a share of the height of a grid that data.save_grid wrote."""
+    with Image.open(path) as sheet:
+        pixels = np.asarray(sheet.convert("RGB").crop((0, int(top * sheet.height), sheet.width, int(bottom * sheet.height))))
+    rows, columns = pixels.shape[0] // size, pixels.shape[1] // size
+    return pixels.reshape(rows, size, columns, size, 3).swapaxes(1, 2).reshape(-1, size, size, 3)
+
+
+def tile(images, columns):
+    """(N, S, S, 3) -> one picture, white where images lack."""
+    rows, size = -(-len(images) // columns), images.shape[1]
+    sheet = np.full((rows * columns, size, size, 3), 255, np.uint8)
+    sheet[:len(images)] = images
+    return sheet.reshape(rows, columns, size, size, 3).swapaxes(1, 2).reshape(rows * size, columns * size, 3)
+
+
+def draw_curves(axis, run, arms, study):
+    """gFD while the SiT trains: this run's, and behind it the study's long ones where there are any (mean over seeds)."""
+    colours = dict(zip(arms, ("black", "crimson", "tab:blue", "tab:green")))
+    for arm in arms:
+        steps, values = zip(*read_curve(run / arm / "sit/metrics.jsonl")[1])
+        axis.plot(steps, values, "o-", color=colours[arm], label=arm)
+        long = [dict(map(tuple, r["curve"])) for r in study if r["arm"] == arm]
+        if long:
+            steps = sorted(set.intersection(*map(set, long)))
+            axis.plot(steps, [np.mean([c[s] for c in long]) for s in steps], color=colours[arm], alpha=0.35, linewidth=3, label=f"{arm}, the study's mean of {len(long)}")
+    axis.set(xlabel="steps of the SiT", ylabel="gFD (lower is better)", title="The same SiT on each arm's latents")
+    axis.legend()
+
+
+def draw_report(run, arms, study):
+    """Each arm's samples from the same noise and labels, gFD while the SiT trained, originals and their reconstructions: RUN/report.png."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as e:
+        raise UserError(f"cannot draw the report ({e}): pip install -r requirements-dev.txt")
+    samples = {a: data.read_npz(run / a / "samples.npz", "arr_0")["arr_0"][:40] for a in arms}
+    size = samples[arms[0]].shape[1]
+    curves = '"FD(' in (run / arms[0] / "sit/metrics.jsonl").read_text("utf-8")
+    figure = Figure((4.6 * (len(arms) + curves), 5.8), layout="constrained")
+    above, below = figure.subfigures(2, 1, height_ratios=(2.9, 1 + 0.1 * len(arms)))
+    panels = above.subplots(1, len(arms) + curves, squeeze=False)[0]
+    for axis, arm in zip(panels, arms):
+        axis.imshow(tile(samples[arm], 8), interpolation="nearest")
+        axis.set_title(f"{arm}: samples")
+        axis.axis("off")
+    if curves:
+        draw_curves(panels[-1], run, arms, study)
+    strips = [("originals", sheet_images(run / arms[0] / "recon.png", size, 0, 0.5))] + [(f"{a}: reconstructions", sheet_images(run / a / "recon.png", size, 0.5, 1)) for a in arms]
+    for axis, (name, images) in zip(below.subplots(len(strips), 1), strips):
+        axis.imshow(tile(images[:16], 16), interpolation="nearest")
+        axis.set_ylabel(name, rotation=0, ha="right", va="center")
+        axis.set(xticks=[], yticks=[])
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=110, facecolor="white")
+    data.save_png(Image.open(buffer).convert("RGB"), run / "report.png")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -824,6 +872,7 @@ def main():
     t = commands.add_parser("report", help="the demo's table and picture")
     t.add_argument("run", help="folder with a subfolder an arm")
     t.add_argument("--arms", nargs="+", default=["control", "send"])
+    t.add_argument("--study", help="rows.json of study.py, whose curves are drawn behind this run's")
     if "--bench" in sys.argv[1:2]:  # no command
         b = data.Parser(prog="fid.py --bench", description="Speed of the network and the scores, beside peers.")
         data.bench_flags(b)

@@ -221,7 +221,7 @@ if [ "${1:-demo}" = demo ]; then
     testbed "$SEED" control "$OUT/control" 2>&1 | sed -u 's/^/control: /' &
     testbed "$SEED" send "$OUT/send" 2>&1 | sed -u 's/^/send: /' &
     wait -n && wait -n || { kill $(jobs -p) 2> /dev/null; exit 1; }
-    python fid.py report "$OUT" --arms control send
+    python fid.py report "$OUT" --arms control send --study results/study/rows.json
     echo "run.sh: $SECONDS s"
     exit
 fi

@@ -53,18 +53,6 @@ LOWER = ("fd", "fd2", "fd3", "rfd", "fd_to_reconstructions", "fd2_to_reconstruct
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading
 
-def read_curve(log):
-    """Name of the distance and [(step, distance)] of a metrics.jsonl of train_sit.py --eval-every. Raises UserError."""
-    try:
-        records = [json.loads(line) for line in log.read_text("utf-8").splitlines()]
-        found = [(k, r["step"], v) for r in records for k, v in r.items() if k.startswith(("FD(", "FID"))]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-        raise UserError(f"{log}: not a log of train_sit.py ({type(e).__name__}: {e}); run that arm again")
-    if not found:
-        raise UserError(f"{log}: no distances in it; expected a run with --eval-every")
-    return found[0][0], [(step, v) for _, step, v in found]
-
-
 def read_arm(folder):
     """One row: {name, run, arm, seed, measure, curve, commands, commits, sources, baselines, and the scores of fid.read_arm}; None when the
     arm is not finished. fd2 and fd3 are the distances by the judges that taught nobody. Raises UserError."""
@@ -76,7 +64,7 @@ def read_arm(folder):
     if not log.is_file() or not tuned.is_file() or not all(p.is_file() for p in files.values()):
         return None
     records = {k: data.read_json(p) for k, p in files.items()}
-    curve_measure, curve = read_curve(log)
+    curve_measure, curve = fid.read_curve(log)
     try:
         scores, baselines, score = fid.read_arm(folder, owner)
         floor = f"as many {max(score['fd_real'].values(), default=float('nan')):.0f}, one half of the training images against the other ({score['floor_n']} each) {score['floor']:.0f}"
