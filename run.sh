@@ -41,7 +41,7 @@ if [ -z "${SHOW:-}" ]; then
         cat requirements.txt requirements-dev.txt > "$mark"
     fi
 fi
-if [ "${1:-demo}" = test ]; then exec python -m pytest -q -o tmp_path_retention_policy=failed -o tmp_path_retention_count=1 test_all.py; fi
+if [ "${1:-demo}" = test ]; then exec python -m pytest -q -n 2 -o tmp_path_retention_policy=failed -o tmp_path_retention_count=1 test_all.py; fi
 
 # ImageNet, the paper's settings. INIT=weights is the folder of the VAEs to start from (README says where they come from), GPUS their number,
 # SIT_TAG=-800 names another folder for the SiT, SHOW=1 prints the commands and runs none. VAE_FLAGS, ENCODE_FLAGS, SIT_FLAGS, SAMPLE_FLAGS, SCORE_FLAGS, RECON_FLAGS,
@@ -150,7 +150,7 @@ teacher() {  # NAME: sets the flags of a vision model
 judge() {  # NAME FLAGS: the distance to the training images by a network; judge2 and judge3 taught nobody
     local net=(--net tf_efficientnet_lite0 --net-ckpt "$(package 0)" --net-size 96)
     [ "$1" != judge2 ] || net=(--net tf_efficientnet_lite2 --net-ckpt "$(package 2)" --net-size 64)
-    [ "$1" != judge3 ] || net=(--net vgg16 --net-ckpt "$SHARED/vgg16.pth" --net-size 64)
+    [ "$1" != judge3 ] || net=(--net vgg16 --net-ckpt "$SHARED/vgg16.pth" --net-size 32)
     python fid.py score "$DATA" "${@:2}" --split train --resolution 32 "${net[@]}" --cache "$SHARED/$1.npz"
 }
 testbed() {  # SEED ARM FOLDER
