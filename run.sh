@@ -12,7 +12,7 @@ case "${2:-}" in "" | /*) ROOT=${2:-} ;; *) ROOT=$PWD/$2 ;; esac
 cd "$(dirname "$0")"
 # The study's arms, in the order in which they run: with all seeds, and with three
 STUDY_ARMS=${STUDY_ARMS:-control send random oracle depth0-clean depth1-clean} STUDY_SEEDS=${STUDY_SEEDS:-5}
-STUDY_MORE=${STUDY_MORE-random-matched vavae vfm2 depth2 lambda0.25 lambda4 standardised control-repa send-repa}
+STUDY_MORE=${STUDY_MORE-random-matched vavae vfm2 depth2 lambda0.5 lambda8 standardised control-repa send-repa}
 case "${1:-demo}" in
 demo | test) ;;
 study)
@@ -129,7 +129,7 @@ shared() {  # PART: what the arms share
     local ckpt2
     case "$1" in
     avatars) [ -d "$DATA" ] || python data.py avatars "$DATA" --n 12000 --size 32 ;;
-    vgg16) python extras/vgg16.py "$SHARED/vgg16.pth" ;;  # of LPIPS, and a judge
+    vgg16) python extras/vgg16.py "$SHARED/vgg16.pth" ;;  # a judge, and of LPIPS as a score
     random) python extras/oracle.py "$DATA" "$SHARED/random.safetensors" --steps 0 ;;
     oracle) python extras/oracle.py "$DATA" "$SHARED/oracle.safetensors" ;;
     judge) judge judge --save-stats "$SHARED/stats.npz" ;;
@@ -154,38 +154,39 @@ judge() {  # NAME FLAGS: the distance to the training images by a network; judge
     python fid.py score "$DATA" "${@:2}" --split train --resolution 32 "${net[@]}" --cache "$SHARED/$1.npz"
 }
 testbed() {  # SEED ARM FOLDER
-    local seed=$1 dir=$3 vae=$3/vae.pt latents=$3/latents repa=(--repa 0) align=(--align send --grid 8 --mapper-mlp 256)
+    local seed=$1 dir=$3 vae=$3/vae.pt latents=$3/latents repa=(--repa 0) align=(--align send --lambda-align 2 --grid 8 --mapper-mlp 256) lpips=(--lpips 0)
+    [ -z "${JUDGES:-}" ] || lpips=(--lpips-ckpt "$SHARED/vgg16.pth")
     teacher lite0
     case "$2" in
     *-repa) vae=${dir%-repa}/vae.pt latents=${dir%-repa}/latents repa=(--repa 0.5 --data "$DATA" "${teacher[@]}") align=() ;;  # REPA in the SiT, on the VAE of that arm
     control) align=(--align none) teacher=() ;;
     send) ;;
     random | oracle) teacher "$2" ;;  # negative and positive control
-    random-matched) teacher random; align+=(--lambda-align 4) ;;  # costs as much PSNR as send
+    random-matched) teacher random; align+=(--lambda-align 8) ;;  # costs as much PSNR as send
     depth0-clean) align+=(--mapper-depth 0 --noise 0) ;;
     depth1-clean) align+=(--mapper-depth 1 --noise 0) ;;
     depth2) align+=(--mapper-depth 2) ;;
     vavae) align=(--align vavae --grid 8) ;;
     vfm2) teacher lite2 ;;
-    lambda0.25 | lambda4) align+=(--lambda-align "${2#lambda}") ;;
+    lambda0.5 | lambda8) align+=(--lambda-align "${2#lambda}") ;;
     standardised) align+=(--vfm-standardise 1) ;;  # not in the paper
     *) echo "error: '$2': no such arm" >&2; return 2 ;;
     esac
-    [ ${#align[@]} = 0 ] || python train_vae.py --data "$DATA" --split train --init "$INIT" --rec l1 --lpips 1 --lpips-ckpt "$SHARED/vgg16.pth" --gan 0 --batch 32 --steps 400 --lr 5e-4 --lr-decay 1 --ema 0.99 \
+    [ ${#align[@]} = 0 ] || python train_vae.py --data "$DATA" --split train --init "$INIT" --rec l1 --lpips 0 --gan 0 --batch 32 --steps 400 --lr 1e-3 --lr-decay 1 --ema 0.99 \
         --flip 0 --seed "$seed" --save-every 100 "${align[@]}" "${teacher[@]}" ${VAE_FLAGS:-} --out "$dir"
     python vae.py --vae "$vae" --data "$DATA" --split train --out "$latents"
-    python train_sit.py --latents "$latents" --model SiT-demo/1 --steps "$SIT_STEPS" --batch 64 --lr 2e-3 --lr-warmup 50 --ema 0.99 --time lognormal "${repa[@]}" --seed "$seed" --save-every 200 \
-        --eval-every 200 --eval-stats "$SHARED/stats.npz" --eval-images 1000 --eval-steps 5 ${SIT_FLAGS:-} --out "$dir/sit"
-    [ "$dir/samples.npz" -nt "$dir/sit/sit.pt" ] || python sample.py --sit "$dir/sit/sit.pt" --vae "$vae" --images 2000 --sampler heun --steps 10 --labels equal --seed "$seed" --micro-batch 250 ${SAMPLE_FLAGS:-} --out "$dir/samples.npz"
+    python train_sit.py --latents "$latents" --model SiT-demo/1 --steps "$SIT_STEPS" --batch 64 --lr 4e-3 --lr-warmup 50 --ema 0.995 --time lognormal "${repa[@]}" --seed "$seed" --save-every 200 \
+        --eval-every 250 --eval-stats "$SHARED/stats.npz" --eval-images 500 --eval-steps 6 ${SIT_FLAGS:-} --out "$dir/sit"
+    [ "$dir/samples.npz" -nt "$dir/sit/sit.pt" ] || python sample.py --sit "$dir/sit/sit.pt" --vae "$vae" --images "$SAMPLES" --sampler heun --steps 6 --labels equal --seed "$seed" --micro-batch 250 ${SAMPLE_FLAGS:-} --out "$dir/samples.npz"
     [ "$dir/fd.json" -nt "$dir/samples.npz" ] || judge judge "$dir/samples.npz" --vae "$vae" --json "$dir/fd.json"
     [ "$dir/fd2.json" -nt "$dir/samples.npz" ] || [ -z "${JUDGES:-}" ] || judge judge2 "$dir/samples.npz" --vae "$vae" --json "$dir/fd2.json"
     [ "$dir/fd3.json" -nt "$dir/samples.npz" ] || [ -z "${JUDGES:-}" ] || judge judge3 "$dir/samples.npz" --json "$dir/fd3.json"
     [ "${repa[1]}" = 0 ] || return 0
-    [ "$dir/recon.json" -nt "$vae" ] || python fid.py recon --vae "$vae" --data "$DATA" --split test --net tf_efficientnet_lite0 --net-ckpt "$(package 0)" --net-size 96 --lpips-ckpt "$SHARED/vgg16.pth" --png "$dir/recon.png" --json "$dir/recon.json"
+    [ "$dir/recon.json" -nt "$vae" ] || python fid.py recon --vae "$vae" --data "$DATA" --split test --net tf_efficientnet_lite0 --net-ckpt "$(package 0)" --net-size 96 "${lpips[@]}" --png "$dir/recon.png" --json "$dir/recon.json"
     [ "$dir/probe.json" -nt "$vae" ] || python probe.py "$vae" --data "$DATA" --rivals --json "$dir/probe.json" --csv "$dir/probe.csv"
 }
 if [ "${1:-}" = study ]; then
-    export OUT=${OUT:-out/study} OMP_NUM_THREADS=1 SKIP_INSTALL=1 JUDGES=1 SIT_STEPS=${SIT_STEPS:-3000}
+    export OUT=${OUT:-out/study} OMP_NUM_THREADS=1 SKIP_INSTALL=1 JUDGES=1 SIT_STEPS=${SIT_STEPS:-2000} SAMPLES=2000
     export DATA=${DATA:-$OUT/avatars} SHARED=${SHARED:-$OUT/shared}
     mkdir -p "$OUT/log" "$SHARED"
     if [ $# -gt 1 ]; then
@@ -214,10 +215,11 @@ fi
 SEED=${SEED:-0}
 if [ "${1:-demo}" = demo ]; then
     # The demo: two arms of the testbed and one seed, with a shorter SiT; then a table and a picture
-    export OUT=${OUT:-out/demo} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} SIT_STEPS=${SIT_STEPS:-1000}
+    export OUT=${OUT:-out/demo} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} SIT_STEPS=${SIT_STEPS:-750} SAMPLES=1000
     export DATA=${DATA:-$OUT/avatars} SHARED=${SHARED:-$OUT/shared}
     mkdir -p "$SHARED"
-    for part in avatars vgg16 judge; do shared "$part"; done
+    shared avatars
+    OMP_NUM_THREADS=2 shared judge
     testbed "$SEED" control "$OUT/control" 2>&1 | sed -u 's/^/control: /' &
     testbed "$SEED" send "$OUT/send" 2>&1 | sed -u 's/^/send: /' &
     wait -n && wait -n || { kill $(jobs -p) 2> /dev/null; exit 1; }

@@ -19,11 +19,11 @@ from data import UserError
 from probe import SAMPLE_SCORES, correlate, kind_colours, new_figure, numbers, save_figure, scatter, scatter_figure, verdict
 
 # What each arm of run.sh changes, in the order of the tables
-ARMS = {"control": "fine-tuned, no alignment", "send": "Send-VAE: depth 1, noise, lambda 1",
+ARMS = {"control": "fine-tuned, no alignment", "send": "Send-VAE: depth 1, noise, lambda 2",
         "random": "Send-VAE, VFM with random weights (negative control)", "oracle": "Send-VAE, VFM trained on the attributes (positive control)",
         "depth0-clean": "MLP only, no noise", "depth1-clean": "depth 1, no noise", "depth2": "depth 2, noise",
         "random-matched": "random VFM, lambda for the PSNR of `send`", "vavae": "VA-VAE's alignment", "vfm2": "Send-VAE, EfficientNet-Lite2 as VFM",
-        "lambda0.25": "Send-VAE, lambda 0.25", "lambda4": "Send-VAE, lambda 4", "standardised": "Send-VAE, tokens standardised (not in the paper)",
+        "lambda0.5": "Send-VAE, lambda 0.5", "lambda8": "Send-VAE, lambda 8", "standardised": "Send-VAE, tokens standardised (not in the paper)",
         "control-repa": "control's VAE, REPA in the SiT", "send-repa": "Send-VAE's VAE, REPA in the SiT"}
 # Claims put to the test: words, arm, what it is compared with, score, and whether the claim is of a lower or a higher value
 CLAIMS = (

@@ -2897,16 +2897,16 @@ def test_every_arm_of_the_study_is_a_command(tmp_path):
             assert net in parsed[arm][f"fid.py{k}"] and cache in parsed[arm][f"fid.py{k}"] and f"seed1/{arm}/samples.npz" in parsed[arm][f"fid.py{k}"]
     tuned = {a: vars(train_vae_args("python " + p["train_vae.py"])) for a, p in parsed.items() if "train_vae.py" in p}
     assert set(study.ARMS) - set(tuned) == {"control-repa", "send-repa"}
-    expected = dict(control=dict(align="none", lambda_align=0.0), send={}, vavae=dict(align="vavae", lambda_align=0.1), depth2=dict(mapper_depth=2), lambda4=dict(lambda_align=4.0), standardised=dict(vfm_standardise=1),
+    expected = dict(control=dict(align="none", lambda_align=0.0), send={}, vavae=dict(align="vavae", lambda_align=0.1), depth2=dict(mapper_depth=2), lambda8=dict(lambda_align=8.0), standardised=dict(vfm_standardise=1),
                     vfm2=dict(vfm="tf_efficientnet_lite2"), random=dict(vfm="resnet10t"), oracle=dict(vfm="resnet10t"),
-                    **{"depth0-clean": dict(mapper_depth=0, noise=0), "depth1-clean": dict(noise=0), "lambda0.25": dict(lambda_align=0.25)})
+                    **{"depth0-clean": dict(mapper_depth=0, noise=0), "depth1-clean": dict(noise=0), "lambda0.5": dict(lambda_align=0.5)})
     matched = tuned.pop("random-matched")
-    assert matched["vfm_ckpt"] == tuned["random"]["vfm_ckpt"] and matched["lambda_align"] > 1 and "oracle.safetensors" in tuned["oracle"]["vfm_ckpt"] and "random.safetensors" in tuned["random"]["vfm_ckpt"]
+    assert matched["vfm_ckpt"] == tuned["random"]["vfm_ckpt"] and matched["lambda_align"] > 2 and "oracle.safetensors" in tuned["oracle"]["vfm_ckpt"] and "random.safetensors" in tuned["random"]["vfm_ckpt"]
     assert tuned.keys() == expected.keys() and "lite2" in tuned["vfm2"]["vfm_ckpt"] and len({t["cache_vfm"] for t in tuned.values()}) == 5
     for arm, changes in expected.items():
         ignored = {"out", "vfm_ckpt", "cache_vfm"} | ({"vfm", "grid", "mapper_mlp"} if arm in ("control", "vavae") else set())
         assert {k: v for k, v in tuned[arm].items() if v != tuned["send"][k] and k not in ignored} == changes, arm
-    assert (tuned["send"]["lambda_align"], tuned["send"]["mapper_depth"], tuned["send"]["noise"], tuned["send"]["seed"]) == (1.0, 1, 1, 1)
+    assert (tuned["send"]["lambda_align"], tuned["send"]["mapper_depth"], tuned["send"]["noise"], tuned["send"]["seed"]) == (2.0, 1, 1, 1)
     flows = {a: re.sub(r"--(out|latents) \S+", "", p["train_sit.py"]) for a, p in parsed.items()}
     assert len({f for a, f in flows.items() if "repa" not in a}) == 1 and flows["control-repa"] == flows["send-repa"] and "--repa 0.5" in flows["send-repa"]
     assert "seed1/send/latents" in parsed["send-repa"]["train_sit.py"] and "seed1/send/vae.pt" in parsed["send-repa"]["sample.py"]
