@@ -2265,6 +2265,12 @@ def test_finished_commands_do_nothing(demo, avatars):
     assert {p: p.stat().st_mtime_ns for p in demo.rglob("*") if p.is_file()} == before
 
 
+def test_the_record():
+    """A loss, gradient norm, weight, moment, sample or score is not what it was: the computation moved."""
+    done = subprocess.run([sys.executable, str(HERE / "tests/record.py")], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith("same"), done.stdout + done.stderr
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Processes, micro-batches, resume
 

@@ -4,8 +4,8 @@
     python tests/record.py --write  # record anew (when the computation is meant to change; say why in the commit)
 
 Every stage runs as its command line on 48 images made here: float32, one thread, seed 0, 20 steps. Kept are the losses and gradient norms as
-metrics.jsonl says them (six digits), scores, and sha256 of weights, moments and samples. Numbers must agree to 1e-5 relative anywhere, hashes
-on the same kind of CPU and release of PyTorch.
+metrics.jsonl says them (six digits), scores, and sha256 of weights, moments and samples. On the same kind of CPU and release of PyTorch all must
+be equal; elsewhere numbers to 1e-2 relative, since Adam multiplies what other kernels round otherwise.
 """
 import hashlib
 import json
@@ -109,7 +109,7 @@ def machine():
 
 
 def differences(old, new, path="", bits=True):
-    """Paths at which two records differ: numbers by more than 1e-5 relative, hashes where `bits`."""
+    """Paths at which two records differ: everything where `bits`, else numbers by more than 1e-2 relative."""
     if isinstance(old, dict):
         keys = old.keys() | new.keys() if isinstance(new, dict) else old.keys()
         return [d for k in sorted(keys) for d in (differences(old[k], new[k], f"{path}/{k}", bits) if k in old and k in new else [f"{path}/{k}: only in one of the two"])]
@@ -117,7 +117,7 @@ def differences(old, new, path="", bits=True):
         return [d for i, (a, b) in enumerate(zip(old, new)) for d in differences(a, b, f"{path}/{i}", bits)] + ([f"{path}: {len(old)} and {len(new)} entries"] if len(old) != len(new) else [])
     if isinstance(old, str):
         return [f"{path}: {old} and {new}"] if bits and old != new else []
-    return [] if abs(old - new) <= 1e-5 * abs(old) + 1e-7 else [f"{path}: {old} and {new}"]
+    return [] if abs(old - new) <= (0 if bits else 1e-2 * abs(old) + 1e-3) else [f"{path}: {old} and {new}"]
 
 
 def main():
@@ -130,7 +130,7 @@ def main():
     kept = json.loads(file.read_text())
     same_machine = kept["machine"] == found["machine"]
     wrong = differences(kept["record"], found["record"], bits=same_machine)
-    print("\n".join(wrong) or ("same bits" if same_machine else f"same to 1e-5 relative (recorded on {kept['machine']})"))
+    print("\n".join(wrong) or ("same bits" if same_machine else f"same to 1e-2 relative (recorded on {kept['machine']})"))
     sys.exit(bool(wrong))
 
 
