@@ -175,7 +175,7 @@ testbed() {  # SEED ARM FOLDER
     standardised) align+=(--vfm-standardise 1) ;;  # not in the paper
     *) echo "error: '$2': no such arm" >&2; return 2 ;;
     esac
-    [ ${#align[@]} = 0 ] || python train_vae.py --data "$DATA" --split train --init "$INIT" --rec l1 --lpips 0 --gan 0 --batch 32 --steps 300 --lr 1e-3 --lr-decay 1 --ema 0.99 \
+    [ ${#align[@]} = 0 ] || python train_vae.py --data "$DATA" --split train --init "$INIT" --rec l1 --lpips 0 --gan 0 --batch 32 --steps "$VAE_STEPS" --lr 1e-3 --lr-decay 1 --ema 0.99 \
         --flip 0 --seed "$seed" --save-every 100 "${align[@]}" ${teacher[@]+"${teacher[@]}"} ${VAE_FLAGS:-} --out "$dir"
     python vae.py --vae "$vae" --data "$DATA" --split train --out "$latents"
     python train_sit.py --latents "$latents" --model SiT-demo/1 --steps "$SIT_STEPS" --batch 64 --lr 4e-3 --lr-warmup 50 --ema 0.995 --time lognormal "${repa[@]}" --seed "$seed" --save-every 200 \
@@ -189,7 +189,7 @@ testbed() {  # SEED ARM FOLDER
     [ "$dir/probe.json" -nt "$vae" ] || python probe.py "$vae" --data "$DATA" ${JUDGES:+--rivals} --json "$dir/probe.json" --csv "$dir/probe.csv"
 }
 if [ "${1:-}" = study ]; then
-    export OUT=${OUT:-out/study} OMP_NUM_THREADS=1 SKIP_INSTALL=1 JUDGES=1 SIT_STEPS=${SIT_STEPS:-2000} SAMPLES=2000
+    export OUT=${OUT:-out/study} OMP_NUM_THREADS=1 SKIP_INSTALL=1 JUDGES=1 VAE_STEPS=600 SIT_STEPS=2000 SAMPLES=2000
     export DATA=${DATA:-$OUT/avatars} SHARED=${SHARED:-$OUT/shared}
     mkdir -p "$OUT/log" "$SHARED"
     if [ $# -gt 1 ]; then
@@ -219,7 +219,7 @@ fi
 SEED=${SEED:-0}
 if [ "${1:-demo}" = demo ]; then
     # The demo: two arms of the testbed and one seed, with a shorter SiT; then a table and a picture
-    export OUT=${OUT:-out/demo} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} SIT_STEPS=${SIT_STEPS:-600} SAMPLES=1000
+    export OUT=${OUT:-out/demo} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} VAE_STEPS=300 SIT_STEPS=600 SAMPLES=1000
     export DATA=${DATA:-$OUT/avatars} SHARED=${SHARED:-$OUT/shared}
     mkdir -p "$SHARED"
     shared avatars
