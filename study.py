@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import scipy.stats
+from PIL import Image
 
 import data
 import fid
@@ -415,16 +416,17 @@ def draw_tradeoff(rows, path):
     save_figure(figure, path)
 
 
-def draw_samples(root, rows, path, count=10):
-    """A row an arm of the control's first seed: samples of the same noise and labels."""
+def draw_samples(root, rows, path, count=8):
+    """A row an arm of the control's first seed: the first samples of samples.png, of the same noise and labels; nothing where no arm has one."""
     first = next(iter(rows["control"]))
-    arms = {a: of[first] for a, of in rows.items() if first in of and (root / of[first]["name"] / "samples.npz").is_file()}
+    arms = {a: root / of[first]["name"] / "samples.png" for a, of in rows.items() if first in of and (root / of[first]["name"] / "samples.png").is_file()}
     if not arms:
-        raise UserError(f"{root}/{first}: no arm has samples.npz; run the study again, it makes what is missing")
+        return
     figure = new_figure(count * 0.75 + 1.6, len(arms) * 0.8)
-    for axis, (arm, row) in zip(np.ravel(figure.subplots(len(arms), 1)), arms.items()):
-        images = data.read_npz(root / row["name"] / "samples.npz", "arr_0")["arr_0"]
-        axis.imshow(np.concatenate(list(images[:count]), 1), interpolation="nearest")
+    for axis, (arm, file) in zip(np.ravel(figure.subplots(len(arms), 1)), arms.items()):
+        with Image.open(file) as sheet:
+            size = sheet.width // 8  # sample.py's columns
+        axis.imshow(fid.tile(fid.sheet_images(file, size)[:count], count), interpolation="nearest")
         axis.set_ylabel(arm, rotation=0, ha="right", va="center")
         axis.set(xticks=[], yticks=[])
     save_figure(figure, path)
