@@ -1979,7 +1979,8 @@ def test_exported_weights(small, tmp_path):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5, msg=k)
     do("train_vae", "--data", small / "images", "--init", tmp_path / "a.safetensors", "--batch", 4, "--steps", 1, "--lpips", 0, *PLAIN, *FP32, "--out", tmp_path / "tuned")
     with safetensors.safe_open(tmp_path / "a.safetensors", "pt") as f:
-        assert "command" in json.loads(f.metadata()["made"])["source"]
+        source = json.loads(f.metadata()["made"])["source"]
+    assert "--preset demo" in source["command"] and str(small) not in source["command"]
     (tmp_path / "cut.safetensors").write_bytes((tmp_path / "a.safetensors").read_bytes()[:-100])
     assert_refused(call("train_vae", "--data", small / "images", "--init", tmp_path / "cut.safetensors", "--lpips", 0, *PLAIN, "--out", tmp_path / "x"), "cut.safetensors", "not a readable checkpoint")
     assert_refused(call("vae", "export", "--vae", small / "vae/vae.pt", "--out", tmp_path / "a.pt"), "--out", ".safetensors")

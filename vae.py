@@ -307,7 +307,8 @@ def export_weights(vae, path, source):
     """The averaged weights alone, in float16, with the constructor's arguments and how `source` was made: the small file that is passed on."""
     state = {k: v.half().contiguous() for k, v in vae.state_dict().items()}
     made = dict(data.made(), source=data.load_checkpoint(source).get("made") if Path(source).suffix == ".pt" else str(source))
-    safetensors.torch.save_file(state, f"{path}.part", dict(config=json.dumps(vae.config), made=json.dumps(made)))
+    made = re.sub(r"(?<![\w.])/(?:[^\s/\"]+/)+", "", json.dumps(made))  # names of files, without this machine's folders
+    safetensors.torch.save_file(state, f"{path}.part", dict(config=json.dumps(vae.config), made=made))
     os.replace(f"{path}.part", path)
 
 
