@@ -10,15 +10,15 @@
 set -euo pipefail
 case "${2:-}" in "" | /*) ROOT=${2:-} ;; *) ROOT=$PWD/$2 ;; esac
 cd "$(dirname "$0")"
-# The study's arms, in the order in which they run: with all seeds, and with three
+# The study's arms, in the order in which they run: with all seeds, with three, and with one
 STUDY_ARMS=${STUDY_ARMS:-control send random oracle depth0-clean depth1-clean} STUDY_SEEDS=${STUDY_SEEDS:-5}
-STUDY_MORE=${STUDY_MORE-random-matched vavae vfm2 depth2 lambda0.5 lambda8 standardised control-repa send-repa}
+STUDY_LONG=${STUDY_LONG-control-long send-long} STUDY_MORE=${STUDY_MORE-random-matched vavae vfm2 depth2 lambda0.5 lambda8 standardised control-repa send-repa}
 case "${1:-demo}" in
 demo | test) ;;
 study)
     [[ $STUDY_SEEDS =~ ^[1-9][0-9]*$ && " $STUDY_ARMS " = *" control "* ]] || { echo "error: STUDY_SEEDS '$STUDY_SEEDS', STUDY_ARMS '$STUDY_ARMS'; expected a number of seeds, and control among the arms" >&2; exit 2; }
-    if [ $# -gt 1 ] && ! [[ $# = 3 && ( $2 = - || $2 =~ ^[0-9]+$ && " $STUDY_ARMS $STUDY_MORE " = *" ${3:-} "* ) ]]; then
-        echo "error: 'study ${*:2}'; expected: bash run.sh study, or bash run.sh study SEED ARM, ARM one of $STUDY_ARMS $STUDY_MORE" >&2; exit 2
+    if [ $# -gt 1 ] && ! [[ $# = 3 && ( $2 = - || $2 =~ ^[0-9]+$ && " $STUDY_ARMS $STUDY_MORE $STUDY_LONG " = *" ${3:-} "* ) ]]; then
+        echo "error: 'study ${*:2}'; expected: bash run.sh study, or bash run.sh study SEED ARM, ARM one of $STUDY_ARMS $STUDY_MORE $STUDY_LONG" >&2; exit 2
     fi ;;
 folder) [ -d "$ROOT" ] || { echo "error: '${2:-}'; expected: bash run.sh folder DIR, a folder of images" >&2; exit 2; } ;;
 imagenet)
@@ -157,11 +157,12 @@ judge() {  # NAME FLAGS: the distance to the training images by a network; judge
     python fid.py score "$DATA" "${@:2}" --split train --resolution 32 "${net[@]}" --cache "$SHARED/$1.npz"
 }
 testbed() {  # SEED ARM FOLDER
-    local seed=$1 dir=$3 vae=$3/vae.pt latents=$3/latents repa=(--repa 0) align=(--align send --lambda-align 2 --grid 8 --mapper-mlp 256) lpips=(--lpips 0)
+    local seed=$1 dir=$3 vae=$3/vae.pt latents=$3/latents sit=(--repa 0) align=(--align send --lambda-align 2 --grid 8 --mapper-mlp 256) lpips=(--lpips 0)
     [ -z "${JUDGES:-}" ] || lpips=(--lpips-ckpt "$SHARED/vgg16.pth")
     teacher lite0
     case "$2" in
-    *-repa) vae=${dir%-repa}/vae.pt latents=${dir%-repa}/latents repa=(--repa 0.5 --data "$DATA" "${teacher[@]}") align=() ;;  # REPA in the SiT, on the VAE of that arm
+    *-repa) vae=${dir%-repa}/vae.pt latents=${dir%-repa}/latents sit=(--repa 0.5 --data "$DATA" "${teacher[@]}") align=() ;;  # REPA in the SiT, on the VAE of that arm
+    *-long) vae=${dir%-long}/vae.pt latents=${dir%-long}/latents sit+=(--steps 10000 --lr-decay 1 --ema 0.999 --eval-every 1000) align=() ;;  # that arm's SiT, trained until it converges
     control) align=(--align none) teacher=() ;;
     send) ;;
     random | oracle) teacher "$2" ;;  # negative and positive control
@@ -178,18 +179,18 @@ testbed() {  # SEED ARM FOLDER
     [ ${#align[@]} = 0 ] || python train_vae.py --data "$DATA" --split train --init "$INIT" --rec l1 --lpips 0 --gan 0 --batch 32 --steps "$VAE_STEPS" --lr 1e-3 --lr-decay 1 --ema 0.99 \
         --flip 0 --seed "$seed" --save-every 100 "${align[@]}" ${teacher[@]+"${teacher[@]}"} ${VAE_FLAGS:-} --out "$dir"
     python vae.py --vae "$vae" --data "$DATA" --split train --out "$latents"
-    python train_sit.py --latents "$latents" --model SiT-demo/1 --steps "$SIT_STEPS" --batch 64 --lr 4e-3 --lr-warmup 50 --ema 0.995 --time lognormal "${repa[@]}" --seed "$seed" --save-every 200 \
-        --eval-every 200 --eval-stats "$SHARED/stats.npz" --eval-images 500 --eval-steps 6 ${SIT_FLAGS:-} --out "$dir/sit"
+    python train_sit.py --latents "$latents" --model SiT-demo/1 --steps "$SIT_STEPS" --batch 64 --lr 4e-3 --lr-warmup 50 --ema 0.995 --time lognormal --seed "$seed" --save-every 200 \
+        --eval-every 200 --eval-stats "$SHARED/stats.npz" --eval-images 500 --eval-steps 6 "${sit[@]}" ${SIT_FLAGS:-} --out "$dir/sit"
     [ "$dir/samples.npz" -nt "$dir/sit/sit.pt" ] || python sample.py --sit "$dir/sit/sit.pt" --vae "$vae" --images "$SAMPLES" --sampler heun --steps 6 --labels equal --seed "$seed" --micro-batch 250 ${SAMPLE_FLAGS:-} --out "$dir/samples.npz"
     [ "$dir/fd.json" -nt "$dir/samples.npz" ] || judge judge "$dir/samples.npz" --vae "$vae" --json "$dir/fd.json"
     [ "$dir/fd2.json" -nt "$dir/samples.npz" ] || [ -z "${JUDGES:-}" ] || judge judge2 "$dir/samples.npz" --vae "$vae" --json "$dir/fd2.json"
     [ "$dir/fd3.json" -nt "$dir/samples.npz" ] || [ -z "${JUDGES:-}" ] || judge judge3 "$dir/samples.npz" --json "$dir/fd3.json"
-    [ "${repa[1]}" = 0 ] || return 0
+    [ "$vae" = "$dir/vae.pt" ] || return 0  # the VAE has its scores with its own arm
     [ "$dir/recon.json" -nt "$vae" ] || python fid.py recon --vae "$vae" --data "$DATA" --split test "${NET[@]}" "${lpips[@]}" --png "$dir/recon.png" --json "$dir/recon.json"
     [ "$dir/probe.json" -nt "$vae" ] || python probe.py "$vae" --data "$DATA" ${JUDGES:+--rivals} --json "$dir/probe.json" --csv "$dir/probe.csv"
 }
 if [ "${1:-}" = study ]; then
-    export OUT=${OUT:-out/study} OMP_NUM_THREADS=1 SKIP_INSTALL=1 JUDGES=1 VAE_STEPS=600 SIT_STEPS=2000 SAMPLES=2000
+    export OUT=${OUT:-out/study} OMP_NUM_THREADS=1 SKIP_INSTALL=1 JUDGES=1 VAE_STEPS=600 SIT_STEPS=1000 SAMPLES=2000
     export DATA=${DATA:-$OUT/avatars} SHARED=${SHARED:-$OUT/shared}
     mkdir -p "$OUT/log" "$SHARED"
     if [ $# -gt 1 ]; then
@@ -210,7 +211,7 @@ if [ "${1:-}" = study ]; then
     done
     three=$((STUDY_SEEDS < 3 ? STUDY_SEEDS : 3))
     pool < <(pairs "$STUDY_SEEDS" $(without_repa $STUDY_ARMS); pairs $three $(without_repa $STUDY_MORE))
-    pool < <(pairs "$STUDY_SEEDS" $(with_repa $STUDY_ARMS); pairs $three $(with_repa $STUDY_MORE))
+    pool < <(pairs "$STUDY_SEEDS" $(with_repa $STUDY_ARMS); pairs $three $(with_repa $STUDY_MORE); pairs 1 $STUDY_LONG)
     python study.py "$OUT"
     echo "run.sh: $SECONDS s"
     exit $failed
