@@ -33,8 +33,9 @@ import torchvision
 from PIL import Image
 from tqdm import tqdm
 
+import common
 import data
-from data import UserError, read_json
+from common import UserError, read_json
 from mapper import empty_model, pretrained
 from vae import load_vae
 
@@ -69,7 +70,7 @@ class FIDInception(nn.Module):
         self.net.avgpool.register_forward_hook(lambda _, __, y: self.seen.update(pool=y.flatten(1)))
         if weights:
             counters = {k: v for k, v in self.net.state_dict().items() if k.endswith("num_batches_tracked")}  # not in every copy, and unused
-            data.load_weights(self.net, {**inception_weights(ckpt), **counters}, f"--net-ckpt {ckpt}" if ckpt else INCEPTION_URL)
+            common.load_weights(self.net, {**inception_weights(ckpt), **counters}, f"--net-ckpt {ckpt}" if ckpt else INCEPTION_URL)
         self.eval().requires_grad_(False)
 
     def train(self, mode=True):
@@ -116,10 +117,10 @@ def resize_tf1(x, size):
 
 def inception_weights(ckpt):
     if ckpt is not None:
-        state = data.load_checkpoint(ckpt)
+        state = common.load_checkpoint(ckpt)
         return {k: v for k, v in state.items() if isinstance(v, torch.Tensor)} if isinstance(state, dict) else {}
     try:
-        with data.rank_zero_first():
+        with common.rank_zero_first():
             return torch.hub.load_state_dict_from_url(INCEPTION_URL, map_location="cpu", check_hash=True, weights_only=True)
     except (OSError, RuntimeError) as e:  # no network, or a file with another checksum
         raise UserError(f"--net inception: its weights cannot be fetched ({type(e).__name__}: {' '.join(str(e).split())[:100]}); give "
@@ -162,9 +163,9 @@ class VGGFeatures(FeatureNet):
     def __init__(self, ckpt, size=None):
         nn.Module.__init__(self)
         self.net = nn.Sequential(torchvision.models.vgg16(weights=None).features, nn.AdaptiveAvgPool2d(1), nn.Flatten())
-        state = data.load_checkpoint(ckpt)
+        state = common.load_checkpoint(ckpt)
         found = {k.replace("features", "0"): v for k, v in state.items() if k.startswith("features.")} if isinstance(state, dict) else {}
-        data.load_weights(self.net, found, f"--net-ckpt {ckpt}")
+        common.load_weights(self.net, found, f"--net-ckpt {ckpt}")
         self.size, self.dim, self.label = size or 224, 512, f"vgg16-conv@{size or 224}"
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1))
@@ -194,10 +195,10 @@ def build_lpips(ckpt, device, weights=True):
         raise UserError(f"LPIPS needs torchvision's VGG16 weights, which cannot be fetched ({e}); give a local file with "
                         "--lpips-ckpt (vgg16-397923af.pth), or switch LPIPS off with --lpips 0")
     if ckpt is not None and weights:
-        state = {k: v for k, v in data.load_checkpoint(ckpt).items() if k.startswith("features.")}
+        state = {k: v for k, v in common.load_checkpoint(ckpt).items() if k.startswith("features.")}
         slices = {f"slice{i}.{k}": v for i in range(1, 6) for k, v in
                   ((k, state.get(f"features.{k}")) for k in getattr(net.net, f"slice{i}").state_dict()) if v is not None}
-        data.load_weights(net.net, slices, ckpt)
+        common.load_weights(net.net, slices, ckpt)
     return net.to(device).eval().requires_grad_(False)
 
 
@@ -355,15 +356,15 @@ def load_source(path, split=None, size=None):
         images = data.ImageFolder(path, size, split=split)
         return Source(name, lambda rows: next(data.load_batches(images, [rows]))[0], len(images.files), None, np.asarray(images.labels) if len(images.classes) > 1 else None, images.hash)
     try:
-        data.check_zip(path)
+        common.check_zip(path)
         with np.load(path, allow_pickle=False) as z:
             stats = {k: z[k] for k in STATISTICS if k in z.files} if {"mu", "sigma"} <= set(z.files) else None
             array = map_array(path, "arr_0") if "arr_0" in z.files or stats is None else None
             labels = z["arr_1"] if array is not None and "arr_1" in z.files else None
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; make it with: python sample.py --sit SIT --out {path}")
-    except data.DAMAGED as e:
-        raise data.damage(e, f"{path}: expected an .npz with arr_0 (images), or mu and sigma (statistics) ({type(e).__name__}: {e})")
+    except common.DAMAGED as e:
+        raise common.damage(e, f"{path}: expected an .npz with arr_0 (images), or mu and sigma (statistics) ({type(e).__name__}: {e})")
     if stats is not None and (stats["mu"].ndim != 1 or stats["sigma"].shape != 2 * stats["mu"].shape):
         raise UserError(f"{path}: mu {stats['mu'].shape} and sigma {stats['sigma'].shape}; expected (D,) and (D, D)")
     if array is not None and (array.dtype != np.uint8 or array.ndim != 4 or array.shape[-1] != 3):
@@ -385,7 +386,7 @@ def reconstructions(vae, path, source, rows, device, precision):
         x = data.to_float(source.images(chosen).to(device)).contiguous(memory_format=torch.channels_last)
         if x.shape[-1] % vae.factor:
             raise UserError(f"--vae {path}: the reference's images have {x.shape[-1]} pixels a side; expected a multiple of {vae.factor}")
-        with data.autocast(device, precision):
+        with common.autocast(device, precision):
             posterior = vae.encode(x)
             eps = data.draw_noise(0, chosen, 0, posterior.mean.shape[1:])[1].to(device)
             return data.to_uint8(vae.decode(posterior.sample(eps)))
@@ -421,7 +422,7 @@ def measure(net, weights, source, device, precision, batch=64):
         raise UserError(f"{source.name}: statistics of weights {stats['weights']} of {net.label}; these are {weights}")
     for i in tqdm(range(0, source.n, batch), f"features {source.name}", disable=None):
         images = source.images(list(range(i, min(i + batch, source.n)))).to(device)
-        with data.autocast(device, precision):
+        with common.autocast(device, precision):
             if isinstance(net, FIDInception):
                 features, at_17, p = net.features(images)
                 probabilities.append(p.cpu())
@@ -444,9 +445,9 @@ def measure_once(path, key, run):
     """run() -> Measured of images, kept in the .npz `path` (None: not kept) for the next time under the same key: source, network, precision."""
     if path and Path(path).exists():
         try:
-            kept = data.read_npz(path, "key", "pool", "mu", "sigma")
-        except data.DAMAGED as e:
-            raise data.damage(e, f"--cache {path}: not readable ({type(e).__name__}: {e}); delete it, it is made again")
+            kept = common.read_npz(path, "key", "pool", "mu", "sigma")
+        except common.DAMAGED as e:
+            raise common.damage(e, f"--cache {path}: not readable ({type(e).__name__}: {e}); delete it, it is made again")
         if str(kept["key"]) == key:
             return Measured(torch.from_numpy(kept["pool"]), None, {k: kept[k] for k in ("mu", "sigma")})
         raise UserError(f"--cache {path}: holds features of {kept['key']}; this command needs those of {key}; give another file or delete it")
@@ -518,7 +519,7 @@ def check_sources(args, sources):
 
 def score(args):
     """Every sample set against the reference, and the floors: halves of the reference, and as many real images."""
-    device, _, _ = data.setup()
+    device, _, _ = common.setup()
     torch.backends.cudnn.allow_tf32 = False  # float32 means float32
     begin = time.time()
     args.samples = [] if args.samples == ["none"] else args.samples
@@ -532,7 +533,7 @@ def score(args):
     inputs = {name: source_hash(Path(name)) for name in sources}
     net = net.to(device, memory_format=torch.channels_last)
     metric = "FID" if args.net == "inception" else f"FD({net.label})"
-    weights = data.weights_hash(net.state_dict())
+    weights = common.weights_hash(net.state_dict())
     if args.cache and (args.net == "inception" or sources[args.reference].images is None or sources[args.reference].stats is not None):
         raise UserError("--cache: keeps features of images by a timm model; expected a reference of images, without statistics, and another --net than inception")
     key = f"images {sources[args.reference].hash or inputs[args.reference]}, crop {args.resolution}, {net.label} {weights} in {args.precision}"
@@ -546,7 +547,7 @@ def score(args):
     if args.save_stats:
         np.savez(f"{args.save_stats}.part.npz", **{k: v for k, v in reference.stats.items() if k in STATISTICS[:4]}, network=net.label, weights=weights,
                  n=result["n_reference"], net=args.net, net_ckpt=os.path.abspath(args.net_ckpt) if args.net_ckpt else "", net_size=args.net_size or 0,
-                 made=json.dumps(data.made()), inputs=json.dumps(inputs))
+                 made=json.dumps(common.made()), inputs=json.dumps(inputs))
         os.replace(f"{args.save_stats}.part.npz", args.save_stats)
     rows, copies = np.sort(order[:RECONSTRUCTED]), None
     if args.vae:
@@ -555,7 +556,7 @@ def score(args):
         if reference.pool is None:
             raise UserError(f"--vae: {args.reference} holds statistics; expected a reference with images, which it reconstructs")
         vae = load_vae(args.vae).to(device, memory_format=torch.channels_last)
-        inputs["vae"] = data.weights_hash(vae.state_dict())
+        inputs["vae"] = common.weights_hash(vae.state_dict())
         copies = measure(net, weights, reconstructions(vae, args.vae, sources[args.reference], rows, device, args.precision), device, args.precision)
     for name in args.samples:
         sample, n = measure(net, weights, sources[name], device, args.precision), sources[name].n
@@ -582,7 +583,7 @@ def score(args):
         print(f"{metric}-{count_name(len(halves[1]))} {result['floor']:.2f}  floor: one half of the reference's images against the other")
     result["seconds"] = round(time.time() - begin, 1)
     if args.json:
-        data.write_json(args.json, result)
+        common.write_json(args.json, result)
 
 
 def load_stats(path):
@@ -591,7 +592,7 @@ def load_stats(path):
     if stats is None or not {"net", "net_ckpt", "net_size", "weights"} <= stats.keys():
         raise UserError(f"{path}: expected statistics written by fid.py score REFERENCE SAMPLES --save-stats {path}")
     net = load_net(*(stats[k].item() or None for k in ("net", "net_ckpt", "net_size")))
-    found = data.weights_hash(net.state_dict())
+    found = common.weights_hash(net.state_dict())
     if found != str(stats["weights"]):
         raise UserError(f"{path}: made with weights {stats['weights']} of {net.label}, these are {found}; make it again")
     return net, stats
@@ -623,7 +624,7 @@ def ssim(x, y):
 def recon(args):
     """Decode the posterior mean of each image and compare: PSNR, SSIM and LPIPS as means over the images, the Fréchet distance of
     all reconstructions to all originals (rFID), and a picture."""
-    device, _, _ = data.setup()
+    device, _, _ = common.setup()
     torch.backends.cudnn.allow_tf32 = False  # float32 means float32
     begin = time.time()
     vae = load_vae(args.vae).to(device, memory_format=torch.channels_last)
@@ -637,12 +638,12 @@ def recon(args):
     if net is not None and len(images) < 4:
         raise UserError(f"{args.data}: {len(images)} images; a covariance needs more (--net none: without the distance)")
     lpips = build_lpips(args.lpips_ckpt, device) if args.lpips else None
-    rows = data.chunks(range(len(images)), 64)
+    rows = common.chunks(range(len(images)), 64)
     chosen = set(np.linspace(0, len(images) - 1, min(16, len(images) // 8 * 8 or len(images))).astype(int).tolist())  # all classes
     values, originals, copies, moments = [], [], [], (Moments(), Moments())
     for pixels, _, kept in tqdm(data.load_batches(images, rows), "reconstruct", len(rows), disable=None):
         x = data.to_float(pixels.to(device)).contiguous(memory_format=torch.channels_last)
-        with data.autocast(device, args.precision):
+        with common.autocast(device, args.precision):
             y = data.to_uint8(vae.decode(vae.encode(x).mean))
         each = [psnr(pixels, y.cpu()), ssim(pixels, y.cpu())]
         if lpips is not None:
@@ -653,18 +654,18 @@ def recon(args):
         at = [i for i, row in enumerate(kept) if row in chosen]
         originals.append(pixels[at]), copies.append(y.cpu()[at])
     values = torch.cat(values, 1)
-    result = dict(vae=args.vae, inputs=dict(vae=data.weights_hash(vae.state_dict()), data=images.hash), data=args.data, split=args.split, n=values.shape[1], **dict(zip(("psnr", "ssim", "lpips"), values.mean(1).tolist())))
+    result = dict(vae=args.vae, inputs=dict(vae=common.weights_hash(vae.state_dict()), data=images.hash), data=args.data, split=args.split, n=values.shape[1], **dict(zip(("psnr", "ssim", "lpips"), values.mean(1).tolist())))
     shown = f"PSNR {result['psnr']:.2f} dB, SSIM {result['ssim']:.4f}" + (f", LPIPS {result['lpips']:.4f}" if lpips is not None else "")
     if net is not None:
         result.update(metric="rFID" if args.net == "inception" else f"FD({net.label})", fd=frechet_distance(*moments[0].result(), *moments[1].result()),
-                      weights=data.weights_hash(net.state_dict()))
+                      weights=common.weights_hash(net.state_dict()))
         shown += f", {result['metric']}-{count_name(result['n'])} {result['fd']:.2f}"
     result.update(dtype=args.precision, seconds=round(time.time() - begin, 1))
     print(f"{args.vae}: {shown} over {result['n']} images")
     if args.png:
-        data.save_grid(torch.cat(originals + copies), args.png, columns=min(8, sum(map(len, originals))))
+        common.save_grid(torch.cat(originals + copies), args.png, columns=min(8, sum(map(len, originals))))
     if args.json:  # last: it marks the stage as done
-        data.write_json(args.json, result)
+        common.write_json(args.json, result)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -674,7 +675,7 @@ def last_seconds(path):
     """Training time from the last line with losses of a metrics.jsonl."""
     try:
         return float([json.loads(line)["seconds"] for line in Path(path).read_text().splitlines() if '"seconds"' in line][-1])
-    except data.DAMAGED:
+    except common.DAMAGED:
         raise UserError(f"{path}: no training log with seconds; run the stage before")
 
 
@@ -715,8 +716,8 @@ def report(args):
                                     train_sit=last_seconds(run / arm / "sit/metrics.jsonl"), sample=read_json(run / arm / "samples.json")["seconds"],
                                     fd=score["seconds"], recon=read_json(run / arm / "recon.json")["seconds"])
     baselines = dict(fd_floor=score["floor"], fd_floor_n=score["floor_n"], fd_real=max(score["fd_real"].values(), default=None), **{f"probe_f1_{n}": f1 for n, f1 in simple.items()})
-    result = dict(arms=arms, baselines=baselines, network=score["network"], torch=torch.__version__, cpu=data.cpu_name(), threads=torch.get_num_threads())
-    data.write_json(run / "report.json", result)
+    result = dict(arms=arms, baselines=baselines, network=score["network"], torch=torch.__version__, cpu=common.cpu_name(), threads=torch.get_num_threads())
+    common.write_json(run / "report.json", result)
     draw_report(run, args.arms, read_json(args.study, list) if args.study and Path(args.study).exists() else [])
     columns = [c for c in COLUMNS if any(a.get(c[0]) is not None for a in arms.values())]
     print(f"{'':22}" + "".join(f"{title:>12}" for _, title, _ in columns) + f"   gFD = FD({score['network']})-{count_name(next(iter(arms.values()))['fd_n'])} to the training images, lower is better")
@@ -747,7 +748,7 @@ def read_curve(log):
 
 
 def sheet_images(path, size, top=0.0, bottom=1.0):
-    """The pictures (N, size, size, 3) in a share of the height of a grid that data.save_grid wrote."""
+    """The pictures (N, size, size, 3) in a share of the height of a grid that common.save_grid wrote."""
     with Image.open(path) as sheet:
         pixels = np.asarray(sheet.convert("RGB").crop((0, int(top * sheet.height), sheet.width, int(bottom * sheet.height))))
     rows, columns = pixels.shape[0] // size, pixels.shape[1] // size
@@ -782,7 +783,7 @@ def draw_report(run, arms, study):
         from matplotlib.figure import Figure
     except ImportError as e:
         raise UserError(f"cannot draw the report ({e}): pip install -r requirements-dev.txt")
-    samples = {a: data.read_npz(run / a / "samples.npz", "arr_0")["arr_0"][:40] for a in arms}
+    samples = {a: common.read_npz(run / a / "samples.npz", "arr_0")["arr_0"][:40] for a in arms}
     size = samples[arms[0]].shape[1]
     curves = '"eval_every": null' not in (run / arms[0] / "sit/metrics.jsonl").read_text("utf-8")
     figure = Figure((4.6 * (len(arms) + curves), 5.8), layout="constrained")
@@ -801,7 +802,7 @@ def draw_report(run, arms, study):
         axis.set(xticks=[], yticks=[])
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=110, facecolor="white")
-    data.save_png(Image.open(buffer).convert("RGB"), run / "report.png")
+    common.save_png(Image.open(buffer).convert("RGB"), run / "report.png")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -821,7 +822,7 @@ def bench(args):
     """Images/s of the Inception network in float32 beside torch-fidelity's (when installed), seconds of the Fréchet distance beside
     scipy's sqrtm, of precision and recall, on random images and features."""
     import scipy.linalg
-    device, _, _ = data.setup()
+    device, _, _ = common.setup()
     torch.backends.cudnn.allow_tf32, args.precision = False, "fp32"
     images = torch.randint(0, 256, (32, 3, 256, 256), dtype=torch.uint8, device=device)
     net, clock, moments = FIDInception(weights=False).to(device, memory_format=torch.channels_last), data.Clock(device), Moments()
@@ -853,13 +854,13 @@ def bench(args):
 
 
 def main():
-    p = data.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = common.Parser(description=__doc__)
     commands = p.add_subparsers(dest="command", required=True)
     s = commands.add_parser("score", help="FID, sFID, IS, precision and recall of sample sets against a reference")
     s.add_argument("reference", help="image folder, .npz of images, or .npz of statistics")
     s.add_argument("samples", nargs="+", help="the same, or the word none: the reference's floors alone")
     s.add_argument("--split", choices=data.SPLITS, help="the reference's images that attributes.csv puts there")
-    s.add_argument("--resolution", type=data.positive, help="crop of image folders in pixels (default: the short side of the first image)")
+    s.add_argument("--resolution", type=common.positive, help="crop of image folders in pixels (default: the short side of the first image)")
     s.add_argument("--vae", help=f"the samples' VAE: what it makes of {RECONSTRUCTED:,} reference images, and the samples against that")
     s.add_argument("--bootstrap", type=int, default=0, metavar="B", help="resample the samples B times: +- 1.96 standard deviations of the distance")
     s.add_argument("--cache", metavar="FILE", help="keep the features of the reference's images in this .npz for the next time")
@@ -868,7 +869,7 @@ def main():
     r.add_argument("--vae", required=True)
     r.add_argument("--data", required=True, help="image folder")
     r.add_argument("--split", choices=data.SPLITS)
-    r.add_argument("--resolution", type=data.positive, help="crop in pixels (default: the VAE's)")
+    r.add_argument("--resolution", type=common.positive, help="crop in pixels (default: the VAE's)")
     r.add_argument("--lpips", type=int, default=1, choices=(0, 1))
     r.add_argument("--lpips-ckpt", help="local torchvision VGG16 weights instead of the download")
     r.add_argument("--png", help="write up to 16 originals and their reconstructions here")
@@ -884,16 +885,16 @@ def main():
     t.add_argument("--arms", nargs="+", default=["control", "send"])
     t.add_argument("--study", help="rows.json of study.py, whose curves are drawn behind this run's")
     if "--bench" in sys.argv[1:2]:  # no command
-        b = data.Parser(prog="fid.py --bench", description="Speed of the network and the scores, beside peers.")
+        b = common.Parser(prog="fid.py --bench", description="Speed of the network and the scores, beside peers.")
         data.bench_flags(b)
-        b.add_argument("--images", type=data.positive, default=10_000, help="features of precision and recall (default 10,000)")
+        b.add_argument("--images", type=common.positive, default=10_000, help="features of precision and recall (default 10,000)")
         args = b.parse_args()
         return bench(args)
     args = p.parse_args()
     for path in filter(None, (getattr(args, k, None) for k in ("json", "png", "save_stats", "cache") if not getattr(args, "dry_run", False))):
-        data.open_out(Path(path).parent)
+        common.open_out(Path(path).parent)
     {"score": score, "recon": recon, "report": report}[args.command](args)
 
 
 if __name__ == "__main__":
-    data.run_script(main)
+    common.run_script(main)

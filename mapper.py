@@ -18,8 +18,9 @@ import torch.nn.functional as F
 
 from tqdm import tqdm
 
+import common
 import data
-from data import UserError, load_checkpoint
+from common import UserError, load_checkpoint
 from vae import attention
 
 
@@ -197,31 +198,31 @@ class TokenCache:
         files = {self.folder / "tokens.npy": (np.float16, shape), self.folder / "done.npy": (np.uint8, shape[:1])}
         if rank == 0:
             lock = self.begin(dict(vfm=vfm.name, weights=weights, layer=vfm.layer, input=vfm.size, crop=images.size, precision=args.precision, shape=list(shape), files=images.hash), files)
-        data.barrier()
-        store = data.RowFiles(*files, mode="r" if self.whole(files) else "r+")
+        common.barrier()
+        store = common.RowFiles(*files, mode="r" if self.whole(files) else "r+")
         if rank == 0:
             print(f"--cache-vfm {folder}: {cache_size(vfm, images, flips)}; {int((store.done == 0).sum())} crops to go")
-        mine = data.chunks(store.missing(rank, world), args.micro_batch or 64)
+        mine = common.chunks(store.missing(rank, world), args.micro_batch or 64)
         for pixels, _, part in tqdm(data.load_batches(images, mine, args.workers, replace=True), "tokens", len(mine), disable=rank > 0 or None):
-            with data.autocast(device, args.precision):
+            with common.autocast(device, args.precision):
                 tokens = vfm(data.to_float(pixels.to(device)).contiguous(memory_format=torch.channels_last)).half().cpu()
             if not tokens.isfinite().all():
                 raise UserError(f"--cache-vfm: tokens of {images.files[part[0] % len(images.files)]} and its batch exceed float16 or are not finite")
             store.put(part, tokens.numpy())
         if mine:
             store.flush()
-        data.barrier()
-        store = data.RowFiles(*files, mode="r")  # as the other processes left them
+        common.barrier()
+        store = common.RowFiles(*files, mode="r")  # as the other processes left them
         if not store.done.all():
             raise UserError(f"--cache-vfm {folder}: {int((store.done == 0).sum())} crops have no tokens; run the same command again")
         if rank == 0:
-            data.release(lock)  # others may read it now
+            common.release(lock)  # others may read it now
         self.tokens = store.arrays[0]
 
     @staticmethod
     def whole(files):
         """Whether all rows are there."""
-        with contextlib.suppress(FileNotFoundError, *data.BROKEN):
+        with contextlib.suppress(FileNotFoundError, *common.BROKEN):
             *arrays, done = (np.load(f, mmap_mode="r", allow_pickle=False) for f in files)
             return [a.shape for a in (*arrays, done)] == [shape for _, shape in files.values()] and bool(done.all())
         return False
@@ -230,19 +231,19 @@ class TokenCache:
         """New files, or those of a stopped run, with a lock on them; or whole ones (None). Raises UserError for a folder that holds something else."""
         mark = self.folder / "meta.json"
         if mark.exists():
-            found = data.read_json(mark)
+            found = common.read_json(mark)
             different = [k for k in settings if found.get(k) != settings[k]]
             if different:
                 raise UserError(f"--cache-vfm {self.folder} holds tokens with {different[0]} {found.get(different[0])}, this run needs {settings[different[0]]}; "
                                 "choose another folder or delete it")
             if self.whole(files):
                 return None
-        data.open_out(self.folder, need_bytes=2 * math.prod(settings["shape"]) - sum(p.stat().st_blocks * 512 for p in files if p.exists()), flag="--cache-vfm")
+        common.open_out(self.folder, need_bytes=2 * math.prod(settings["shape"]) - sum(p.stat().st_blocks * 512 for p in files if p.exists()), flag="--cache-vfm")
         strange = {p.name for p in self.folder.iterdir() if not p.name.startswith(".")} - {"tokens.npy", "done.npy", "meta.json", "meta.json.tmp"}
         if strange:
             raise UserError(f"--cache-vfm {self.folder}: holds {min(strange)} and is no cache; expected a new or empty folder")
-        lock = data.claim(self.folder / ".lock", flag="--cache-vfm")
-        data.begin_rows(mark, settings, files)
+        lock = common.claim(self.folder / ".lock", flag="--cache-vfm")
+        common.begin_rows(mark, settings, files)
         return lock
 
     def __getitem__(self, rows):

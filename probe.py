@@ -28,8 +28,9 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
+import common
 import data
-from data import UserError, read_json
+from common import UserError, read_json
 from fid import psnr
 from mapper import VFM
 from vae import load_vae
@@ -248,7 +249,7 @@ def collect(images, order, compute, dimension, label):
         if need > free:
             raise UserError(f"{folder}: the features of {label} need {need / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free; TMPDIR=DIR names a larger disk")
         X = torch.from_numpy(np.memmap(tempfile.TemporaryFile(), np.float16, "w+", shape=shape))
-    rows, kept = data.chunks(order, max(1, 2 ** (22 if cuda else 18) // images.size ** 2)), []
+    rows, kept = common.chunks(order, max(1, 2 ** (22 if cuda else 18) // images.size ** 2)), []
     for pixels, _, read in tqdm(data.load_batches(images, rows, 4 * cuda), label, len(rows), disable=None):
         found = compute(pixels).cpu().to(X.dtype)
         if not found.isfinite().all():
@@ -269,7 +270,7 @@ def latent_features(vae, images, order, precision, label):
 
     @torch.no_grad()
     def encode(pixels):
-        with data.autocast(device, precision):
+        with common.autocast(device, precision):
             return vae.encode(data.to_float(pixels.to(device)).contiguous(memory_format=torch.channels_last)).mean.flatten(1).float()
 
     return collect(images, order, encode, math.prod(latent_shape(vae, images.size)), f"encode {label}")
@@ -489,7 +490,7 @@ def draw_directions(path, blocks):
                 for j, picture in enumerate(triple):
                     sheet.paste(Image.fromarray(picture.permute(1, 2, 0).numpy()), (left + i * (3 * s + gap) + j * s, top))
             top += s + gap
-    data.save_png(sheet, path)
+    common.save_png(sheet, path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -628,7 +629,7 @@ def new_figure(width, height):
 def save_figure(figure, path):
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=100, facecolor="white")
-    data.save_png(Image.open(buffer).convert("RGB"), path)
+    common.save_png(Image.open(buffer).convert("RGB"), path)
 
 
 def kind_colours(kinds):
@@ -663,7 +664,7 @@ def scatter_figure(rows, result):
 
 
 def main_correlate(words):
-    p = data.Parser(prog="probe.py correlate", description="Correlation of every score with the Fréchet distance, plain and given PSNR.")
+    p = common.Parser(prog="probe.py correlate", description="Correlation of every score with the Fréchet distance, plain and given PSNR.")
     p.add_argument("runs", nargs="*", help="folders of run.sh (out/demo, out/imagenet/ARM/SiT-B-1), or .json lists of rows (name, psnr, fd, scores)")
     p.add_argument("--paper", action="store_true", help="the paper's own four rows (Tables 7 and 8)")
     p.add_argument("--png", help="draw the scatter here")
@@ -691,24 +692,24 @@ def main_correlate(words):
     if args.png:
         save_figure(scatter_figure(rows, result), args.png)
     if args.json:
-        data.write_json(args.json, dict(rows=rows, correlations=result))
+        common.write_json(args.json, dict(rows=rows, correlations=result))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 
 def parse_args():
-    p = data.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = common.Parser(description=__doc__)
     p.add_argument("vae", nargs="*", help="checkpoints to compare, any format of vae.load_vae (or: correlate, see its --help)")
     p.add_argument("--data", help="folder with attributes.csv, CelebA, DeepFashion's Anno_coarse or Anno_fine, or AwA2, as distributed")
-    p.add_argument("--resolution", type=data.positive, help="crop in pixels (default: the first VAE's)")
+    p.add_argument("--resolution", type=common.positive, help="crop in pixels (default: the first VAE's)")
     p.add_argument("--rivals", action="store_true", help="class probe, KDE Gini, GMM, high frequencies, equivariance, PSNR too")
     p.add_argument("--vfm", help="a ceiling: tokens of this timm model, averaged to as many numbers")
     p.add_argument("--vfm-ckpt", help="its local weights")
     p.add_argument("--vfm-layer", type=int, help="block or stage")
-    p.add_argument("--grid", type=data.positive, help="its tokens a side before averaging (default: resolution / 16, at least 8)")
+    p.add_argument("--grid", type=common.positive, help="its tokens a side before averaging (default: resolution / 16, at least 8)")
     p.add_argument("--png", help="draw what the probe saw here: attributes down and up in decoded images")
     p.add_argument("--show", nargs="+", metavar="ATTRIBUTE", help="attributes of --png (default: the six that the first VAE's probe reads best)")
-    p.add_argument("--bench", type=data.positive, metavar="STEPS", help="speed of STEPS fits on random features of f16d32 at 256, and end")
+    p.add_argument("--bench", type=common.positive, metavar="STEPS", help="speed of STEPS fits on random features of f16d32 at 256, and end")
     p.add_argument("--json", help="write all scores (--bench: its numbers) here")
     p.add_argument("--csv", help="write the scores of every attribute here")
     p.add_argument("--precision", choices=("bf16", "fp32"), help="of the encoder (default: bf16 where it is fast)")
@@ -733,7 +734,7 @@ def bench(args, device, solver):
 def check_outputs(png, *others):
     """Raise UserError before the work for a path that cannot be written at its end."""
     for path in filter(None, (png, *others)):
-        data.open_out(Path(path).parent)
+        common.open_out(Path(path).parent)
         if Path(path).is_dir():
             raise UserError(f"{path}: is a folder; expected the name of a file")
     if png and Path(png).suffix.lower() != ".png":
@@ -783,8 +784,8 @@ def main():
     if sys.argv[1:2] == ["correlate"]:
         return main_correlate(sys.argv[2:])
     args = parse_args()
-    device, _, _ = data.setup()
-    args.precision = args.precision or data.fast_precision(device)
+    device, _, _ = common.setup()
+    args.precision = args.precision or common.fast_precision(device)
     solver = device if device.type == "cuda" else torch.device("cpu")  # MPS lacks float64 and eigh
     begin = time.time()
     if args.bench:
@@ -869,9 +870,9 @@ def main():
     if blocks:
         draw_directions(args.png, blocks)
     if args.json:  # last: it marks the stage as done
-        data.write_json(args.json, dict(data=args.data, inputs=dict(data=images.hash, **{k: data.weights_hash(v.state_dict()) for k, v in vaes.items()}), attributes=names, left_out=dropped, n={s: p.stop - p.start for s, p in part.items()},
+        common.write_json(args.json, dict(data=args.data, inputs=dict(data=images.hash, **{k: common.weights_hash(v.state_dict()) for k, v in vaes.items()}), attributes=names, left_out=dropped, n={s: p.stop - p.start for s, p in part.items()},
                                         precision=args.precision, results=results, seconds=round(time.time() - begin, 1)))
 
 
 if __name__ == "__main__":
-    data.run_script(main)
+    common.run_script(main)

@@ -23,8 +23,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import common
 import data
-from data import UserError
+from common import UserError
 from sit import SIT_MODELS, SiT, load_sit, sample_ode, sample_sde
 from vae import VAE_CONFIGS, AutoencoderKL, load_vae
 
@@ -32,23 +33,23 @@ STREAM, LABELS = 2 ** 32, 2 ** 62  # added to the seed: noise of SDE step i, and
 
 
 def parse_args():
-    p = data.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = common.Parser(description=__doc__)
     p.add_argument("--sit", help="checkpoint of train_sit.py, REPA, REPA-E or SiT (--bench: or the name of a size, such as SiT-B/1)")
     p.add_argument("--vae", help="VAE to decode with (default: the one the latents were made with)")
     p.add_argument("--latent-stats", help="for other projects' SiT without statistics: REPA-E's NAME-latents-stats.pt, vae.py's stats.npz, "
                    "or a scaling factor (0.18215 for SiT and REPA on SD-VAE)")
     p.add_argument("--out", help="NAME.npz; NAME.png is written beside it")
-    p.add_argument("--images", type=data.positive, default=50_000, help="how many")
+    p.add_argument("--images", type=common.positive, default=50_000, help="how many")
     p.add_argument("--sampler", default="sde", choices=("sde", "euler", "heun"), help="sde: Euler-Maruyama, w(t) = 2t (paper)")
-    p.add_argument("--steps", type=data.positive, default=250)
+    p.add_argument("--steps", type=common.positive, default=250)
     p.add_argument("--cfg", type=float, default=1.0, help="guidance scale s (paper: 2.5)")
     p.add_argument("--guide", help="AutoGuidance: a weaker SiT on the same latents (smaller, or trained for less)")
     p.add_argument("--interval", type=float, nargs=2, default=(0.0, 0.75), metavar=("LOW", "HIGH"), help="times t with guidance (REPA-E: 0 0.75)")
     p.add_argument("--labels", default="random", choices=("random", "equal", "blocks"),
                    help="classes drawn at random; in equal counts, 0 1 2 ... 0 1 2 ...; in equal counts, class after class")
     p.add_argument("--weights", choices=("ema", "model"), default="ema")
-    p.add_argument("--seed", type=data.natural, default=0)
-    p.add_argument("--micro-batch", type=data.positive, default=64, help="images at a time and process: memory only")
+    p.add_argument("--seed", type=common.natural, default=0)
+    p.add_argument("--micro-batch", type=common.positive, default=64, help="images at a time and process: memory only")
     p.add_argument("--precision", choices=("bf16", "fp32"), help="default: bf16 where it is fast")
     p.add_argument("--compile", type=int, default=int(torch.cuda.is_available()), choices=(0, 1))
     p.add_argument("--deterministic", action="store_true", help="equal bits in each run on CUDA too, slower (a CPU needs no flag)")
@@ -62,11 +63,11 @@ def parse_args():
 def read_sit(path, weights):
     """The SiT of a file. Raises UserError for a file that is none, or damaged."""
     try:
-        if data.is_zip(path):
-            data.check_zip(path, checksums=True)
+        if common.is_zip(path):
+            common.check_zip(path, checksums=True)
         return load_sit(path, weights)
-    except data.DAMAGED as e:
-        raise data.damage(e, str(e) if str(path) in str(e) else f"{path}: {' '.join(str(e).split())}")
+    except common.DAMAGED as e:
+        raise common.damage(e, str(e) if str(path) in str(e) else f"{path}: {' '.join(str(e).split())}")
 
 
 def load_pair(args):
@@ -78,9 +79,9 @@ def load_pair(args):
     if not args.vae and not Path(path).exists():
         raise UserError(f"{args.sit} was trained on latents of {path}, which is not there; if it has moved, give its new place with --vae")
     vae = load_vae(path)
-    found = data.weights_hash(vae.state_dict())
+    found = common.weights_hash(vae.state_dict())
     if checkpoint["vae_hash"] is None and checkpoint["vae"] and args.vae:  # REPA-E's joint file
-        checkpoint = dict(checkpoint, vae_hash=data.weights_hash(load_vae(args.sit).state_dict()))
+        checkpoint = dict(checkpoint, vae_hash=common.weights_hash(load_vae(args.sit).state_dict()))
     if checkpoint["vae_hash"] not in (None, found):
         raise UserError(f"--vae {path}: weights {found}, but {args.sit} was trained on latents of {checkpoint['vae_hash']} "
                         f"({checkpoint['vae']}); decode with that file")
@@ -106,14 +107,14 @@ def read_stats(text, channels):
         if factor is not None:
             mean, std = torch.zeros(channels), torch.full((channels,), 1 / factor)
         elif text.endswith(".npz"):
-            mean, std = (torch.from_numpy(v).float() for v in data.read_npz(text, "mean", "std").values())
+            mean, std = (torch.from_numpy(v).float() for v in common.read_npz(text, "mean", "std").values())
         else:
-            stats = data.load_checkpoint(text)
+            stats = common.load_checkpoint(text)
             mean, std = stats["latents_bias"].float().flatten(), 1 / stats["latents_scale"].float().flatten()
     except UserError:
         raise
-    except (*data.DAMAGED, ZeroDivisionError) as e:
-        raise data.damage(e, f"--latent-stats {text}: expected latents_scale and latents_bias, mean and std, or a number ({type(e).__name__}: {e})")
+    except (*common.DAMAGED, ZeroDivisionError) as e:
+        raise common.damage(e, f"--latent-stats {text}: expected latents_scale and latents_bias, mean and std, or a number ({type(e).__name__}: {e})")
     if mean.shape != (channels,) or std.shape != (channels,) or not (std > 0).all() or not (mean.isfinite() & std.isfinite()).all():
         raise UserError(f"--latent-stats {text}: statistics {tuple(mean.shape)} and {tuple(std.shape)}, expected {channels} finite means and {channels} positive stds")
     return mean, std
@@ -156,22 +157,22 @@ def sample_batch(model, vae, guide, checkpoint, args, rows, labels, device, cloc
     noise = data.draw_noise(args.seed, rows, 0, shape)[1]
     y = torch.from_numpy(labels).to(device)
     common = dict(steps=args.steps, cfg=args.cfg, interval=args.interval, path=checkpoint["path"], guide=guide)
-    with clock("sit"), data.autocast(device, args.precision):
+    with clock("sit"), common.autocast(device, args.precision):
         if args.sampler == "sde":
             noises = data.ahead((data.draw_noise(args.seed + (i + 1) * STREAM, rows, 0, shape)[1] for i in range(args.steps)), device)
             z = sample_sde(model, noise.to(device), y, draw=lambda i: next(noises).to(device, non_blocking=True), **common)
         else:
             z = sample_ode(model, noise.to(device), y, method=args.sampler, **common)
-    with clock("decode"), data.autocast(device, args.precision):
+    with clock("decode"), common.autocast(device, args.precision):
         mean, std = (checkpoint[k].view(1, -1, 1, 1).to(device) for k in ("latent_mean", "latent_std"))
         x = vae.decode((z * std + mean).contiguous(memory_format=torch.channels_last))
-        return data.to_host(data.to_uint8(x).permute(0, 2, 3, 1)), data.to_host(x.isfinite().all())
+        return common.to_host(data.to_uint8(x).permute(0, 2, 3, 1)), common.to_host(x.isfinite().all())
 
 
 def sample_batches(model, vae, guide, checkpoint, args, parts, labels, store, device, clock):
     """Put the images of each list of rows into `store` (RowFiles), while the next is under way; yield once a list."""
     launched = ((part, *sample_batch(model, vae, guide, checkpoint, args, part, labels[part], device, clock)) for part in parts)
-    for part, pixels, finite in data.one_behind(launched):
+    for part, pixels, finite in common.one_behind(launched):
         with clock("store"):
             if not finite():
                 raise UserError(f"{args.sit}: samples {part[0]} to {part[-1]} are not finite; train longer, or use --precision fp32")
@@ -182,7 +183,7 @@ def sample_batches(model, vae, guide, checkpoint, args, parts, labels, store, de
 def prepare(model, vae, guide, args, device):
     """On the device, as the sampling pass wants them."""
     for network in filter(None, (model, vae.to(memory_format=torch.channels_last), guide)):
-        data.cast_matmuls(network, device, args.precision)
+        common.cast_matmuls(network, device, args.precision)
     for network in filter(None, (model, vae.decoder, guide) if args.compile else ()):
         network.compile()
 
@@ -220,7 +221,7 @@ def bench(args, device, world):
 
     @torch.no_grad()
     def bare():
-        with data.autocast(device, args.precision):
+        with common.autocast(device, args.precision):
             for size in stub.sizes:
                 model(x[:size * n], t[:size * n], y[:size * n])
             vae.decode(x[:n].contiguous(memory_format=torch.channels_last))
@@ -228,8 +229,8 @@ def bench(args, device, world):
     with tempfile.TemporaryDirectory() as folder:
         rows, side = (args.bench + 10) * n, config["input_size"] * vae.factor
         files = {f"{folder}/images": (np.uint8, (rows, side, side, 3)), f"{folder}/done": (np.uint8, (rows,))}
-        data.begin_rows(f"{folder}/run", {}, files)
-        source = sample_batches(model, vae, None, checkpoint, args, data.chunks(range(rows), n), np.arange(rows) % config["num_classes"], data.RowFiles(*files), device, clock)
+        common.begin_rows(f"{folder}/run", {}, files)
+        source = sample_batches(model, vae, None, checkpoint, args, common.chunks(range(rows), n), np.arange(rows) % config["num_classes"], common.RowFiles(*files), device, clock)
         data.run_bench(args, f"sample.py {args.sit}, {n} images at a time, {args.sampler} {args.steps} steps, {sum(stub.sizes)} evaluations an image",
                        device, lambda: next(source), n * world, flops, clock, bare)
 
@@ -250,12 +251,12 @@ def write_npz(path, arrays):
             for name, array in arrays.items():
                 with z.open(f"{name}.npy", "w", force_zip64=True) as f:
                     np.lib.format.write_array(f, array, allow_pickle=False)
-        data.sync(temporary)
+        common.sync(temporary)
     except OSError:
         temporary.unlink(missing_ok=True)  # it may fill the disk
         raise
     os.replace(temporary, path)
-    data.sync(Path(path).parent)
+    common.sync(Path(path).parent)
 
 
 PATHS = ("sit", "vae", "guide", "latent_stats")  # what these hold is compared by its hash: a folder may move
@@ -265,14 +266,14 @@ def finished(out, settings):
     """Whether `out` was written with these settings."""
     if not out.exists() or not out.with_suffix(".json").exists() or Path(f"{out}.run").exists():  # .run is removed after the .npz is written
         return False
-    found = data.read_json(out.with_suffix(".json"))
+    found = common.read_json(out.with_suffix(".json"))
     return all(found.get(k) == v for k, v in settings.items() if k not in PATHS)
 
 
 def main():
     args = parse_args()
-    device, rank, world = data.setup(args.deterministic)
-    args.precision = args.precision or data.fast_precision(device)
+    device, rank, world = common.setup(args.deterministic)
+    args.precision = args.precision or common.fast_precision(device)
     if args.bench:
         args.sit = args.sit or "SiT-XL/1"
         return bench(args, device, world)
@@ -296,34 +297,34 @@ def main():
     files = {f"{out}.part": (np.uint8, shape), f"{out}.done": (np.uint8, shape[:1])}
     labels = choose_labels(args, model.num_classes)
     settings = {k: v for k, v in vars(args).items() if k not in ("out", "micro_batch", "dry_run", "compile", "bench", "json", "deterministic")}
-    settings.update(interval=list(args.interval), step=checkpoint["step"], vae_hash=checkpoint["vae_hash"], nfe=nfe, sit_hash=data.weights_hash(model.state_dict()),
-                    guide_hash=guide and data.weights_hash(guide.state_dict()), stats_hash=data.weights_hash({k: checkpoint[k] for k in ("latent_mean", "latent_std")}))
+    settings.update(interval=list(args.interval), step=checkpoint["step"], vae_hash=checkpoint["vae_hash"], nfe=nfe, sit_hash=common.weights_hash(model.state_dict()),
+                    guide_hash=guide and common.weights_hash(guide.state_dict()), stats_hash=common.weights_hash({k: checkpoint[k] for k in ("latent_mean", "latent_std")}))
     if finished(out, settings):
         if rank == 0:
             data.sweep(f"{out}.lock", *files)
             print(f"{out}: already there")
         return
     there = Path(f"{out}.part").stat().st_blocks * 512 if Path(f"{out}.part").exists() else 0
-    data.open_out(out.parent, need_bytes=2 * int(np.prod(shape)) - there)
+    common.open_out(out.parent, need_bytes=2 * int(np.prod(shape)) - there)
     if rank == 0:
-        data.claim(f"{out}.lock")
-        if data.begin_rows(f"{out}.run", {k: v for k, v in settings.items() if k not in PATHS}, files):
+        common.claim(f"{out}.lock")
+        if common.begin_rows(f"{out}.run", {k: v for k, v in settings.items() if k not in PATHS}, files):
             print(f"{out}: going on, {np.count_nonzero(np.load(f'{out}.done', allow_pickle=False))} of {args.images} images are there")
-    data.barrier()
-    store = data.RowFiles(*files)
+    common.barrier()
+    store = common.RowFiles(*files)
     rows = store.missing(rank, world)
     prepare(model, vae, guide, args, device)
-    parts = data.chunks(rows, args.micro_batch)
+    parts = common.chunks(rows, args.micro_batch)
     for _ in tqdm(sample_batches(model, vae, guide, checkpoint, args, parts, labels, store, device, data.Clock(device)), "sample", len(parts), disable=rank > 0 or None):
         pass
     store.flush()
-    data.barrier()
+    common.barrier()
     if rank:
         return
     shown, images = min(args.images, 64), store.arrays[0]
-    data.save_grid(torch.from_numpy(images[:shown].copy()).permute(0, 3, 1, 2), out.with_suffix(".png"), columns=8)
+    common.save_grid(torch.from_numpy(images[:shown].copy()).permute(0, 3, 1, 2), out.with_suffix(".png"), columns=8)
     seconds = time.time() - begin
-    data.write_json(out.with_suffix(".json"), dict(settings, seconds=round(seconds, 1)))
+    common.write_json(out.with_suffix(".json"), dict(settings, seconds=round(seconds, 1)))
     write_npz(out, {"arr_0": images, "arr_1": labels.astype(np.int64)})  # last: it marks the stage as done
     os.remove(f"{out}.run")
     data.sweep(f"{out}.lock", *files)
@@ -331,4 +332,4 @@ def main():
 
 
 if __name__ == "__main__":
-    data.run_script(main)
+    common.run_script(main)

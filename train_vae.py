@@ -33,29 +33,30 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
+import common
 import data
-from data import UserError
+from common import UserError
 from fid import build_lpips
 from mapper import VFM, LinearMapper, Mapper, TokenCache, add_noise, align_loss, cache_size, vavae_loss
 from vae import VAE_CONFIGS, AutoencoderKL, GroupNorm, load_vae
 
 
 def parse_args():
-    p = data.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = common.Parser(description=__doc__)
     on_gpu = torch.cuda.is_available()
     p.add_argument("--data", help="image folder")
     p.add_argument("--out", help="folder for vae.pt and metrics.jsonl")
     p.add_argument("--split", choices=data.SPLITS, help="only the images that attributes.csv puts there (default: all)")
     p.add_argument("--init", help="VAE to fine-tune (any format of vae.load_vae); its architecture is kept")
     p.add_argument("--preset", choices=VAE_CONFIGS, help="architecture for training from scratch (without --init)")
-    p.add_argument("--resolution", type=data.positive, help="crop in pixels (default: the VAE's)")
+    p.add_argument("--resolution", type=common.positive, help="crop in pixels (default: the VAE's)")
     p.add_argument("--flip", type=int, default=1, choices=(0, 1), help="mirror images are data too")
     # Optimisation: the paper's values
-    p.add_argument("--steps", type=data.positive, default=100_000, help="optimiser steps (80 ImageNet epochs at 1024: 100,000)")
-    p.add_argument("--batch", type=data.positive, default=1024, help="images a step, over all processes")
-    p.add_argument("--micro-batch", type=data.positive, help="images per forward pass and process: memory only (default: all)")
+    p.add_argument("--steps", type=common.positive, default=100_000, help="optimiser steps (80 ImageNet epochs at 1024: 100,000)")
+    p.add_argument("--batch", type=common.positive, default=1024, help="images a step, over all processes")
+    p.add_argument("--micro-batch", type=common.positive, help="images per forward pass and process: memory only (default: all)")
     p.add_argument("--lr", type=float, default=3e-4, help="AdamW, betas 0.9 0.999, no weight decay")
-    p.add_argument("--lr-warmup", type=data.natural, default=0, help="steps of linear warm-up")
+    p.add_argument("--lr-warmup", type=common.natural, default=0, help="steps of linear warm-up")
     p.add_argument("--lr-decay", type=int, default=0, choices=(0, 1), help="1: half a cosine down to zero at --steps")
     p.add_argument("--clip", type=float, default=1.0, help="largest gradient norm")
     p.add_argument("--ema", type=float, default=0.9999, help="decay of the averaged weights")
@@ -64,7 +65,7 @@ def parse_args():
     p.add_argument("--lpips", type=float, default=1.0, help="weight of LPIPS (VGG); 0: off")
     p.add_argument("--lpips-ckpt", help="local torchvision VGG16 weights instead of the download")
     p.add_argument("--gan", type=float, default=0.1, help="weight of the hinge GAN; 0: no discriminator")
-    p.add_argument("--gan-start", type=data.natural, default=0, help="first step with the GAN")
+    p.add_argument("--gan-start", type=common.natural, default=0, help="first step with the GAN")
     p.add_argument("--gan-adaptive", type=int, default=0, choices=(0, 1), help="1: weigh the GAN by LDM's ratio of gradients too; costs a second forward pass")
     p.add_argument("--disc-ckpt", help="pre-trained discriminator of taming, LDM or REPA-E, with its batch norm (default: from scratch, group norm)")
     p.add_argument("--kl", type=float, default=1e-6, help="weight of the KL, summed over the latent")
@@ -79,17 +80,17 @@ def parse_args():
     p.add_argument("--mapper-depth", type=int, default=1, help="ViT blocks; 0: MLP only")
     p.add_argument("--mapper-width", type=int, help="default: the VFM's dimension")
     p.add_argument("--mapper-mlp", type=int, default=2048, help="width of the mapper's projector")
-    p.add_argument("--mapper-warmup", type=data.natural, default=0, help="first steps in which L_align trains the mapper alone")
+    p.add_argument("--mapper-warmup", type=common.natural, default=0, help="first steps in which L_align trains the mapper alone")
     p.add_argument("--noise", type=int, default=1, choices=(0, 1), help="eq. (1) on the latent before the mapper")
     p.add_argument("--vfm-standardise", type=int, default=0, choices=(0, 1), help="1: tokens with zero mean and unit deviation per channel, so that the cosine is not ruled by what all tokens share (not in the paper)")
     # The run
-    p.add_argument("--seed", type=data.natural, default=0)
+    p.add_argument("--seed", type=common.natural, default=0)
     p.add_argument("--precision", choices=("bf16", "fp32"), help="default: bf16 where it is fast")
     p.add_argument("--deterministic", action="store_true", help="equal bits in each run on CUDA too, slower (a CPU needs no flag)")
     p.add_argument("--compile", type=int, default=int(on_gpu), choices=(0, 1))
-    p.add_argument("--workers", type=data.natural, default=4 if on_gpu else 0, help="image reading processes")
-    p.add_argument("--save-every", type=data.positive, default=1000, help="steps between checkpoints")
-    p.add_argument("--log-every", type=data.positive, default=50, help="steps between lines of metrics.jsonl")
+    p.add_argument("--workers", type=common.natural, default=4 if on_gpu else 0, help="image reading processes")
+    p.add_argument("--save-every", type=common.positive, default=1000, help="steps between checkpoints")
+    p.add_argument("--log-every", type=common.positive, default=50, help="steps between lines of metrics.jsonl")
     p.add_argument("--dry-run", action="store_true", help="print the plan (parameters, tokens, memory, disk), and end; needs no VFM or LPIPS weights")
     data.bench_flags(p)
     args = p.parse_args()
@@ -129,13 +130,13 @@ class PatchGAN(nn.Module):
 
 def load_discriminator(discriminator, path):
     """Weights of taming's, LDM's (inside its .ckpt) or REPA-E's PatchGAN, strictly. Raises UserError."""
-    state = data.load_checkpoint(path)
+    state = common.load_checkpoint(path)
     for wrapper in ("state_dict", "discriminator"):  # LDM; our own vae.pt
         state = state[wrapper] if isinstance(state, dict) and isinstance(state.get(wrapper), dict) else state
     found = {k[k.index("main."):]: v for k, v in state.items() if k.startswith(("main.", "discriminator.main.", "loss.discriminator.main."))}
     if not found:
         raise UserError(f"--disc-ckpt {path}: no discriminator in it (expected tensors named main.0.weight, or loss.discriminator.main.0.weight)")
-    data.load_weights(discriminator, found, f"--disc-ckpt {path}")
+    common.load_weights(discriminator, found, f"--disc-ckpt {path}")
 
 
 class DiscriminatorLoss(nn.Module):
@@ -233,7 +234,7 @@ class LatentStats:
 
     def update(self, momentum):
         """Once a step: fold the sums over all processes and micro-batches into the running means."""
-        count, *sums = data.all_reduce(self.sums)
+        count, *sums = common.all_reduce(self.sums)
         mean, square, grad_mean, grad_scale = sums[0] / count, sums[1] / count, sums[2] / count / self.world, sums[3] / count / self.world
         for name, new in zip(self.NAMES, (mean, square - mean.square(), grad_mean, grad_scale)):
             getattr(self, name).lerp_(new.to(self.mean.dtype), momentum)
@@ -249,7 +250,7 @@ class Trainer:
             raise UserError("give either --init CKPT (fine-tune) or --preset NAME (from scratch)")
         torch.manual_seed(args.seed)  # initial weights only
         self.vae = load_vae(args.init).requires_grad_(True).train() if args.init else AutoencoderKL(**VAE_CONFIGS[args.preset])
-        self.inputs = dict(init=data.weights_hash(self.vae.state_dict()) if args.init else None)  # of a resumed run: the same content, wherever it lies
+        self.inputs = dict(init=common.weights_hash(self.vae.state_dict()) if args.init else None)  # of a resumed run: the same content, wherever it lies
         self.size = args.resolution or self.vae.config["resolution"]
         if self.size % self.vae.factor:
             raise UserError(f"--resolution {self.size}: expected a multiple of {self.vae.factor}, the VAE's downsampling factor")
@@ -263,25 +264,25 @@ class Trainer:
             raise UserError("--cache-vfm: has no effect without alignment")
         if args.align != "none":
             grid = args.grid or min(side, max(1, self.size // 16) if self.size >= 256 else side)
-            with data.rank_zero_first():
+            with common.rank_zero_first():
                 self.vfm = VFM(args.vfm, self.size, grid, args.vfm_ckpt, args.vfm_layer, weights=not random)
             torch.manual_seed(args.seed + 1)
             if args.align == "send":
                 self.mapper = Mapper(c, side, grid, self.vfm.dim, args.mapper_depth, args.mapper_width, mlp_width=args.mapper_mlp)
             else:
                 self.mapper = LinearMapper(c, side, grid, self.vfm.dim)
-            self.inputs["vfm"] = None if random else data.weights_hash(self.vfm.state_dict())
-            data.cast_matmuls(self.vfm.to(memory_format=torch.channels_last), device, args.precision)
+            self.inputs["vfm"] = None if random else common.weights_hash(self.vfm.state_dict())
+            common.cast_matmuls(self.vfm.to(memory_format=torch.channels_last), device, args.precision)
         if args.lpips:
-            with data.rank_zero_first():
+            with common.rank_zero_first():
                 self.lpips = build_lpips(args.lpips_ckpt, device, weights=not random)
-            self.inputs["lpips"] = None if random else data.weights_hash(self.lpips.state_dict())
+            self.inputs["lpips"] = None if random else common.weights_hash(self.lpips.state_dict())
         if args.gan:
             torch.manual_seed(args.seed + 2)
             self.discriminator = PatchGAN(norm="batch" if args.disc_ckpt else "group")
             if args.disc_ckpt:
                 load_discriminator(self.discriminator, args.disc_ckpt)
-                self.inputs["disc_ckpt"] = data.weights_hash(self.discriminator.state_dict())
+                self.inputs["disc_ckpt"] = common.weights_hash(self.discriminator.state_dict())
         self.ema = copy.deepcopy(self.vae).to(device).requires_grad_(False)
         weights = dict(rec=1.0, kl=args.kl, lpips=args.lpips, gan=args.gan, align=args.lambda_align)
         self.loss = VAELoss(self.vae, self.mapper, weights, args.rec, args.align, varies=bool(local % (args.micro_batch or local))).to(device, memory_format=torch.channels_last)
@@ -307,8 +308,8 @@ class Trainer:
         if self.tokens is not None:
             found = self.tokens[rows]
         else:
-            with data.autocast(self.device, self.args.precision):
-                found = torch.cat([self.vfm(data.to_float(pixels.to(self.device))) for pixels, _, _ in data.load_batches(images, data.chunks(rows, 64), replace=True)])
+            with common.autocast(self.device, self.args.precision):
+                found = torch.cat([self.vfm(data.to_float(pixels.to(self.device))) for pixels, _, _ in data.load_batches(images, common.chunks(rows, 64), replace=True)])
         self.token_stats = tuple(v.to(self.device) for v in (found.mean((0, 1)), found.std((0, 1))))
 
     def parallel(self):
@@ -339,7 +340,7 @@ class Trainer:
     def load(self, checkpoint):
         for name in ("vae", "ema", "mapper", "discriminator"):
             if getattr(self, name) is not None:
-                data.load_weights(getattr(self, name), checkpoint[name], f"{self.args.out}/vae.pt, {name}")
+                common.load_weights(getattr(self, name), checkpoint[name], f"{self.args.out}/vae.pt, {name}")
         self.optimizer.load_state_dict(checkpoint["optimizer"])
         if self.discriminator is not None:
             self.disc_optimizer.load_state_dict(checkpoint["disc_optimizer"])
@@ -350,7 +351,7 @@ class Trainer:
     def first_stats(self, batches):
         """Latent statistics of the first global batch, before the first step needs them (with gradients, as the compiled encoder knows it)."""
         for x, noise, _, _ in batches:
-            with data.autocast(self.device, self.args.precision):
+            with common.autocast(self.device, self.args.precision):
                 self.stats.add(self.vae.encode(data.any_batch(x, self.loss.varies)).sample(noise[1]).detach())
         self.stats.update(momentum=1.0)
 
@@ -372,7 +373,7 @@ class Trainer:
             x = data.to_float(move(pixels, i)).contiguous(memory_format=torch.channels_last)
             known = move(tokens, i)
             if known is None and self.vfm is not None:
-                with self.clock("vfm"), data.autocast(self.device, self.args.precision):
+                with self.clock("vfm"), common.autocast(self.device, self.args.precision):
                     known = self.vfm(data.any_batch(x, self.loss.varies))
             if self.token_stats is not None:
                 known = (known - self.token_stats[0]) / (self.token_stats[1] + 1e-6)
@@ -387,11 +388,11 @@ class Trainer:
         if not wanted:
             return {}
         for x, noise, tokens, share in batches:
-            with data.autocast(self.device, args.precision):
+            with common.autocast(self.device, args.precision):
                 gradients = self.loss.ratio_gradients(wanted, x, noise, tokens, self.stats, True, judge, self.lpips)
             for k, pair in gradients.items():
                 sums[k] = [share * g + s for g, s in zip(pair, sums.get(k, (0, 0)))]
-        mean = {k: [data.all_reduce(g / self.world) for g in pair] for k, pair in sums.items()}
+        mean = {k: [common.all_reduce(g / self.world) for g in pair] for k, pair in sums.items()}
         return {k: gradient_ratio(*pair, most={"gan": 1e4, "align": 1e8}[k]) for k, pair in mean.items()}
 
     def train_step(self, pixels, noise, tokens):
@@ -401,7 +402,7 @@ class Trainer:
         if args.align == "send" and self.step == 0:
             self.first_stats(batches)
         for group in self.optimizer.param_groups:
-            group["lr"] = data.learning_rate(args, self.step)
+            group["lr"] = common.learning_rate(args, self.step)
         judge = self.judge if self.step >= args.gan_start else None
         if judge is not None:
             self.discriminator.requires_grad_(False)
@@ -409,7 +410,7 @@ class Trainer:
         fakes, ratios = [], self.adaptive_ratios(batches, judge)
         parts = {f"{k}_ratio": v for k, v in ratios.items()}
         for i, (x, noise, tokens, share) in enumerate(batches):
-            with data.autocast(self.device, args.precision), data.sync_if(self.run, i == len(batches) - 1):
+            with common.autocast(self.device, args.precision), common.sync_if(self.run, i == len(batches) - 1):
                 with clock("forward"):
                     total, each, x_rec, z = self.run(x, noise, tokens, self.stats, self.step >= args.mapper_warmup, judge, self.lpips, ratios=ratios)
                 with clock("backward"):
@@ -429,7 +430,7 @@ class Trainer:
             with clock("discriminator"):
                 parts |= self.disc_step(batches, fakes)
         with clock("ema"):
-            data.update_ema(self.ema, self.vae, self.step, args.ema)
+            common.update_ema(self.ema, self.vae, self.step, args.ema)
         self.step += 1
         return parts
 
@@ -438,7 +439,7 @@ class Trainer:
         self.disc_optimizer.zero_grad(set_to_none=True)
         loss = 0
         for i, ((x, _, _, share), fake) in enumerate(zip(batches, fakes)):
-            with data.autocast(self.device, self.args.precision), data.sync_if(self.run_disc, i == len(batches) - 1):
+            with common.autocast(self.device, self.args.precision), common.sync_if(self.run_disc, i == len(batches) - 1):
                 part = self.run_disc(data.any_batch(x, self.loss.varies), data.any_batch(fake, self.loss.varies)) * share
                 part.backward()
             loss = loss + part.detach()
@@ -527,36 +528,36 @@ def plan(t, images, path, disk):
 
 def main():
     args = parse_args()
-    device, rank, world = data.setup(args.deterministic)
-    args.precision = args.precision or data.fast_precision(device)
+    device, rank, world = common.setup(args.deterministic)
+    args.precision = args.precision or common.fast_precision(device)
     if args.batch % world:
         raise UserError(f"--batch {args.batch}: expected a multiple of the {world} processes")
     if args.bench:
         return bench(args, device, rank, world)
-    out = Path(args.out) if args.dry_run else data.open_out(args.out)
+    out = Path(args.out) if args.dry_run else common.open_out(args.out)
     path = out / "vae.pt"
     if rank == 0 and not args.dry_run:
-        data.claim(out / ".lock")
+        common.claim(out / ".lock")
     t = Trainer(args, torch.device("meta") if args.dry_run else device, rank, world)
     disk = 3 * sum(p.numel() for p in t.loss.parameters()) * 16
     images = data.ImageFolder(args.data, t.size, flip=bool(args.flip), split=args.split)
     data.check_folder(images, args.batch)
     if args.dry_run:
         return plan(t, images, path, disk) if rank == 0 else None
-    checkpoint, t.inputs["data"] = data.load_newest(path), images.hash if rank == 0 else None
+    checkpoint, t.inputs["data"] = common.load_newest(path), images.hash if rank == 0 else None
     if checkpoint is not None:
-        data.same_run(checkpoint, args, path, t.inputs if rank == 0 else {})
+        common.same_run(checkpoint, args, path, t.inputs if rank == 0 else {})
         t.load(checkpoint)
     if t.step >= args.steps:
         return print(f"{path}: already at step {t.step}") if rank == 0 else None
     t.parallel()
-    data.open_out(out, need_bytes=data.disk_left(disk, path))
+    common.open_out(out, need_bytes=data.disk_left(disk, path))
     t.cache_tokens(images)
     t.measure_tokens(images)
     if rank == 0:
         plan(t, images, path, disk)
-    log = data.Log(out / "metrics.jsonl", t.step, dict(vars(args), inputs=t.inputs), rank)
-    stop, since, seen, pending = data.Stop(), time.time(), 0, data.Parts((checkpoint or {}).get("losses"))
+    log = common.Log(out / "metrics.jsonl", t.step, dict(vars(args), inputs=t.inputs), rank)
+    stop, since, seen, pending = common.Stop(), time.time(), 0, data.Parts((checkpoint or {}).get("losses"))
     name_images = lambda step, places: [images.files[data.sample_order(len(images), args.seed, (step - 1) * args.batch + p, 1)[0] % len(images.files)] for p in places]
     bar = tqdm(total=args.steps, initial=t.step, disable=rank > 0 or None)
     for batch in data.ahead(batches(t, images), device):
@@ -572,17 +573,17 @@ def main():
         if logs:
             now = time.time()
             t.seconds, rate, since, seen = t.seconds + now - since, seen / (now - since), now, 0
-            log.write(step=t.step, **parts, lr=data.learning_rate(args, t.step - 1), images_per_s=round(rate, 1), seconds=round(t.seconds, 1))
+            log.write(step=t.step, **parts, lr=common.learning_rate(args, t.step - 1), images_per_s=round(rate, 1), seconds=round(t.seconds, 1))
             bar.set_postfix({k: f"{v:.4g}" for k, v in parts.items()}, refresh=False)
         if (saves or stopping) and rank == 0:
-            data.save_checkpoint(path, dict(t.state(), losses=pending.state()))
+            common.save_checkpoint(path, dict(t.state(), losses=pending.state()))
         if stopping:
-            data.barrier()  # no rank leaves, and takes the others with it, before the checkpoint is on disk
-            raise data.Stopped(f"stopped by {signal.Signals(stopping).name}; saved at step {t.step}; run the same command to go on", stopping)
+            common.barrier()  # no rank leaves, and takes the others with it, before the checkpoint is on disk
+            raise common.Stopped(f"stopped by {signal.Signals(stopping).name}; saved at step {t.step}; run the same command to go on", stopping)
     bar.close()
     if rank == 0:
         print(f"{path}: step {t.step}, " + ", ".join(f"{k} {v:.4g}" for k, v in parts.items()) + f", {t.seconds:.0f} s")
 
 
 if __name__ == "__main__":
-    data.run_script(main)
+    common.run_script(main)

@@ -27,8 +27,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
+import common
 import data
-from data import UserError
+from common import UserError
 
 # name -> constructor arguments of AutoencoderKL. The factor f is 2 ** (len(ch_mult) - 1), d is z_channels.
 VAE_CONFIGS = {
@@ -287,7 +288,7 @@ def load_vae(path):
         config = diffusers_config(path / "config.json")
         safe = path / "diffusion_pytorch_model.safetensors"
         path = safe if safe.exists() or not safe.with_suffix(".bin").exists() else safe.with_suffix(".bin")
-    state = data.load_checkpoint(path)
+    state = common.load_checkpoint(path)
     if isinstance(state, dict) and "config" in state and isinstance(state.get("vae"), dict):  # ours
         config, state = state["config"], state.get("ema", {})
     elif path.suffix == ".safetensors" and (exported := exported_config(path)):
@@ -299,14 +300,14 @@ def load_vae(path):
     except (TypeError, RuntimeError, ZeroDivisionError) as e:
         raise UserError(f"{path}: its configuration is no autoencoder's ({e})")
     ours = {diffusers_name(k, len(vae.encoder.down)): k for k in vae.state_dict()}
-    data.load_weights(vae, {ours.get(k, k): v for k, v in state.items()}, path)
+    common.load_weights(vae, {ours.get(k, k): v for k, v in state.items()}, path)
     return vae.eval().requires_grad_(False)
 
 
 def export_weights(vae, path, source):
     """The averaged weights alone, in float16, with the constructor's arguments and how `source` was made: the small file that is passed on."""
     state = {k: v.half().contiguous() for k, v in vae.state_dict().items()}
-    made = dict(data.made(), source=data.load_checkpoint(source).get("made") if Path(source).suffix == ".pt" else str(source))
+    made = dict(common.made(), source=common.load_checkpoint(source).get("made") if Path(source).suffix == ".pt" else str(source))
     made = re.sub(r"(?<![\w.])/(?:[^\s/\"]+/)+", "", json.dumps(made))  # names of files, without this machine's folders
     safetensors.torch.save_file(state, f"{path}.part", dict(config=json.dumps(vae.config), made=made))
     os.replace(f"{path}.part", path)
@@ -411,10 +412,10 @@ def export_diffusers(vae, folder):
     state = {diffusers_name(k, levels): v[:, :, 0, 0] if ".attn" in k and v.ndim == 4 else v for k, v in vae.state_dict().items()}
     if (Path(folder) / "config.json").exists():
         raise UserError(f"{folder} holds a config.json already; choose another --out")
-    folder = data.open_out(folder, need_bytes=4 * sum(v.numel() for v in state.values()))
+    folder = common.open_out(folder, need_bytes=4 * sum(v.numel() for v in state.values()))
     safetensors.torch.save_file({k: v.contiguous() for k, v in state.items()}, folder / "diffusion_pytorch_model.safetensors")
-    data.write_text(folder / "config.json", json.dumps(config, indent=1) + "\n")
-    data.write_json(folder / "made.json", dict(vae_hash=data.weights_hash(vae.state_dict())))
+    common.write_text(folder / "config.json", json.dumps(config, indent=1) + "\n")
+    common.write_json(folder / "made.json", dict(vae_hash=common.weights_hash(vae.state_dict())))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -424,19 +425,19 @@ UNREADABLE = 2  # in done.npy, of an image without moments
 
 
 def parse_args():
-    p = data.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = common.Parser(description=__doc__)
     p.add_argument("command", nargs="?", default="encode", choices=("encode", "export", "export-diffusers"), help="encode (default): latents; "
                    "export: the averaged weights alone, a small .safetensors; export-diffusers: the VAE as a diffusers folder (both: --vae and --out only)")
     p.add_argument("--vae", help="checkpoint of train_vae.py, LDM, LightningDiT, REPA-E or diffusers (--bench: or the name of a preset)")
     p.add_argument("--data", help="image folder (encode)")
     p.add_argument("--out", help="folder for the latents, or for diffusers")
     p.add_argument("--split", choices=data.SPLITS, help="only the images that attributes.csv puts there (default: all)")
-    p.add_argument("--resolution", type=data.positive, help="crop in pixels (default: the VAE's)")
+    p.add_argument("--resolution", type=common.positive, help="crop in pixels (default: the VAE's)")
     p.add_argument("--flip", action="store_true", help="store the mirror image's moments too (F = 2)")
-    p.add_argument("--micro-batch", type=data.positive, default=64, help="images per forward pass: memory only")
+    p.add_argument("--micro-batch", type=common.positive, default=64, help="images per forward pass: memory only")
     p.add_argument("--precision", choices=("bf16", "fp32"), help="default: bf16 where it is fast")
     p.add_argument("--compile", type=int, default=int(torch.cuda.is_available()), choices=(0, 1))
-    p.add_argument("--workers", type=data.natural, default=4 if torch.cuda.is_available() else 0, help="image reading processes")
+    p.add_argument("--workers", type=common.natural, default=4 if torch.cuda.is_available() else 0, help="image reading processes")
     p.add_argument("--deterministic", action="store_true", help="equal bits in each run on CUDA too, slower (a CPU needs no flag)")
     p.add_argument("--dry-run", action="store_true", help="print the plan (images, disk, memory), and end")
     data.bench_flags(p)
@@ -462,15 +463,15 @@ def encode_batches(vae, images, rows, flips, args, device, clock):
             pixels, _, kept = next(batches)
         with clock("encode"):
             x = data.to_float(pixels.to(device, non_blocking=True)).contiguous(memory_format=torch.channels_last)
-            with data.autocast(device, args.precision):
+            with common.autocast(device, args.precision):
                 q = [vae.encode(x.flip(-1) if f else x) for f in range(flips)]
-            arrived = data.to_host(torch.stack([torch.cat([v.mean, v.std], 1).half() for v in q], 1))
+            arrived = common.to_host(torch.stack([torch.cat([v.mean, v.std], 1).half() for v in q], 1))
         yield kept, arrived
 
 
 def store_batches(vae, images, rows, store, args, device, clock):
     """Put the moments of each list of rows into `store` (RowFiles), with sums (2, c) of each image over positions and flips: z, E[z^2]."""
-    for asked, (kept, arrived) in zip(rows, data.one_behind(encode_batches(vae, images, rows, store.arrays[0].shape[1], args, device, clock))):
+    for asked, (kept, arrived) in zip(rows, common.one_behind(encode_batches(vae, images, rows, store.arrays[0].shape[1], args, device, clock))):
         with clock("store"):
             stored = arrived()
             bad = [images.files[row] for row, m in zip(kept, stored) if not m.isfinite().all()]
@@ -485,7 +486,7 @@ def store_batches(vae, images, rows, store, args, device, clock):
 
 def prepare_encoder(vae, args, device):
     """On the device, as the encoding pass wants it."""
-    data.cast_matmuls(vae.to(memory_format=torch.channels_last), device, args.precision)
+    common.cast_matmuls(vae.to(memory_format=torch.channels_last), device, args.precision)
     if args.compile:
         vae.encoder.compile()
 
@@ -500,13 +501,13 @@ def bench(args, device, world):
         prepare_encoder(vae, args, device)
         images, clock = data.ImageFolder(data.random_images(folder, 64, size), size), data.Clock(device)
         files = row_files(folder, (64, flips, 2 * vae.config["z_channels"], size // vae.factor, size // vae.factor))
-        data.begin_rows(f"{folder}/unfinished.json", {}, files)
-        source = store_batches(vae, images, [[j % 64 for j in range(i * n, (i + 1) * n)] for i in range(args.bench + 10)], data.RowFiles(*files), args, device, clock)
+        common.begin_rows(f"{folder}/unfinished.json", {}, files)
+        source = store_batches(vae, images, [[j % 64 for j in range(i * n, (i + 1) * n)] for i in range(args.bench + 10)], common.RowFiles(*files), args, device, clock)
         pixels = torch.zeros(n, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
 
         @torch.no_grad()
         def bare():
-            with data.autocast(device, args.precision):
+            with common.autocast(device, args.precision):
                 for _ in range(flips):
                     vae.encode(pixels)
 
@@ -523,7 +524,7 @@ def drop_rows(path, kept):
     """Write the rows `kept` of the array at `path` to PATH.part: what is left when unreadable images are taken out."""
     whole, part = np.load(path, mmap_mode="r", allow_pickle=False), f"{path}.part"
     try:
-        data.new_array(part, whole.dtype, (len(kept), *whole.shape[1:]))
+        common.new_array(part, whole.dtype, (len(kept), *whole.shape[1:]))
     except OSError:
         Path(part).unlink(missing_ok=True)  # it may fill the disk
         raise
@@ -542,7 +543,7 @@ def already_encoded(out, settings):
     """Whether `out` holds finished latents of these settings. Raises UserError when it holds others; paths may differ."""
     if not (out / "meta.json").exists():
         return False
-    found = data.read_json(out / "meta.json")
+    found = common.read_json(out / "meta.json")
     different = [k for k in settings if k not in ("vae", "data") and found.get(k, settings[k]) != settings[k]]
     if different == ["files_hash"]:
         raise UserError(f"{out} holds the latents of other images than --data {settings['data']} has now ({found['n'] + found['skipped']} files then; hash of names and sizes {found['files_hash']}, now {settings['files_hash']}): one was added, removed or "
@@ -565,22 +566,22 @@ def finish(out, images, store, settings, seconds):
         raise UserError(f"{settings['vae']}: latent channel {std.argmin()} is constant (std {std.min():.2g}) over {images.root}; the VAE has collapsed")
     np.save(out / "labels.npy", np.asarray(images.labels, np.int64)[kept])
     np.savez(out / "stats.npz", mean=mean, std=std)
-    data.sync(out / "labels.npy"), data.sync(out / "stats.npz")
-    data.write_text(out / "files.txt", "".join(images.files[i] + "\n" for i in kept))
+    common.sync(out / "labels.npy"), common.sync(out / "stats.npz")
+    common.write_text(out / "files.txt", "".join(images.files[i] + "\n" for i in kept))
     meta = dict(settings, n=len(kept), skipped=n - len(kept), shape=shape, seconds=round(seconds, 1))
-    data.write_json(out / "meta.json.part", meta)
+    common.write_json(out / "meta.json.part", meta)
     if len(kept) < n:
         drop_rows(out / "moments.npy", kept)
         os.replace(out / "moments.npy.part", out / "moments.npy")  # a kill between this and the next line would encode the images anew
     os.replace(out / "meta.json.part", out / "meta.json")
-    data.sync(out)
+    common.sync(out)
     return dict(meta, std=std)
 
 
 def main():
     args = parse_args()
-    device, rank, world = data.setup(args.deterministic)
-    args.precision = args.precision or data.fast_precision(device)
+    device, rank, world = common.setup(args.deterministic)
+    args.precision = args.precision or common.fast_precision(device)
     begin = time.time()
     if args.bench:
         args.vae = args.vae or "f16d32"
@@ -592,7 +593,7 @@ def main():
     if args.command == "export":
         if Path(args.out).suffix != ".safetensors":
             raise UserError(f"--out {args.out}: expected a name that ends in .safetensors")
-        data.open_out(Path(args.out).parent)
+        common.open_out(Path(args.out).parent)
         export_weights(vae, args.out, args.vae)
         return print(f"{args.out}: {Path(args.out).stat().st_size / 2 ** 20:.1f} MiB")
     c, size = vae.config["z_channels"], args.resolution or vae.config["resolution"]
@@ -608,7 +609,7 @@ def main():
               f"{device.type} in {args.precision}, {world} process(es), about {encode_memory(vae, size, args.micro_batch) / 2**30:.1f} GiB of memory each (counted in float32)")
     if args.dry_run:
         return
-    settings = dict(vae=args.vae, vae_hash=data.weights_hash(vae.state_dict()), data=args.data, split=args.split, resolution=size, flip=args.flip,
+    settings = dict(vae=args.vae, vae_hash=common.weights_hash(vae.state_dict()), data=args.data, split=args.split, resolution=size, flip=args.flip,
                     precision=args.precision, crop="ADM centre", classes=images.classes)
     out, files = Path(args.out), row_files(args.out, shape)
     if rank == 0:
@@ -619,22 +620,22 @@ def main():
             print(f"{out}: already encoded")
         return
     there = sum(p.stat().st_blocks * 512 for p in map(Path, files) if p.exists())
-    data.open_out(out, need_bytes=sum(np.dtype(d).itemsize * int(np.prod(s)) for d, s in files.values()) - there)
+    common.open_out(out, need_bytes=sum(np.dtype(d).itemsize * int(np.prod(s)) for d, s in files.values()) - there)
     if rank == 0:
-        data.claim(out / ".lock")
-        if data.begin_rows(out / "unfinished.json", settings, files):
+        common.claim(out / ".lock")
+        if common.begin_rows(out / "unfinished.json", settings, files):
             done = np.load(out / "done.npy", mmap_mode="r+", allow_pickle=False)
             done[done == UNREADABLE] = 0  # they may have been mended
             done.flush()
             print(f"{out}: going on, {np.count_nonzero(done)} of {n} images are there")
-    data.barrier()
-    store = data.RowFiles(*files)
+    common.barrier()
+    store = common.RowFiles(*files)
     prepare_encoder(vae, args, device)
-    rows = data.chunks(store.missing(rank, world), args.micro_batch)
+    rows = common.chunks(store.missing(rank, world), args.micro_batch)
     for _ in tqdm(store_batches(vae, images, rows, store, args, device, data.Clock(device)), "encode", len(rows), disable=rank > 0 or None):
         pass
     store.flush()
-    data.barrier()
+    common.barrier()
     if rank:
         return
     meta = finish(out, images, store, settings, time.time() - begin)
@@ -644,4 +645,4 @@ def main():
 
 
 if __name__ == "__main__":
-    data.run_script(main)
+    common.run_script(main)

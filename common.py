@@ -1,0 +1,900 @@
+"""What every script shares and no reader needs in order to understand the method: errors, processes, precision, files, checkpoints, the training run.
+
+A training script is flat: its loop shows forward, losses, backward, clip, step and EMA, and everything else stands behind
+one object of this file:
+
+    run = common.Run(args, "vae.pt")               # processes, device, precision, lock
+    ...models, optimisers...
+    run.resume(dict(vae=vae, ...), inputs)         # the newest checkpoint, if there is one
+    for step, batch in run.steps(batches):         # what is left of --steps
+        ...one optimiser step...
+        run.after_step(losses)                     # finite? log? save? stop?
+"""
+import argparse
+import contextlib
+import ctypes
+import errno
+import fcntl
+import functools
+import hashlib
+import json
+import math
+import os
+import pickle
+import platform
+import shlex
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import time
+import zipfile
+import zlib
+from datetime import timedelta
+from importlib import metadata
+from pathlib import Path
+
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large memory pages for PyTorch on the CPU; read at its first allocation
+os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # torch.load runs no pickled code in any library that is used here
+os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)  # its opposite: the two together are an error
+
+import numpy as np  # noqa: E402
+import safetensors.torch  # noqa: E402
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+from PIL import Image, PngImagePlugin  # noqa: E402
+from torch.utils._pytree import keystr, tree_flatten_with_path  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Errors: a user's mistake is one line and status 2
+
+
+class UserError(ValueError):
+    """A user's mistake or a machine's limit; scripts print it as one line and exit with status 2."""
+
+
+class Stopped(UserError):
+    """A signal ended a run that saved before; the exit status is 128 and its number, as a shell counts."""
+
+    def __init__(self, message, number):
+        super().__init__(message)
+        self.status = 128 + number
+
+
+class DamagedFile(UserError):
+    """A file whose content is not what was written."""
+
+
+# What readers raise on torn, flipped, foreign or code-carrying content, and what they raise in all
+BROKEN = (EOFError, LookupError, ValueError, TypeError, AttributeError, AssertionError, ArithmeticError, SyntaxError,
+          RecursionError, struct.error, pickle.UnpicklingError, safetensors.SafetensorError, zipfile.BadZipFile, zlib.error)
+DAMAGED = (*BROKEN, OSError, RuntimeError, MemoryError)
+OF_A_FILE = (None, errno.ENOENT, errno.EINVAL, errno.EISDIR, errno.ENOTDIR)  # errors of the system that tell of a file
+HINTS = {errno.ENOSPC: "free space", errno.EDQUOT: "free space",
+         errno.EMFILE: "raise the limit of open files (ulimit -n 65536) or use fewer --workers"}
+
+
+def of_the_machine(error, of_a_file=OF_A_FILE):
+    """Whether an error in reading a file tells of the machine (memory, disk, network, rights) and nothing of its content."""
+    if isinstance(error, OSError):
+        return error.errno not in of_a_file
+    return isinstance(error, MemoryError) or "allocate memory" in str(error)
+
+
+def damage(error, text):
+    """What to raise for an error in reading content: UserError with this text, or an error of the machine as it is."""
+    return error if isinstance(error, OSError) and of_the_machine(error) else UserError(text)
+
+
+def brief(error, most=120):
+    """The text of an exception on one line, cut."""
+    return " ".join(str(error).split())[:most]
+
+
+def one_line(text, most=1500):
+    """Text for a terminal, whatever a file put into it: no line breaks, no control characters, no megabytes."""
+    text = text if len(text) <= most else f"{text[:most // 2]} ... {text[-most // 2:]}"
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def explain(error):
+    """One line for an error that is the user's or the machine's; None for one of the code."""
+    text, again = " ".join(str(error).split()), "run the same command again"
+    if isinstance(error, UserError):
+        return one_line(str(error))
+    if isinstance(error, KeyboardInterrupt):
+        return f"stopped by {text or 'SIGINT'}; what was written before is intact; {again}"
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in text or "bad_alloc" in text:
+        kind = "GPU memory" if isinstance(error, torch.OutOfMemoryError) else "memory"
+        return (f"out of {kind} ({text[:200]}); use a smaller --micro-batch where the script has it: "
+                "the result stays the same (except with --disc-ckpt)")
+    if isinstance(error, OSError):
+        number = errno.ENOSPC if "requested and" in text else error.errno  # NumPy's words for a full disk
+        hint = HINTS.get(number, "mend that or choose another folder")
+        return (f"{error.filename or 'reading or writing'}: {error.strerror or text}; what was written before is intact; "
+                f"{hint}, then {again}")
+    if isinstance(error, RuntimeError) and ("DataLoader worker" in text or "ancdata" in text):
+        return (f"a process that reads images was lost ({text[:200]}): out of memory, of /dev/shm or of open files "
+                f"(ulimit -n); use fewer --workers, then {again}")
+    lost = isinstance(error, RuntimeError) and any(w in text for w in ("gloo", "NCCL", "Connection"))
+    if dist.is_initialized() and (isinstance(error, dist.DistError) or lost):
+        return (f"rank {dist.get_rank()}: another process of this run is lost or does not answer (its own message, or "
+                f"torchrun's, says why); the last checkpoint is intact; {again} ({text.rpartition('] ')[2][:100]})")
+    return None
+
+
+def interrupt(number, _):
+    raise KeyboardInterrupt(signal.Signals(number).name)
+
+
+def run_script(main):
+    """Run main(); what explain() knows ends in one line on stderr and exit status 2, a signal in 128 and its number."""
+    signal.signal(signal.SIGTERM, interrupt)
+    try:
+        commit()  # of the code that runs, not of what it may be changed to meanwhile
+        main()
+    except (Exception, KeyboardInterrupt) as e:
+        message, status = explain(e), getattr(e, "status", 2)
+        if message is None:
+            raise
+        if isinstance(e, KeyboardInterrupt):
+            status = 128 + getattr(signal, str(e), signal.SIGINT)
+    else:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        return
+    finally:
+        for f in [] if dist.is_initialized() else [*CLAIMS]:  # other ranks may still write: the lock goes with the process
+            release(f)
+    sys.stdout.flush()
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    os._exit(status) if dist.is_initialized() else sys.exit(status)  # do not wait for ranks that wait in a collective
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with one line for an error, and the module's docstring as it is written."""
+
+    def __init__(self, **settings):
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
+
+    def error(self, message):
+        raise UserError(f"{self.prog}: {message} (--help lists the flags)")
+
+
+def positive(text):
+    """argparse type of counts: a whole number from 1."""
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
+
+
+def natural(text):
+    """argparse type of seeds and numbers of processes: a whole number from 0."""
+    if int(text) < 0:
+        raise ValueError
+    return int(text)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Processes and precision
+
+
+def setup(deterministic=False):
+    """(device, rank, world size): CUDA, else MPS, else CPU; a process group when torchrun started the script.
+    deterministic: PyTorch's repeatable algorithms on CUDA; it warns of an operation that has none."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+    torch.use_deterministic_algorithms(deterministic, warn_only=True)
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("mps" if torch.backends.mps.is_available() and world == 1 else "cpu")
+    keep_memory(device)
+    if world > 1:
+        store, rank, world = next(dist.rendezvous("env://"))
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":  # one node: torchrun's restarts share a store with dead addresses in it
+            store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"  # gloo: tensors on the CPU never wait for the GPU
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timedelta(hours=2))
+    return device, rank, world
+
+
+def keep_memory(device):
+    """glibc gives large freed blocks back to the system, and each step of a CPU pays for their pages anew: keep them."""
+    libc = ctypes.CDLL(None) if sys.platform == "linux" and device.type == "cpu" else None
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no mappings of their own
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never shrink
+
+
+def fast_precision(device):
+    """bf16 where matrix units for it exist (CUDA Ampere and later, CPUs with AVX512-BF16 or AMX), else fp32."""
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.get_device_capability(device)[0] >= 8 else "fp32"
+    units = (getattr(torch.cpu, f"_is_{unit}_supported", bool)() for unit in ("avx512_bf16", "amx_tile"))
+    return "bf16" if device.type == "cpu" and any(units) else "fp32"
+
+
+def autocast(device, precision):
+    """bf16 for matmuls and convolutions; weights, losses and KL stay fp32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def cast_matmuls(module, device, precision):
+    """Keep the weights of a frozen network's matmuls and convolutions in bf16: the values that autocast would make of them
+    in each pass. Norms and embeddings stay float32."""
+    for m in module.modules() if precision == "bf16" else ():
+        if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d)):
+            m.to(torch.bfloat16)
+    return module.to(device)
+
+
+def all_reduce(x, op=None):
+    """Sum (or `op`) of a tensor over all ranks, in place; returns it."""
+    if dist.is_initialized():
+        dist.all_reduce(x, op or dist.ReduceOp.SUM)
+    return x
+
+
+def barrier():
+    all_reduce(torch.zeros(1))
+
+
+@contextlib.contextmanager
+def rank_zero_first():
+    """The first process may download; the others then find its copy."""
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    if rank:
+        barrier()
+    yield
+    if not rank:
+        barrier()
+
+
+def sync_if(module, last):
+    """Gradients travel between processes with the last micro-batch only."""
+    return contextlib.nullcontext() if last or not hasattr(module, "no_sync") else module.no_sync()
+
+
+def split_rows(n, rank, world):
+    """The contiguous slice of range(n) that belongs to a rank; the slices are disjoint and cover all rows."""
+    return range(n * rank // world, n * (rank + 1) // world)
+
+
+def chunks(rows, size):
+    """A sequence of rows -> lists of at most `size` of them, in order."""
+    return [list(rows[i:i + size]) for i in range(0, len(rows), size)]
+
+
+def to_host(x):
+    """A tensor on its way to the CPU -> a function that waits for it and returns it."""
+    if x.device.type != "cuda":
+        return lambda: x.cpu()
+    host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record()
+    return lambda: (arrived.synchronize(), host)[1]
+
+
+def one_behind(items):
+    """The same items, each after the next was begun: a GPU computes the next while this one is stored."""
+    held = None
+    for item in items:
+        if held is not None:
+            yield held
+        held = item
+    if held is not None:
+        yield held
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+def command():
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
+@functools.lru_cache
+def commit():
+    """The commit of the code, with "-dirty" when files differ from it; None outside a git repository."""
+    here = str(Path(__file__).resolve().parent)
+    words = ["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(words, capture_output=True, text=True, check=True, timeout=60).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def made():
+    """What every output says of its making: command, commit, versions."""
+    packages = {p: metadata.version(p) for p in ("torch", "numpy", "pillow", "timm")}
+    return dict(command=command(), commit=commit(), versions=dict(python=platform.python_version(), **packages))
+
+
+def cpu_name():
+    """The processor's name where the system tells it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+CLAIMS = []  # open files that stand for the outputs of this process
+
+
+def claim(path, flag="--out"):
+    """Refuse a second run in one place: hold a lock on the file `path` until the script ends. The system drops it with the
+    process, however that ends. Raises UserError, which names the owner."""
+    if any(os.path.exists(path) and os.path.samestat(os.fstat(f.fileno()), os.stat(path)) for f in CLAIMS):
+        raise UserError(f"{flag} {Path(path).parent}: this run writes something else there already; choose another folder")
+    while True:
+        f = open(str(path), "a+", encoding="utf-8", errors="replace")
+        try:
+            fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as e:
+            if e.errno not in (errno.EACCES, errno.EAGAIN):
+                print(f"{path}: this file system has no locks ({e.strerror}); nothing will stop a second run in the same "
+                      "place", file=sys.stderr)
+                return None
+            f.seek(0)
+            owner, _, what = f.read().strip().partition(": ")
+            raise UserError(f"{path}: in use by {owner or 'another process'}; wait for it, stop it, or choose another "
+                            f"{flag} (it runs {what[:200]})") from None
+        if os.path.exists(path) and os.path.samestat(os.fstat(f.fileno()), os.stat(path)):
+            break  # else its owner has just deleted it
+    f.truncate(0)
+    f.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H.%M')}: {command()}\n")
+    f.flush()
+    CLAIMS.append(f)
+    return f
+
+
+def release(f):
+    """End a claim()."""
+    if f in CLAIMS:
+        CLAIMS.remove(f)
+        Path(f.name).unlink(missing_ok=True)
+        f.close()
+
+
+def open_out(folder, need_bytes=0, flag="--out"):
+    """Make an output folder. Raises UserError, which names the `flag`, when it cannot be written or the disk lacks
+    `need_bytes`."""
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".write-test-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as e:
+        hint = HINTS.get(e.errno, f"choose another {flag}")
+        raise UserError(f"{folder}: cannot be written ({e.strerror}); {hint}") from None
+    free = shutil.disk_usage(folder).free
+    if need_bytes > free:
+        raise UserError(f"{folder}: needs {need_bytes / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free; "
+                        f"free space or choose another {flag}")
+    return folder
+
+
+def sync(path):
+    """A file's content, or a folder's names, on disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as e:
+        if e.errno not in (errno.EINVAL, errno.EBADF, errno.ENOTSUP):  # some network file systems know no fsync of a folder
+            raise
+    finally:
+        os.close(handle)
+
+
+def write_text(path, text):
+    """Whole or not at all."""
+    temporary = Path(f"{path}.tmp")
+    try:
+        temporary.write_text(text, "utf-8")
+        sync(temporary)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    os.replace(temporary, path)
+    sync(temporary.parent)
+
+
+def write_json(path, record):
+    """A JSON file that says how it was made."""
+    write_text(path, json.dumps(dict(record, made=made()), indent=1) + "\n")
+
+
+def read_json(path, kind=dict):
+    try:
+        found = json.loads(Path(path).read_text("utf-8"))
+        if not isinstance(found, kind):
+            raise ValueError(f"holds a {type(found).__name__}")
+        return found
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; run the stage before (bash run.sh runs them all)") from None
+    except (ValueError, RecursionError) as e:
+        raise UserError(f"{path}: not the JSON that a stage wrote ({e}); delete it and run that stage again") from None
+
+
+def save_png(image, path):
+    """A PIL image as PNG that says how it was made (in its text chunk "made")."""
+    info = PngImagePlugin.PngInfo()
+    info.add_text("made", json.dumps(made()))
+    image.save(path, "png", pnginfo=info)
+
+
+def save_grid(images, path, columns):
+    """uint8 (N, 3, H, W) -> one PNG with `columns` images a row."""
+    n, _, h, w = images.shape
+    sheet = torch.full((-(-n // columns) * columns, 3, h, w), 255, dtype=torch.uint8)
+    sheet[:n] = images
+    sheet = sheet.view(-1, columns, 3, h, w).permute(0, 3, 1, 4, 2).reshape(-1, columns * w, 3)
+    save_png(Image.fromarray(sheet.numpy()), path)
+
+
+def is_zip(path):
+    """Whether a file is, or was, a zip file with its end."""
+    try:
+        return zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:
+        return True
+
+
+def check_zip(path, checksums=False):
+    """Refuse a zip file that unpacks to more than a gibibyte and a hundred times its size (a bomb), and, when asked to, one
+    whose content is not what its checksums say. Raises ValueError."""
+    with zipfile.ZipFile(path) as z:
+        unpacked, size = sum(i.file_size for i in z.infolist()), os.path.getsize(path)
+        if unpacked > max(2 ** 30, 100 * size):
+            raise ValueError(f"{size} bytes that unpack to {unpacked}: refused as a zip bomb")
+        if checksums and any(i.CRC for i in z.infolist()):  # all zero: written without
+            damaged = z.testzip()
+            if damaged:
+                raise ValueError(f"wrong checksum of {damaged}")
+
+
+def read_npz(path, *names):
+    """{name: array} of an .npz; all that it holds, or `names`. Raises what DAMAGED lists; never unpickles."""
+    check_zip(path)
+    with np.load(path, allow_pickle=False) as z:
+        return {k: z[k] for k in names or z.files}
+
+
+# Arrays on disk that several processes fill in, row by row
+
+
+def new_array(path, dtype, shape):
+    """A .npy file of zeros that has its place on disk: a memory map would end in a bus error when that is full."""
+    np.lib.format.open_memmap(path, "w+", dtype, shape)
+    with open(path, "r+b") as f:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(f.fileno(), 0, os.fstat(f.fileno()).st_size)
+
+
+def begin_rows(mark, settings, files):
+    """Arrays on disk for RowFiles: files {path: (dtype, shape)}, the last of uint8 says which rows are there. They are made
+    anew, unless the JSON file `mark` says that they are of the same settings -> whether they were there."""
+    mark = Path(mark)
+    with contextlib.suppress(FileNotFoundError, *BROKEN):  # an error of the machine must not end in files made anew
+        found = json.loads(mark.read_text())
+        found.pop("made")
+        arrays = [np.load(p, mmap_mode="r", allow_pickle=False) for p in files]
+        fits = [(a.dtype, a.shape) for a in arrays] == [(np.dtype(d), tuple(s)) for d, s in files.values()]
+        if fits and found == json.loads(json.dumps(settings)):
+            return True
+    if mark.exists():
+        print(f"{mark}: of other settings, or damaged; begun anew", file=sys.stderr)
+        mark.unlink()
+    for path, (dtype, shape) in files.items():
+        new_array(path, dtype, shape)
+    write_json(mark, settings)  # last: without it the others do not count
+    return False
+
+
+class RowFiles:
+    """Arrays on disk that processes fill in row by row, in any order; a stopped run goes on. Made by begin_rows()."""
+
+    EVERY = 2  # seconds between marks
+
+    def __init__(self, *files, mode="r+"):
+        *self.arrays, self.done = (np.load(p, mmap_mode=mode, allow_pickle=False) for p in files)
+        self.pending, self.flushed = [], time.time()
+
+    def missing(self, rank, world):
+        """This rank's share of the rows that are not there. Called by all ranks, before anyone stores."""
+        rows = np.flatnonzero(self.done == 0)
+        barrier()
+        return rows[split_rows(len(rows), rank, world)].tolist()
+
+    def put(self, rows, *values, done=1):
+        """Store the values of these rows; every few seconds mark what is then safe on disk (a kill in between repeats it)."""
+        for array, value in zip(self.arrays, values):
+            array[rows] = value
+        self.pending.append((rows, done))
+        if time.time() > self.flushed + self.EVERY:
+            self.flush()
+
+    def flush(self):
+        for array in self.arrays:
+            array.flush()
+        for rows, done in self.pending:
+            self.done[rows] = done
+        self.done.flush()
+        self.pending, self.flushed = [], time.time()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+
+
+def weights_hash(state_dict):
+    """16 hex digits that name a set of weights: sha256 over names, shapes and values (float32)."""
+    h = hashlib.sha256()
+    for name in sorted(state_dict):
+        value = state_dict[name].detach().float().cpu().contiguous()
+        h.update(f"{name}{tuple(value.shape)}".encode())
+        h.update(value.numpy().tobytes())
+    return h.hexdigest()[:16]
+
+
+def save_checkpoint(path, state):
+    """Write `path` so that a kill at any moment leaves a whole checkpoint; the one before stays as NAME.prev.pt. Raises
+    UserError, and leaves both as they are, for a value that is not finite and for a disk that fails."""
+    path = Path(path)
+    temporary = path.with_suffix(".tmp")
+    bad = [keystr(k) for k, v in tree_flatten_with_path(state)[0]
+           if isinstance(v, torch.Tensor) and v.is_floating_point() and not v.isfinite().all()]
+    if bad:
+        raise UserError(f"{path}: not saved, {bad[0]} is not finite ({len(bad)} such tensors); the checkpoint before it is "
+                        "intact; begin anew with another --out and a smaller --lr")
+    try:
+        with open(temporary, "wb") as f:
+            torch.save(dict(state, made=made()), f)
+            f.flush()
+            os.fsync(f.fileno())
+    except BaseException as e:
+        temporary.unlink(missing_ok=True)
+        cause = e.__context__ if isinstance(e, RuntimeError) else e  # torch.save hides the system's error
+        if not isinstance(cause, OSError):
+            raise
+        raise UserError(f"{path}: cannot be written ({cause.strerror or cause}); the checkpoint before it is intact; "
+                        f"{HINTS.get(cause.errno, 'mend that')}, then run the same command again") from None
+    if path.exists():
+        os.replace(path, path.with_suffix(".prev.pt"))
+    os.replace(temporary, path)
+    sync(path.parent)
+
+
+# What other projects pickle beside their weights (settings, Lightning's callbacks, counters): read as nothing, never imported
+BYSTANDERS = ("argparse.", "builtins.dict", "builtins.float", "builtins.int", "builtins.list", "builtins.str",
+              "collections.", "ldm.", "lightning.", "numpy.", "omegaconf.", "pathlib.", "pytorch_lightning.", "typing.")
+
+
+class Placeholder:
+    """Stands for an object of another project's class: takes any arguments and state, and does nothing."""
+
+    def __init__(self, *_, **__):
+        pass
+
+    def __setstate__(self, _):
+        pass
+
+
+def load_checkpoint(path):
+    """Tensors of a .safetensors, or of a torch file without running pickled code, on the CPU. Raises UserError for a
+    missing, torn or foreign file."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: {'a folder, expected a checkpoint file' if path.is_dir() else 'no such checkpoint'}")
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
+        if is_zip(path):
+            check_zip(path, checksums=True)
+            foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        else:
+            foreign = ["argparse.Namespace"]
+        strange = [name for name in foreign if not name.startswith(BYSTANDERS)]
+        if strange:
+            raise UserError(f"{path}: not a readable checkpoint: it holds {strange[0]}, which is no weight; "
+                            "pickled code is never run")
+        with torch.serialization.safe_globals([(Placeholder, name) for name in foreign]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
+    except DAMAGED as e:
+        machine = of_the_machine(e)
+        known = machine or path.suffix == ".safetensors" or is_zip(path)
+        text = f"{type(e).__name__}: {' '.join(str(e).split())[-120:]}" if known else "cut, or not written by torch.save"
+        before = path.with_suffix(".prev.pt")
+        hint = f"; the one before it is {before}" if before.exists() and before != path else ""
+        kind, what = (UserError, "cannot be read now") if machine else (DamagedFile, "not a readable checkpoint")
+        raise kind(f"{path}: {what} ({text}){hint}") from None
+
+
+def load_newest(path):
+    """The checkpoint `path`, or the one kept before it when the newest is missing or damaged; None when there is neither.
+    Called by all ranks; the first one chooses. A damaged file is renamed, lest the next save puts it in the place of the
+    good one."""
+    path, found, choice, damaged = Path(path), None, 0, {}
+    rank, places = dist.get_rank() if dist.is_initialized() else 0, [path, path.with_suffix(".prev.pt")]
+    for p in [p for p in places if p.exists()] if rank == 0 else ():
+        try:
+            found, choice = load_checkpoint(p), 1 + places.index(p)
+            break
+        except DamagedFile as e:
+            damaged[p] = one_line(str(e))
+    if damaged and found is None:
+        raise UserError(f"{'; '.join(damaged.values())}; no checkpoint is left to go on from; begin anew with another --out")
+    for p, reason in damaged.items():
+        print(f"{reason}; going on from {places[1]}, the damaged file is now {p.with_suffix('.damaged')}", file=sys.stderr)
+        os.replace(p, p.with_suffix(".damaged"))
+    choice = int(all_reduce(torch.tensor(choice)))
+    return load_checkpoint(places[choice - 1]) if choice and rank else found
+
+
+def load_weights(module, state, source):
+    """Strict load_state_dict; names the first missing, unexpected or misshapen key and both shapes."""
+    have = {k: tuple(v.shape) for k, v in state.items()}
+    want = {k: tuple(v.shape) for k, v in module.state_dict().items()}
+    wrong = [f"{k} is missing, expected {want[k]}" for k in want if k not in have]
+    wrong += [f"{k} is unexpected, {have[k]}" for k in have if k not in want]
+    wrong += [f"{k} is {have[k]}, expected {want[k]}" for k in want if k in have and have[k] != want[k]]
+    if wrong:
+        raise UserError(f"{source}: does not fit {type(module).__name__}: {wrong[0]} ({len(wrong)} such entries)")
+    bad = [k for k, v in state.items() if not v.isfinite().all()]
+    if bad:
+        raise UserError(f"{source}: {bad[0]} holds NaN or infinity ({len(bad)} such tensors)")
+    module.load_state_dict(state)
+
+
+# Flags that may change between the first and the second half of a run without changing what it computes. What files hold
+# is compared by its hash (inputs): a folder may move
+FREE_FLAGS = {"out", "data", "latents", "init", "vfm_ckpt", "lpips_ckpt", "disc_ckpt", "steps", "micro_batch", "workers",
+              "save_every", "log_every", "compile", "eval_every", "eval_stats", "eval_images", "eval_steps",
+              "grad_checkpointing", "deterministic", "dry_run", "bench", "json", "gan_adaptive"}
+
+
+def same_run(checkpoint, args, path, inputs):
+    """Refuse to resume `path` under other settings than it was begun with, or on other inputs: {name: hash or None}, the
+    names those of the flags."""
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("args"), dict):
+        raise UserError(f"{path}: not a checkpoint of this script; choose another --out")
+    fixed = {"steps"} if getattr(args, "lr_decay", 0) else set()  # a schedule that ends at --steps cannot be extended
+    fixed |= {"micro_batch"} if getattr(args, "disc_ckpt", None) else set()  # batch norm sees the split
+    for name, value in vars(args).items():
+        if name not in checkpoint["args"] and (not value or name == "align"):
+            continue  # a flag that is younger than the run; lambda tells the arms apart
+        before = checkpoint["args"].get(name)
+        before, value = (bool(before), bool(value)) if name == "cache_vfm" else (before, value)  # its folder may move
+        if name not in FREE_FLAGS - fixed and before != value:
+            raise UserError(f"{path} was begun with --{name.replace('_', '-')} {before}, this command says {value}; "
+                            "use the same settings to go on, or another --out to begin anew")
+    known = checkpoint.get("inputs", {})
+    for name, value in inputs.items():
+        if known.get(name, value) != value:
+            raise UserError(f"{path} was begun with other content of --{name.replace('_', '-')} {getattr(args, name)} (hash "
+                            f"{known[name]}, now {value}); bring that back to go on, or choose another --out to begin anew")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+def learning_rate(args, step):
+    """args.lr, times a linear warm-up over --lr-warmup steps, times (--lr-decay 1) half a cosine from 1 to 0 over all steps."""
+    warm = min(1.0, (step + 1) / args.lr_warmup) if args.lr_warmup else 1.0
+    return args.lr * warm * (0.5 + 0.5 * math.cos(math.pi * step / args.steps) if args.lr_decay else 1.0)
+
+
+@torch.no_grad()
+def update_ema(ema, model, step, decay):
+    """ema <- d ema + (1 - d) model, with d = min(decay, (1 + step) / (10 + step)) so that early averages are not noise."""
+    d = min(decay, (1 + step) / (10 + step))
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - d)
+
+
+class Losses:
+    """The losses of the steps since the last look. They stay on the device until then: only a look waits for it.
+
+    Losses of single images are also summed by their time, in BINS equal parts of [0, 1], until by_time()."""
+
+    BINS = 10
+
+    def __init__(self, sums=None):
+        self.rows, self.sums = [], np.array(np.zeros((2, self.BINS)) if sums is None else sums)
+
+    def add(self, step, parts, each=None, t=None):
+        """parts: {name: scalar tensor of this rank}; each (B,): a number of each of its images that shows whether it is
+        finite; with their times t (B,) its loss."""
+        self.rows.append((step, list(parts), torch.stack([v.detach().float() for v in parts.values()]), each, t))
+
+    def look(self, name_images, advice):
+        """{name: float} of the last step, means over ranks. Raises UserError for the first step since the last look with a
+        value that is not finite; name_images(step, places in the global batch) names the images that are not."""
+        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        means = all_reduce(torch.cat([row[2] for row in self.rows])) / world
+        means = means.cpu().split([len(row[1]) for row in self.rows])
+        self.sum_by_time()
+        for (step, names, _, each, _), row in zip(self.rows, means):
+            parts = dict(zip(names, row.tolist()))
+            bad = [k for k, v in parts.items() if not np.isfinite(v)]
+            if bad:
+                places = [] if each is None else self.not_finite(each, rank, world)
+                images = ", ".join(f"{p} ({name})" for p, name in zip(places, name_images(step - 1, places[:8])))
+                images = f"; {len(places)} of the batch's images, {images}" if places else ""
+                values = ", ".join(f"{k} {v:.4g}" for k, v in parts.items())
+                raise UserError(f"step {step}: {', '.join(bad)} not finite ({values}){images}; the last checkpoint is "
+                                f"intact; begin anew with another --out and {advice}")
+        self.rows = []
+        return parts
+
+    def sum_by_time(self):
+        if self.rows[0][4] is None:
+            return
+        each, t = (torch.cat([row[k].detach().float() for row in self.rows]).cpu() for k in (3, 4))
+        each, t = each[each.isfinite()], t[each.isfinite()]
+        bins = (t * self.BINS).long().clamp(0, self.BINS - 1)
+        sums = [torch.bincount(bins, w.double(), self.BINS) for w in (each, torch.ones_like(each))]
+        self.sums += all_reduce(torch.stack(sums)).numpy()
+
+    @staticmethod
+    def not_finite(each, rank, world):
+        """Places in the global batch whose number in `each` (B,) is not finite."""
+        flags = torch.zeros(world, len(each))
+        flags[rank] = (~each.detach().isfinite()).float().cpu()
+        return all_reduce(flags).flatten().nonzero()[:, 0].tolist()
+
+    def by_time(self):
+        """[mean loss of the images in each time bin since the last call], None where there were none."""
+        means = [float(f"{a / n:.6g}") if n else None for a, n in self.sums.T]
+        self.sums[:] = 0
+        return means
+
+
+class Log:
+    """metrics.jsonl: the run's settings first, then one JSON object a line; a resumed run drops what came after its
+    checkpoint, and says by which command it goes on (these lines stay). Only rank 0 writes."""
+
+    def __init__(self, path, step, settings, rank):
+        self.path, self.rank, kept = Path(path), rank, []
+        if rank:
+            return
+        for line in self.path.read_text("utf-8", "replace").splitlines() if step and self.path.exists() else ():
+            with contextlib.suppress(*DAMAGED):  # a torn last line
+                kept += [line] if json.loads(line).get("step", 0) <= step else []
+        first = json.dumps(dict(settings, made=made()))
+        write_text(self.path, "".join(line + "\n" for line in kept or [first]))
+        if kept:
+            self.write(resumed=made(), from_step=step)
+
+    def write(self, **record):
+        if not self.rank:
+            record = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in record.items()}
+            with open(self.path, "a") as f:
+                f.write(json.dumps(record) + "\n")
+
+
+class Stop:
+    """From here SIGTERM and Ctrl-C ask for a save; `asked()` is true on every rank once any rank was signalled."""
+
+    def __init__(self):
+        self.flag = torch.zeros(1)
+        for s in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(s, lambda number, _: self.flag.fill_(number))
+
+    def asked(self):
+        """The number of the signal, else 0."""
+        return int(all_reduce(self.flag.clone(), dist.ReduceOp.MAX))
+
+
+class Run:
+    """A training run: processes, device, precision, one owner of --out, resume, log, checkpoints, signals.
+
+    args: the script's flags, kept in the checkpoint. Raises UserError for a batch that the processes do not divide, a folder
+    in use, other settings than the checkpoint's.
+    """
+
+    def __init__(self, args, name, advice):
+        """name: of the checkpoint in --out; advice: what to change after losses that are not finite."""
+        self.args, self.path, self.advice = args, Path(args.out) / name, advice
+        self.device, self.rank, self.world = setup(args.deterministic)
+        args.precision = args.precision or fast_precision(self.device)
+        self.local = args.batch // self.world  # images of a step on this process
+        self.micro = args.micro_batch or self.local
+        if args.batch % (self.world * self.micro):
+            raise UserError(f"--batch {args.batch}: expected a multiple of {self.world} process(es) times --micro-batch "
+                            f"{self.micro}")
+        if not args.dry_run:
+            open_out(args.out)
+            if self.rank == 0:
+                claim(Path(args.out) / ".lock")
+        self.step, self.seconds, self.losses = 0, 0.0, Losses()
+
+    def places(self, step):
+        """This process's places of `step` in the endless stream of samples."""
+        first = step * self.args.batch + self.rank * self.local
+        return range(first, first + self.local)
+
+    def resume(self, modules, inputs, record):
+        """Go on from the newest checkpoint. modules: {name: what has a state_dict, or None}; inputs: {flag: hash of what it
+        holds, or None}; record: what the checkpoint says beside them -> whether there are steps left."""
+        self.modules, self.inputs, self.record = modules, inputs, record
+        checkpoint = load_newest(self.path)
+        if checkpoint is not None:
+            same_run(checkpoint, self.args, self.path, inputs)
+            for name, module in modules.items():
+                if isinstance(module, torch.nn.Module):
+                    load_weights(module, checkpoint[name], f"{self.path}, {name}")
+                elif module is not None:
+                    module.load_state_dict(checkpoint[name])
+            self.step, self.seconds = checkpoint["step"], checkpoint["seconds"]
+            self.losses = Losses((checkpoint.get("losses") or {}).get("sums"))
+        if self.step >= self.args.steps:
+            if self.rank == 0:
+                print(f"{self.path}: already at step {self.step}")
+            return False
+        size = sum(p.numel() for m in modules.values() if isinstance(m, torch.nn.Module) for p in m.parameters())
+        there = sum(p.stat().st_size for p in (self.path, self.path.with_suffix(".prev.pt")) if p.exists())
+        open_out(self.path.parent, need_bytes=3 * 12 * size - there)  # three files, with two moments a weight
+        return True
+
+    def steps(self, batches, name_images):
+        """Yield (step, batch) of each step that is left, counted from 0; after_step() must follow each. name_images(step,
+        places in the global batch) -> names."""
+        self.log = Log(self.path.parent / "metrics.jsonl", self.step, dict(vars(self.args), inputs=self.inputs), self.rank)
+        self.stop, self.since, self.seen, self.name_images = Stop(), time.time(), 0, name_images
+        with tqdm(total=self.args.steps, initial=self.step, disable=self.rank > 0 or None) as self.bar:
+            for batch in batches:
+                yield self.step, batch
+        if self.rank == 0:
+            last = ", ".join(f"{k} {v:.4g}" for k, v in self.last.items())
+            print(f"{self.path}: step {self.step}, {last}, {self.seconds:.0f} s")
+
+    def due(self, every, step=None):
+        """Whether something that is done `every` so many steps is due after this step."""
+        step = self.step if step is None else step
+        return bool(every) and (step % every == 0 or step == self.args.steps)
+
+    @contextlib.contextmanager
+    def untimed(self):
+        """What is done in here is no part of the training's speed."""
+        begin = time.time()
+        yield
+        self.since += time.time() - begin
+
+    def after_step(self, losses, each=None, t=None):
+        """Note the losses, {name: scalar tensor of this rank}, and of each of its images a number that shows whether it is
+        finite (with times t: its loss). Then log, save, and stop if a signal asked for it."""
+        args, rank = self.args, self.rank
+        self.step += 1
+        self.seen += args.batch
+        self.losses.add(self.step, losses, each, t)
+        self.bar.update()
+        stopping, logs, saves = self.stop.asked(), self.due(args.log_every), self.due(args.save_every)
+        if logs or saves or stopping:
+            self.last = self.losses.look(self.name_images, self.advice)
+        if logs:
+            now = time.time()
+            rate, self.seconds = self.seen / (now - self.since), self.seconds + now - self.since
+            self.since, self.seen = now, 0
+            by_time = {} if t is None else dict(velocity_t=self.losses.by_time())
+            self.log.write(step=self.step, **self.last, **by_time, lr=learning_rate(args, self.step - 1),
+                           images_per_s=round(rate, 1), seconds=round(self.seconds, 1))
+            self.bar.set_postfix({k: f"{v:.4g}" for k, v in self.last.items()}, refresh=False)
+        if (saves or stopping) and rank == 0:
+            state = {k: m and m.state_dict() for k, m in self.modules.items()}
+            save_checkpoint(self.path, dict(state, **self.record, args=vars(args), inputs=self.inputs, step=self.step,
+                                            seconds=self.seconds, losses=dict(sums=self.losses.sums.tolist())))
+        if stopping:
+            barrier()  # no rank leaves, and takes the others with it, before the checkpoint is on disk
+            raise Stopped(f"stopped by {signal.Signals(stopping).name}; saved at step {self.step}; run the same command to "
+                          "go on", stopping)
