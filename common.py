@@ -1,7 +1,8 @@
-"""What every script shares and no reader needs in order to understand the method: errors, processes, precision, files, checkpoints, the training run.
+"""What every script shares and no reader needs in order to understand the method: errors, processes,
+precision, files, checkpoints, the training run.
 
-A training script is flat: its loop shows forward, losses, backward, clip, step and EMA, and everything else stands behind
-one object of this file:
+A training script is flat: its loop shows forward, losses, backward, clip, step and EMA, and everything else
+stands behind one object of this file:
 
     run = common.Run(args, "vae.pt")               # processes, device, precision, lock
     ...models, optimisers...
@@ -78,14 +79,16 @@ HINTS = {errno.ENOSPC: "free space", errno.EDQUOT: "free space",
 
 
 def of_the_machine(error, of_a_file=OF_A_FILE):
-    """Whether an error in reading a file tells of the machine (memory, disk, network, rights) and nothing of its content."""
+    """Whether an error in reading a file tells of the machine (memory, disk, network, rights) and nothing of
+    its content."""
     if isinstance(error, OSError):
         return error.errno not in of_a_file
     return isinstance(error, MemoryError) or "allocate memory" in str(error)
 
 
 def damage(error, text):
-    """What to raise for an error in reading content: UserError with this text, or an error of the machine as it is."""
+    """What to raise for an error in reading content: UserError with this text, or an error of the machine as
+    it is."""
     return error if isinstance(error, OSError) and of_the_machine(error) else UserError(text)
 
 
@@ -95,7 +98,8 @@ def brief(error, most=120):
 
 
 def one_line(text, most=1500):
-    """Text for a terminal, whatever a file put into it: no line breaks, no control characters, no megabytes."""
+    """Text for a terminal, whatever a file put into it: no line breaks, no control characters, no
+    megabytes."""
     text = text if len(text) <= most else f"{text[:most // 2]} ... {text[-most // 2:]}"
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
@@ -114,15 +118,16 @@ def explain(error):
     if isinstance(error, OSError):
         number = errno.ENOSPC if "requested and" in text else error.errno  # NumPy's words for a full disk
         hint = HINTS.get(number, "mend that or choose another folder")
-        return (f"{error.filename or 'reading or writing'}: {error.strerror or text}; what was written before is intact; "
-                f"{hint}, then {again}")
+        return (f"{error.filename or 'reading or writing'}: {error.strerror or text}; what was written "
+                f"before is intact; {hint}, then {again}")
     if isinstance(error, RuntimeError) and ("DataLoader worker" in text or "ancdata" in text):
-        return (f"a process that reads images was lost ({text[:200]}): out of memory, of /dev/shm or of open files "
-                f"(ulimit -n); use fewer --workers, then {again}")
+        return (f"a process that reads images was lost ({text[:200]}): out of memory, of /dev/shm or of open "
+                f"files (ulimit -n); use fewer --workers, then {again}")
     lost = isinstance(error, RuntimeError) and any(w in text for w in ("gloo", "NCCL", "Connection"))
     if dist.is_initialized() and (isinstance(error, dist.DistError) or lost):
-        return (f"rank {dist.get_rank()}: another process of this run is lost or does not answer (its own message, or "
-                f"torchrun's, says why); the last checkpoint is intact; {again} ({text.rpartition('] ')[2][:100]})")
+        return (f"rank {dist.get_rank()}: another process of this run is lost or does not answer (its own "
+                f"message, or torchrun's, says why); the last checkpoint is intact; {again} "
+                f"({text.rpartition('] ')[2][:100]})")
     return None
 
 
@@ -131,7 +136,8 @@ def interrupt(number, _):
 
 
 def run_script(main):
-    """Run main(); what explain() knows ends in one line on stderr and exit status 2, a signal in 128 and its number."""
+    """Run main(); what explain() knows ends in one line on stderr and exit status 2, a signal in 128 and its
+    number."""
     signal.signal(signal.SIGTERM, interrupt)
     try:
         commit()  # of the code that runs, not of what it may be changed to meanwhile
@@ -205,7 +211,8 @@ def setup(deterministic=False):
 
 
 def keep_memory(device):
-    """glibc gives large freed blocks back to the system, and each step of a CPU pays for their pages anew: keep them."""
+    """glibc gives large freed blocks back to the system, and each step of a CPU pays for their pages anew:
+    keep them."""
     libc = ctypes.CDLL(None) if sys.platform == "linux" and device.type == "cpu" else None
     if hasattr(libc, "mallopt"):
         libc.mallopt(-4, 0)  # M_MMAP_MAX: no mappings of their own
@@ -213,7 +220,8 @@ def keep_memory(device):
 
 
 def fast_precision(device):
-    """bf16 where matrix units for it exist (CUDA Ampere and later, CPUs with AVX512-BF16 or AMX), else fp32."""
+    """bf16 where matrix units for it exist (CUDA Ampere and later, CPUs with AVX512-BF16 or AMX), else
+    fp32."""
     if device.type == "cuda":
         return "bf16" if torch.cuda.get_device_capability(device)[0] >= 8 else "fp32"
     units = (getattr(torch.cpu, f"_is_{unit}_supported", bool)() for unit in ("avx512_bf16", "amx_tile"))
@@ -226,8 +234,8 @@ def autocast(device, precision):
 
 
 def cast_matmuls(module, device, precision):
-    """Keep the weights of a frozen network's matmuls and convolutions in bf16: the values that autocast would make of them
-    in each pass. Norms and embeddings stay float32."""
+    """Keep the weights of a frozen network's matmuls and convolutions in bf16: the values that autocast would
+    make of them in each pass. Norms and embeddings stay float32."""
     for m in module.modules() if precision == "bf16" else ():
         if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d)):
             m.to(torch.bfloat16)
@@ -329,27 +337,29 @@ CLAIMS = []  # open files that stand for the outputs of this process
 
 
 def claim(path, flag="--out"):
-    """Refuse a second run in one place: hold a lock on the file `path` until the script ends. The system drops it with the
-    process, however that ends. Raises UserError, which names the owner."""
+    """Refuse a second run in one place: hold a lock on the file `path` until the script ends. The system
+    drops it with the process, however that ends. Raises UserError, which names the owner."""
     if any(os.path.exists(path) and os.path.samestat(os.fstat(f.fileno()), os.stat(path)) for f in CLAIMS):
-        raise UserError(f"{flag} {Path(path).parent}: this run writes something else there already; choose another folder")
+        raise UserError(f"{flag} {Path(path).parent}: this run writes something else there already; choose "
+                        "another folder")
     while True:
         f = open(str(path), "a+", encoding="utf-8", errors="replace")
         try:
             fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as e:
             if e.errno not in (errno.EACCES, errno.EAGAIN):
-                print(f"{path}: this file system has no locks ({e.strerror}); nothing will stop a second run in the same "
-                      "place", file=sys.stderr)
+                print(f"{path}: this file system has no locks ({e.strerror}); nothing will stop a second run "
+                      "in the same place", file=sys.stderr)
                 return None
             f.seek(0)
             owner, _, what = f.read().strip().partition(": ")
-            raise UserError(f"{path}: in use by {owner or 'another process'}; wait for it, stop it, or choose another "
-                            f"{flag} (it runs {what[:200]})") from None
+            raise UserError(f"{path}: in use by {owner or 'another process'}; wait for it, stop it, or "
+                            f"choose another {flag} (it runs {what[:200]})") from None
         if os.path.exists(path) and os.path.samestat(os.fstat(f.fileno()), os.stat(path)):
             break  # else its owner has just deleted it
     f.truncate(0)
-    f.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H.%M')}: {command()}\n")
+    f.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H.%M')}: "
+            f"{command()}\n")
     f.flush()
     CLAIMS.append(f)
     return f
@@ -364,8 +374,8 @@ def release(f):
 
 
 def open_out(folder, need_bytes=0, flag="--out"):
-    """Make an output folder. Raises UserError, which names the `flag`, when it cannot be written or the disk lacks
-    `need_bytes`."""
+    """Make an output folder. Raises UserError, which names the `flag`, when it cannot be written or the disk
+    lacks `need_bytes`."""
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -421,7 +431,8 @@ def read_json(path, kind=dict):
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; run the stage before (bash run.sh runs them all)") from None
     except (ValueError, RecursionError) as e:
-        raise UserError(f"{path}: not the JSON that a stage wrote ({e}); delete it and run that stage again") from None
+        raise UserError(f"{path}: not the JSON that a stage wrote ({e}); delete it and run that stage "
+                        "again") from None
 
 
 def save_png(image, path):
@@ -449,8 +460,8 @@ def is_zip(path):
 
 
 def check_zip(path, checksums=False):
-    """Refuse a zip file that unpacks to more than a gibibyte and a hundred times its size (a bomb), and, when asked to, one
-    whose content is not what its checksums say. Raises ValueError."""
+    """Refuse a zip file that unpacks to more than a gibibyte and a hundred times its size (a bomb), and, when
+    asked to, one whose content is not what its checksums say. Raises ValueError."""
     with zipfile.ZipFile(path) as z:
         unpacked, size = sum(i.file_size for i in z.infolist()), os.path.getsize(path)
         if unpacked > max(2 ** 30, 100 * size):
@@ -472,7 +483,8 @@ def read_npz(path, *names):
 
 
 def new_array(path, dtype, shape):
-    """A .npy file of zeros that has its place on disk: a memory map would end in a bus error when that is full."""
+    """A .npy file of zeros that has its place on disk: a memory map would end in a bus error when that is
+    full."""
     np.lib.format.open_memmap(path, "w+", dtype, shape)
     with open(path, "r+b") as f:
         if hasattr(os, "posix_fallocate"):
@@ -480,8 +492,9 @@ def new_array(path, dtype, shape):
 
 
 def begin_rows(mark, settings, files):
-    """Arrays on disk for RowFiles: files {path: (dtype, shape)}, the last of uint8 says which rows are there. They are made
-    anew, unless the JSON file `mark` says that they are of the same settings -> whether they were there."""
+    """Arrays on disk for RowFiles: files {path: (dtype, shape)}, the last of uint8 says which rows are there.
+    They are made anew, unless the JSON file `mark` says that they are of the same settings -> whether they
+    were there."""
     mark = Path(mark)
     with contextlib.suppress(FileNotFoundError, *BROKEN):  # an error of the machine must not end in files made anew
         found = json.loads(mark.read_text())
@@ -500,7 +513,8 @@ def begin_rows(mark, settings, files):
 
 
 class RowFiles:
-    """Arrays on disk that processes fill in row by row, in any order; a stopped run goes on. Made by begin_rows()."""
+    """Arrays on disk that processes fill in row by row, in any order; a stopped run goes on. Made by
+    begin_rows()."""
 
     EVERY = 2  # seconds between marks
 
@@ -515,7 +529,8 @@ class RowFiles:
         return rows[split_rows(len(rows), rank, world)].tolist()
 
     def put(self, rows, *values, done=1):
-        """Store the values of these rows; every few seconds mark what is then safe on disk (a kill in between repeats it)."""
+        """Store the values of these rows; every few seconds mark what is then safe on disk (a kill in between
+        repeats it)."""
         for array, value in zip(self.arrays, values):
             array[rows] = value
         self.pending.append((rows, done))
@@ -546,15 +561,16 @@ def weights_hash(state_dict):
 
 
 def save_checkpoint(path, state):
-    """Write `path` so that a kill at any moment leaves a whole checkpoint; the one before stays as NAME.prev.pt. Raises
-    UserError, and leaves both as they are, for a value that is not finite and for a disk that fails."""
+    """Write `path` so that a kill at any moment leaves a whole checkpoint; the one before stays as
+    NAME.prev.pt. Raises UserError, and leaves both as they are, for a value that is not finite and for a disk
+    that fails."""
     path = Path(path)
     temporary = path.with_suffix(".tmp")
     bad = [keystr(k) for k, v in tree_flatten_with_path(state)[0]
            if isinstance(v, torch.Tensor) and v.is_floating_point() and not v.isfinite().all()]
     if bad:
-        raise UserError(f"{path}: not saved, {bad[0]} is not finite ({len(bad)} such tensors); the checkpoint before it is "
-                        "intact; begin anew with another --out and a smaller --lr")
+        raise UserError(f"{path}: not saved, {bad[0]} is not finite ({len(bad)} such tensors); the "
+                        "checkpoint before it is intact; begin anew with another --out and a smaller --lr")
     try:
         with open(temporary, "wb") as f:
             torch.save(dict(state, made=made()), f)
@@ -565,15 +581,17 @@ def save_checkpoint(path, state):
         cause = e.__context__ if isinstance(e, RuntimeError) else e  # torch.save hides the system's error
         if not isinstance(cause, OSError):
             raise
-        raise UserError(f"{path}: cannot be written ({cause.strerror or cause}); the checkpoint before it is intact; "
-                        f"{HINTS.get(cause.errno, 'mend that')}, then run the same command again") from None
+        raise UserError(f"{path}: cannot be written ({cause.strerror or cause}); the checkpoint before it is "
+                        f"intact; {HINTS.get(cause.errno, 'mend that')}, then run the same command "
+                        "again") from None
     if path.exists():
         os.replace(path, path.with_suffix(".prev.pt"))
     os.replace(temporary, path)
     sync(path.parent)
 
 
-# What other projects pickle beside their weights (settings, Lightning's callbacks, counters): read as nothing, never imported
+# What other projects pickle beside their weights (settings, Lightning's callbacks, counters): read as
+# nothing, never imported
 BYSTANDERS = ("argparse.", "builtins.dict", "builtins.float", "builtins.int", "builtins.list", "builtins.str",
               "collections.", "ldm.", "lightning.", "numpy.", "omegaconf.", "pathlib.", "pytorch_lightning.", "typing.")
 
@@ -589,8 +607,8 @@ class Placeholder:
 
 
 def load_checkpoint(path):
-    """Tensors of a .safetensors, or of a torch file without running pickled code, on the CPU. Raises UserError for a
-    missing, torn or foreign file."""
+    """Tensors of a .safetensors, or of a torch file without running pickled code, on the CPU. Raises
+    UserError for a missing, torn or foreign file."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: {'a folder, expected a checkpoint file' if path.is_dir() else 'no such checkpoint'}")
@@ -616,14 +634,15 @@ def load_checkpoint(path):
         text = f"{type(e).__name__}: {' '.join(str(e).split())[-120:]}" if known else "cut, or not written by torch.save"
         before = path.with_suffix(".prev.pt")
         hint = f"; the one before it is {before}" if before.exists() and before != path else ""
-        kind, what = (UserError, "cannot be read now") if machine else (DamagedFile, "not a readable checkpoint")
+        kind, what = (UserError, "cannot be read now") if machine else (DamagedFile, "not a readable "
+                                                                                     "checkpoint")
         raise kind(f"{path}: {what} ({text}){hint}") from None
 
 
 def load_newest(path):
-    """The checkpoint `path`, or the one kept before it when the newest is missing or damaged; None when there is neither.
-    Called by all ranks; the first one chooses. A damaged file is renamed, lest the next save puts it in the place of the
-    good one."""
+    """The checkpoint `path`, or the one kept before it when the newest is missing or damaged; None when there
+    is neither. Called by all ranks; the first one chooses. A damaged file is renamed, lest the next save puts
+    it in the place of the good one."""
     path, found, choice, damaged = Path(path), None, 0, {}
     rank, places = dist.get_rank() if dist.is_initialized() else 0, [path, path.with_suffix(".prev.pt")]
     for p in [p for p in places if p.exists()] if rank == 0 else ():
@@ -633,7 +652,8 @@ def load_newest(path):
         except DamagedFile as e:
             damaged[p] = one_line(str(e))
     if damaged and found is None:
-        raise UserError(f"{'; '.join(damaged.values())}; no checkpoint is left to go on from; begin anew with another --out")
+        raise UserError(f"{'; '.join(damaged.values())}; no checkpoint is left to go on from; begin anew "
+                        "with another --out")
     for p, reason in damaged.items():
         print(f"{reason}; going on from {places[1]}, the damaged file is now {p.with_suffix('.damaged')}", file=sys.stderr)
         os.replace(p, p.with_suffix(".damaged"))
@@ -649,23 +669,24 @@ def load_weights(module, state, source):
     wrong += [f"{k} is unexpected, {have[k]}" for k in have if k not in want]
     wrong += [f"{k} is {have[k]}, expected {want[k]}" for k in want if k in have and have[k] != want[k]]
     if wrong:
-        raise UserError(f"{source}: does not fit {type(module).__name__}: {wrong[0]} ({len(wrong)} such entries)")
+        raise UserError(f"{source}: does not fit {type(module).__name__}: {wrong[0]} ({len(wrong)} such "
+                        "entries)")
     bad = [k for k, v in state.items() if not v.isfinite().all()]
     if bad:
         raise UserError(f"{source}: {bad[0]} holds NaN or infinity ({len(bad)} such tensors)")
     module.load_state_dict(state)
 
 
-# Flags that may change between the first and the second half of a run without changing what it computes. What files hold
-# is compared by its hash (inputs): a folder may move
+# Flags that may change between the first and the second half of a run without changing what it computes. What
+# files hold is compared by its hash (inputs): a folder may move
 FREE_FLAGS = {"out", "data", "latents", "init", "vfm_ckpt", "lpips_ckpt", "disc_ckpt", "steps", "micro_batch", "workers",
               "save_every", "log_every", "compile", "eval_every", "eval_stats", "eval_images", "eval_steps",
-              "grad_checkpointing", "deterministic", "dry_run", "bench", "json", "gan_adaptive"}
+              "grad_checkpointing", "deterministic"}
 
 
 def same_run(checkpoint, args, path, inputs):
-    """Refuse to resume `path` under other settings than it was begun with, or on other inputs: {name: hash or None}, the
-    names those of the flags."""
+    """Refuse to resume `path` under other settings than it was begun with, or on other inputs: {name: hash or
+    None}, the names those of the flags."""
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("args"), dict):
         raise UserError(f"{path}: not a checkpoint of this script; choose another --out")
     fixed = {"steps"} if getattr(args, "lr_decay", 0) else set()  # a schedule that ends at --steps cannot be extended
@@ -676,13 +697,14 @@ def same_run(checkpoint, args, path, inputs):
         before = checkpoint["args"].get(name)
         before, value = (bool(before), bool(value)) if name == "cache_vfm" else (before, value)  # its folder may move
         if name not in FREE_FLAGS - fixed and before != value:
-            raise UserError(f"{path} was begun with --{name.replace('_', '-')} {before}, this command says {value}; "
-                            "use the same settings to go on, or another --out to begin anew")
+            raise UserError(f"{path} was begun with --{name.replace('_', '-')} {before}, this command says "
+                            f"{value}; use the same settings to go on, or another --out to begin anew")
     known = checkpoint.get("inputs", {})
     for name, value in inputs.items():
         if known.get(name, value) != value:
-            raise UserError(f"{path} was begun with other content of --{name.replace('_', '-')} {getattr(args, name)} (hash "
-                            f"{known[name]}, now {value}); bring that back to go on, or choose another --out to begin anew")
+            raise UserError(f"{path} was begun with other content of --{name.replace('_', '-')} "
+                            f"{getattr(args, name)} (hash {known[name]}, now {value}); bring that back to go "
+                            "on, or choose another --out to begin anew")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -690,20 +712,23 @@ def same_run(checkpoint, args, path, inputs):
 
 
 def learning_rate(args, step):
-    """args.lr, times a linear warm-up over --lr-warmup steps, times (--lr-decay 1) half a cosine from 1 to 0 over all steps."""
+    """args.lr, times a linear warm-up over --lr-warmup steps, times (--lr-decay 1) half a cosine from 1 to 0
+    over all steps."""
     warm = min(1.0, (step + 1) / args.lr_warmup) if args.lr_warmup else 1.0
     return args.lr * warm * (0.5 + 0.5 * math.cos(math.pi * step / args.steps) if args.lr_decay else 1.0)
 
 
 @torch.no_grad()
 def update_ema(ema, model, step, decay):
-    """ema <- d ema + (1 - d) model, with d = min(decay, (1 + step) / (10 + step)) so that early averages are not noise."""
+    """ema <- d ema + (1 - d) model, with d = min(decay, (1 + step) / (10 + step)) so that early averages are
+    not noise."""
     d = min(decay, (1 + step) / (10 + step))
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - d)
 
 
 class Losses:
-    """The losses of the steps since the last look. They stay on the device until then: only a look waits for it.
+    """The losses of the steps since the last look. They stay on the device until then: only a look waits for
+    it.
 
     Losses of single images are also summed by their time, in BINS equal parts of [0, 1], until by_time()."""
 
@@ -713,13 +738,14 @@ class Losses:
         self.rows, self.sums = [], np.array(np.zeros((2, self.BINS)) if sums is None else sums)
 
     def add(self, step, parts, each=None, t=None):
-        """parts: {name: scalar tensor of this rank}; each (B,): a number of each of its images that shows whether it is
-        finite; with their times t (B,) its loss."""
+        """parts: {name: scalar tensor of this rank}; each (B,): a number of each of its images that shows
+        whether it is finite; with their times t (B,) its loss."""
         self.rows.append((step, list(parts), torch.stack([v.detach().float() for v in parts.values()]), each, t))
 
     def look(self, name_images, advice):
-        """{name: float} of the last step, means over ranks. Raises UserError for the first step since the last look with a
-        value that is not finite; name_images(step, places in the global batch) names the images that are not."""
+        """{name: float} of the last step, means over ranks. Raises UserError for the first step since the
+        last look with a value that is not finite; name_images(step, places in the global batch) names the
+        images that are not."""
         rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         means = all_reduce(torch.cat([row[2] for row in self.rows])) / world
         means = means.cpu().split([len(row[1]) for row in self.rows])
@@ -732,8 +758,8 @@ class Losses:
                 images = ", ".join(f"{p} ({name})" for p, name in zip(places, name_images(step - 1, places[:8])))
                 images = f"; {len(places)} of the batch's images, {images}" if places else ""
                 values = ", ".join(f"{k} {v:.4g}" for k, v in parts.items())
-                raise UserError(f"step {step}: {', '.join(bad)} not finite ({values}){images}; the last checkpoint is "
-                                f"intact; begin anew with another --out and {advice}")
+                raise UserError(f"step {step}: {', '.join(bad)} not finite ({values}){images}; the last "
+                                f"checkpoint is intact; begin anew with another --out and {advice}")
         self.rows = []
         return parts
 
@@ -761,8 +787,8 @@ class Losses:
 
 
 class Log:
-    """metrics.jsonl: the run's settings first, then one JSON object a line; a resumed run drops what came after its
-    checkpoint, and says by which command it goes on (these lines stay). Only rank 0 writes."""
+    """metrics.jsonl: the run's settings first, then one JSON object a line; a resumed run drops what came
+    after its checkpoint, and says by which command it goes on (these lines stay). Only rank 0 writes."""
 
     def __init__(self, path, step, settings, rank):
         self.path, self.rank, kept = Path(path), rank, []
@@ -784,7 +810,8 @@ class Log:
 
 
 class Stop:
-    """From here SIGTERM and Ctrl-C ask for a save; `asked()` is true on every rank once any rank was signalled."""
+    """From here SIGTERM and Ctrl-C ask for a save; `asked()` is true on every rank once any rank was
+    signalled."""
 
     def __init__(self):
         self.flag = torch.zeros(1)
@@ -799,9 +826,8 @@ class Stop:
 class Run:
     """A training run: processes, device, precision, one owner of --out, resume, log, checkpoints, signals.
 
-    args: the script's flags, kept in the checkpoint. Raises UserError for a batch that the processes do not divide, a folder
-    in use, other settings than the checkpoint's.
-    """
+    args: the script's flags, kept in the checkpoint. Raises UserError for a batch that the processes do not
+    divide, a folder in use, other settings than the checkpoint's. """
 
     def __init__(self, args, name, advice):
         """name: of the checkpoint in --out; advice: what to change after losses that are not finite."""
@@ -811,8 +837,8 @@ class Run:
         self.local = args.batch // self.world  # images of a step on this process
         self.micro = args.micro_batch or self.local
         if args.batch % (self.world * self.micro):
-            raise UserError(f"--batch {args.batch}: expected a multiple of {self.world} process(es) times --micro-batch "
-                            f"{self.micro}")
+            raise UserError(f"--batch {args.batch}: expected a multiple of {self.world} process(es) times "
+                            f"--micro-batch {self.micro}")
         if not args.dry_run:
             open_out(args.out)
             if self.rank == 0:
@@ -825,12 +851,13 @@ class Run:
         return range(first, first + self.local)
 
     def resume(self, modules, inputs, record):
-        """Go on from the newest checkpoint. modules: {name: what has a state_dict, or None}; inputs: {flag: hash of what it
-        holds, or None}; record: what the checkpoint says beside them -> whether there are steps left."""
+        """Go on from the newest checkpoint. modules: {name: what has a state_dict, or None}; inputs: {flag:
+        hash of what it holds, or None}; record: what the checkpoint says beside them -> whether there are
+        steps left."""
         self.modules, self.inputs, self.record = modules, inputs, record
         checkpoint = load_newest(self.path)
         if checkpoint is not None:
-            same_run(checkpoint, self.args, self.path, inputs)
+            same_run(checkpoint, self.args, self.path, inputs if self.rank == 0 else {})
             for name, module in modules.items():
                 if isinstance(module, torch.nn.Module):
                     load_weights(module, checkpoint[name], f"{self.path}, {name}")
@@ -848,8 +875,8 @@ class Run:
         return True
 
     def steps(self, batches, name_images):
-        """Yield (step, batch) of each step that is left, counted from 0; after_step() must follow each. name_images(step,
-        places in the global batch) -> names."""
+        """Yield (step, batch) of each step that is left, counted from 0; after_step() must follow each.
+        name_images(step, places in the global batch) -> names."""
         self.log = Log(self.path.parent / "metrics.jsonl", self.step, dict(vars(self.args), inputs=self.inputs), self.rank)
         self.stop, self.since, self.seen, self.name_images = Stop(), time.time(), 0, name_images
         with tqdm(total=self.args.steps, initial=self.step, disable=self.rank > 0 or None) as self.bar:
@@ -872,8 +899,8 @@ class Run:
         self.since += time.time() - begin
 
     def after_step(self, losses, each=None, t=None):
-        """Note the losses, {name: scalar tensor of this rank}, and of each of its images a number that shows whether it is
-        finite (with times t: its loss). Then log, save, and stop if a signal asked for it."""
+        """Note the losses, {name: scalar tensor of this rank}, and of each of its images a number that shows
+        whether it is finite (with times t: its loss). Then log, save, and stop if a signal asked for it."""
         args, rank = self.args, self.rank
         self.step += 1
         self.seen += args.batch
@@ -896,5 +923,5 @@ class Run:
                                             seconds=self.seconds, losses=dict(sums=self.losses.sums.tolist())))
         if stopping:
             barrier()  # no rank leaves, and takes the others with it, before the checkpoint is on disk
-            raise Stopped(f"stopped by {signal.Signals(stopping).name}; saved at step {self.step}; run the same command to "
-                          "go on", stopping)
+            raise Stopped(f"stopped by {signal.Signals(stopping).name}; saved at step {self.step}; run the "
+                          "same command to go on", stopping)

@@ -2,9 +2,8 @@
 
     python data.py check images                             # read every image, count the bad ones
 
-Whatever is random depends on (seed, index) alone: the same batches come from any number of processes, and a checkpoint
-holds no generator state.
-"""
+Whatever is random depends on (seed, index) alone: the same batches come from any number of processes, and a
+checkpoint holds no generator state. """
 import contextlib
 import csv
 import errno
@@ -51,7 +50,8 @@ class UnreadableImage(UserError):
 
 
 def to_rgb(image):
-    """Any PIL mode -> RGB, 8 bit. 16-bit greys are scaled, transparency is laid on white, EXIF rotation is applied."""
+    """Any PIL mode -> RGB, 8 bit. 16-bit greys are scaled, transparency is laid on white, EXIF rotation is
+    applied."""
     image = ImageOps.exif_transpose(image)
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         grey = np.asarray(image).astype(np.float64)
@@ -66,7 +66,8 @@ def to_rgb(image):
 
 
 def center_crop(image, size):
-    """ADM's crop (Dhariwal & Nichol 2021): halve with a box filter, bicubic to a short side of `size`, cut the middle."""
+    """ADM's crop (Dhariwal & Nichol 2021): halve with a box filter, bicubic to a short side of `size`, cut
+    the middle."""
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
@@ -79,27 +80,29 @@ def center_crop(image, size):
 
 @contextlib.contextmanager
 def open_image(path, size=1):
-    """A PIL image for a crop of `size`. Whatever goes wrong in the context is raised as UnreadableImage, but the machine's
-    errors as UserError."""
+    """A PIL image for a crop of `size`. Whatever goes wrong in the context is raised as UnreadableImage, but
+    the machine's errors as UserError."""
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would be waited for
             raise ValueError("no regular file")
         with Image.open(path) as image:
             short, long = sorted(image.size)
             if max(short * long, size * size * long / short) > MAX_PIXELS:
-                raise ValueError(f"{image.width} x {image.height} pixels: more than {MAX_PIXELS}, as it is or at the crop's scale")
+                raise ValueError(f"{image.width} x {image.height} pixels: more than {MAX_PIXELS}, as it is "
+                                 "or at the crop's scale")
             yield image
     except DAMAGED_IMAGE as e:
         if common.of_the_machine(e, OF_A_FILE):
             hint = common.HINTS.get(e.errno, "see to the disk or the network")
-            raise UserError(f"{path}: cannot be read now ({e.strerror}); {hint}, then run the same command again") from None
+            raise UserError(f"{path}: cannot be read now ({e.strerror}); {hint}, then run the same command "
+                            "again") from None
         reason = " ".join(str(e).split()) or type(e).__name__
         raise UnreadableImage(f"{path}: cannot be read as an image ({reason})") from None
 
 
 def read_image(path, size):
-    """Image file -> uint8 (3, size, size) RGB, ADM centre crop. Raises UnreadableImage, or UserError when the machine is at
-    fault."""
+    """Image file -> uint8 (3, size, size) RGB, ADM centre crop. Raises UnreadableImage, or UserError when the
+    machine is at fault."""
     with open_image(path, size) as image:
         crop = center_crop(to_rgb(image), size)
     return torch.from_numpy(np.array(crop)).permute(2, 0, 1).contiguous()
@@ -111,7 +114,8 @@ def to_float(images):
 
 
 def to_uint8(images):
-    """float (B, 3, H, W) in [-1, 1] -> uint8, clamped and rounded: the one rule for every picture written or scored."""
+    """float (B, 3, H, W) in [-1, 1] -> uint8, clamped and rounded: the one rule for every picture written or
+    scored."""
     return (images.float().clamp(-1, 1) * 127.5 + 127.5).round().to(torch.uint8)
 
 
@@ -144,20 +148,23 @@ def find_images(root):
                   if n.lower().endswith(IMAGE_SUFFIXES) and not n.startswith(".")]
     strange = [f for f in files if f.splitlines() != [f] or f.encode(errors="ignore").decode() != f]
     if strange:
-        raise UserError(f"{root}: the name {strange[0]!a} holds a line break or is not UTF-8; rename that file")
+        raise UserError(f"{root}: the name {strange[0]!a} holds a line break or is not UTF-8; rename that "
+                        "file")
     if not files:
-        raise UserError(f"{root}: no images found; expected {' '.join(IMAGE_SUFFIXES)} in it or in class folders below it")
+        raise UserError(f"{root}: no images found; expected {' '.join(IMAGE_SUFFIXES)} in it or in class "
+                        "folders below it")
     return sorted(files)
 
 
 class ImageFolder(torch.utils.data.Dataset):
-    """Images below `root`; the class is the first folder's name, or "all" when the images lie in `root` itself.
+    """Images below `root`; the class is the first folder's name, or "all" when the images lie in `root`
+    itself.
 
-    Item i: (image uint8 (3, size, size), label int). With flip=True there are 2N items: item N + i is the mirror image
-    of item i, so that flips need no random numbers. split ("train", "val", "test") keeps the files that
-    attributes.csv puts there. `.files` and `.labels` have N entries; `.classes` are those of the whole folder.
-    Raises UserError for a folder that cannot be used, UnreadableImage for an item that cannot be decoded.
-    """
+    Item i: (image uint8 (3, size, size), label int). With flip=True there are 2N items: item N + i is the
+    mirror image of item i, so that flips need no random numbers. split ("train", "val", "test") keeps the
+    files that attributes.csv puts there. `.files` and `.labels` have N entries; `.classes` are those of the
+    whole folder. Raises UserError for a folder that cannot be used, UnreadableImage for an item that cannot
+    be decoded. """
 
     def __init__(self, root, size, flip=False, split=None):
         self.root, self.size, self.flip = Path(root), size, flip
@@ -172,7 +179,8 @@ class ImageFolder(torch.utils.data.Dataset):
             chosen = {f for f, s in zip(table.files, table.splits) if s == split}
             files = [f for f in files if f in chosen]
             if not files:
-                raise UserError(f"{root}/attributes.csv: no image has split '{split}'; found {sorted(set(table.splits))}")
+                raise UserError(f"{root}/attributes.csv: no image has split '{split}'; found "
+                                f"{sorted(set(table.splits))}")
         self.files = files
         index = {c: i for i, c in enumerate(self.classes)}
         self.labels = [index.get(f.split("/")[0], 0) for f in files]
@@ -197,31 +205,35 @@ class ImageFolder(torch.utils.data.Dataset):
         return hashlib.sha256("\n".join(f"{f} {size(self.root / f)}" for f in self.files).encode()).hexdigest()[:16]
 
     def note_bad(self, bad):
-        """Name each new unreadable file once; raise UserError when they are more than max_bad of the folder."""
+        """Name each new unreadable file once; raise UserError when they are more than max_bad of the
+        folder."""
         for file, reason in bad:
             if file not in self.bad:
                 self.bad[file] = reason
                 print(f"skipped: {common.one_line(reason)}", file=sys.stderr)
         if len(self.bad) > self.max_bad * len(self.files):
-            raise UserError(f"{self.root}: {len(self.bad)} of {len(self.files)} images are unreadable, more than "
-                            f"{self.max_bad:.0%}; the last: {list(self.bad.values())[-1]}; mend or delete them, then run again")
+            raise UserError(f"{self.root}: {len(self.bad)} of {len(self.files)} images are unreadable, more "
+                            f"than {self.max_bad:.0%}; the last: {list(self.bad.values())[-1]}; mend or "
+                            "delete them, then run again")
 
 
 def check_folder(images, batch=1):
-    """Refuse what cannot be trained on: one image, a class of one, a batch above the folder, images below the crop."""
+    """Refuse what cannot be trained on: one image, a class of one, a batch above the folder, images below the
+    crop."""
     n = len(images.files)
     if n < 2:
         raise UserError(f"{images.root}: {n} image; expected at least 2")
     label, count = min(Counter(images.labels).items(), key=lambda x: x[1])
     if count == 1:
-        raise UserError(f"{images.root}: class '{images.classes[label]}' has one image; a class needs two or more "
-                        "(images of one class go into one folder)")
+        raise UserError(f"{images.root}: class '{images.classes[label]}' has one image; a class needs two or "
+                        "more (images of one class go into one folder)")
     if batch > n:
-        raise UserError(f"--batch {batch} is larger than the {n} images of {images.root}; use --batch {n} or less")
+        raise UserError(f"--batch {batch} is larger than the {n} images of {images.root}; use --batch {n} or "
+                        "less")
     small = median_short_side(images)
     if small is not None and small < images.size:  # single small images are enlarged, as ADM does
-        raise UserError(f"{images.root}: the median short side is {small} pixels, below the crop of {images.size}; "
-                        f"use --resolution {small} or less")
+        raise UserError(f"{images.root}: the median short side is {small} pixels, below the crop of "
+                        f"{images.size}; use --resolution {small} or less")
 
 
 def median_short_side(images):
@@ -238,9 +250,9 @@ def median_short_side(images):
 
 
 def read_rows(images, rows, replace=False):
-    """Images of these rows in one piece: (uint8 (B, 3, S, S), labels (B,), rows, [(file, reason) of the unreadable]).
-    With replace=True an unreadable image gives its place to the next readable one (training keeps its batch size);
-    otherwise its row is left out."""
+    """Images of these rows in one piece: (uint8 (B, 3, S, S), labels (B,), rows, [(file, reason) of the
+    unreadable]). With replace=True an unreadable image gives its place to the next readable one (training
+    keeps its batch size); otherwise its row is left out."""
     n, pixels, labels, kept, bad = len(images), [], [], [], []
     for row in rows:
         for candidate in range(row, row + (n if replace else 1)):
@@ -261,7 +273,8 @@ def read_rows(images, rows, replace=False):
 
 
 class Guarded(torch.utils.data.Dataset):
-    """Item i: (read(i), None), or (None, the exception): a worker's own way to raise ends in a traceback and a hang."""
+    """Item i: (read(i), None), or (None, the exception): a worker's own way to raise ends in a traceback and
+    a hang."""
 
     def __init__(self, read):
         self.read = read
@@ -276,14 +289,15 @@ class Guarded(torch.utils.data.Dataset):
 
 
 def ignore_signals(_):
-    """torchrun and Ctrl-C signal the workers too; only the main process, which saves, decides when to stop."""
+    """torchrun and Ctrl-C signal the workers too; only the main process, which saves, decides when to
+    stop."""
     for s in (signal.SIGTERM, signal.SIGINT):
         signal.signal(s, signal.SIG_IGN)
 
 
 def load(read, items, workers=0):
-    """Yield read(i) of each item, in order: read ahead by `workers` processes, in pinned memory where there is a GPU.
-    Raises what read raised, and UserError for a worker that takes longer than WORKER_TIMEOUT."""
+    """Yield read(i) of each item, in order: read ahead by `workers` processes, in pinned memory where there
+    is a GPU. Raises what read raised, and UserError for a worker that takes longer than WORKER_TIMEOUT."""
     loader = torch.utils.data.DataLoader(
         Guarded(read), sampler=items, batch_size=None, num_workers=workers, pin_memory=torch.cuda.is_available(),
         worker_init_fn=ignore_signals, timeout=WORKER_TIMEOUT if workers else 0)
@@ -297,8 +311,9 @@ def load(read, items, workers=0):
             raise
         for process in torch.multiprocessing.active_children():
             process.kill()  # they ignore gentler signals
-        raise UserError(f"no batch for {WORKER_TIMEOUT} s from the {workers} reading workers; see to the disk or to damaged "
-                        "files (python data.py check DIR), then run the same command again") from None
+        raise UserError(f"no batch for {WORKER_TIMEOUT} s from the {workers} reading workers; see to the "
+                        "disk or to damaged files (python data.py check DIR), then run the same command "
+                        "again") from None
 
 
 def load_batches(images, batches, workers=0, replace=False):
@@ -315,17 +330,17 @@ def epoch_order(n, seed, epoch):
 
 
 def sample_order(n, seed, places):
-    """Rows at these places in an endless stream of epochs, each a permutation of range(n) drawn from (seed, epoch): the data
-    position is the step alone, whatever the number of processes."""
+    """Rows at these places in an endless stream of epochs, each a permutation of range(n) drawn from (seed,
+    epoch): the data position is the step alone, whatever the number of processes."""
     return [int(epoch_order(n, seed, p // n)[p % n]) for p in places]
 
 
 def draw_noise(seed, rows, uniforms, *shapes):
-    """Random numbers that depend on (seed, row) only: U(0,1) (B, uniforms), then one standard normal (B, *shape) a shape.
+    """Random numbers that depend on (seed, row) only: U(0,1) (B, uniforms), then one standard normal (B,
+    *shape) a shape.
 
-    A counter-based generator (Philox, key = seed and row) makes them equal for any number of processes or batch size,
-    and leaves no generator state to store in a checkpoint.
-    """
+    A counter-based generator (Philox, key = seed and row) makes them equal for any number of processes or
+    batch size, and leaves no generator state to store in a checkpoint. """
     generators = [np.random.Generator(np.random.Philox(key=(seed << 64) + int(r))) for r in rows]
     drawn = [torch.from_numpy(np.stack([g.random(uniforms, dtype=np.float32) for g in generators]))]
     for shape in shapes:
@@ -347,11 +362,13 @@ class Attributes:
 
 
 def read_attributes(root):
-    """`root`/attributes.csv -> Attributes. Raises UserError for a missing column, a bad value, an unknown or double file."""
+    """`root`/attributes.csv -> Attributes. Raises UserError for a missing column, a bad value, an unknown or
+    double file."""
     path = Path(root) / "attributes.csv"
     if not path.is_file():
-        raise UserError(f"{path}: no such file; expected a table with the columns file,split,<attribute>... (values 0, 1 or "
-                        "empty); CelebA, DeepFashion and AwA2 become one by: python extras/datasets.py")
+        raise UserError(f"{path}: no such file; expected a table with the columns file,split,<attribute>... "
+                        "(values 0, 1 or empty); CelebA, DeepFashion and AwA2 become one by: python "
+                        "extras/datasets.py")
     try:
         with open(path, newline="", encoding="utf-8-sig") as f:
             header, *rows = list(csv.reader(f)) or [[]]
@@ -359,7 +376,8 @@ def read_attributes(root):
         raise UserError(f"{path}: not a CSV table in UTF-8 ({e})") from None
     for column in ("file", "split"):
         if column not in header:
-            raise UserError(f"{path}: no column '{column}'; found {header[:4]}, expected file,split,<attribute>...")
+            raise UserError(f"{path}: no column '{column}'; found {header[:4]}, expected "
+                            "file,split,<attribute>...")
     if len(set(header)) < len(header):
         raise UserError(f"{path}: the column '{max(header, key=header.count)}' stands in the header twice")
     file_at, split_at = header.index("file"), header.index("split")
@@ -371,7 +389,8 @@ def read_attributes(root):
         if len(row) != len(header):
             raise UserError(f"{where}: {len(row)} fields; expected {len(header)} as in the header")
         if row[file_at] not in known:
-            raise UserError(f"{where}: '{row[file_at]}' is no image below {root}; paths are relative to that folder")
+            raise UserError(f"{where}: '{row[file_at]}' is no image below {root}; paths are relative to that "
+                            "folder")
         if row[split_at] not in SPLITS:
             raise UserError(f"{where}: split '{row[split_at]}'; expected one of {', '.join(SPLITS)}")
         try:
@@ -388,7 +407,8 @@ def read_attributes(root):
 
 @dataclass
 class Latents:
-    """What vae.py wrote: moments (N, F, 2c, h, w) float16 memmap (mean, then std), labels (N,), latent mean/std (c,)."""
+    """What vae.py wrote: moments (N, F, 2c, h, w) float16 memmap (mean, then std), labels (N,), latent
+    mean/std (c,)."""
     moments: np.ndarray
     labels: np.ndarray
     files: list
@@ -415,8 +435,8 @@ def load_latents(folder):
         found = Latents(moments, labels, files, mean, std, meta)
         check_latents(found)
     except common.DAMAGED as e:
-        raise common.damage(e, f"{folder}: the latent cache is damaged ({type(e).__name__}: {common.brief(e, 400)}); "
-                               f"delete the folder and {again}") from None
+        raise common.damage(e, f"{folder}: the latent cache is damaged ({type(e).__name__}: "
+                               f"{common.brief(e, 400)}); delete the folder and {again}") from None
     return found
 
 
@@ -429,8 +449,9 @@ def check_latents(latents):
     n, flips, c2, *side = moments.shape
     shapes = moments.dtype == np.float16 and len(side) == 2 and flips in (1, 2) and mean.shape == std.shape == (c2 // 2,)
     if not shapes or labels.shape != (n,) or labels.dtype != np.int64:
-        raise ValueError(f"moments {moments.dtype} {moments.shape}, mean {tuple(mean.shape)}, std {tuple(std.shape)}, labels "
-                         f"{labels.dtype} {labels.shape}; expected float16 (N, 1 or 2, 2c, h, w), (c,), (c,), int64 (N,)")
+        raise ValueError(f"moments {moments.dtype} {moments.shape}, mean {tuple(mean.shape)}, std "
+                         f"{tuple(std.shape)}, labels {labels.dtype} {labels.shape}; expected float16 (N, 1 "
+                         "or 2, 2c, h, w), (c,), (c,), int64 (N,)")
     in_range = 0 <= labels.min() and labels.max() < len(meta["classes"])
     if not (mean.isfinite().all() and std.isfinite().all() and (std > 0).all() and in_range):
         raise ValueError("a mean or std that is not finite and positive, or a label beyond the classes")
@@ -458,7 +479,8 @@ def main():
     rows = common.chunks(range(len(images)), 64)
     for _ in tqdm(load_batches(images, rows, workers=os.cpu_count()), total=len(rows), disable=None):
         pass
-    print(f"{args.dir}: {len(images) - len(images.bad)} images in {len(images.classes)} classes, {len(images.bad)} unreadable")
+    print(f"{args.dir}: {len(images) - len(images.bad)} images in {len(images.classes)} classes, "
+          f"{len(images.bad)} unreadable")
     if (images.root / "attributes.csv").exists():
         print(f"attributes.csv: {len(read_attributes(args.dir).names)} attributes")
     images.max_bad = MAX_BAD

@@ -1,4 +1,5 @@
-"""The paper's idea (arXiv 2601.05823, section 3): noised latents must predict a frozen vision model's patch tokens.
+"""The paper's idea (arXiv 2601.05823, section 3): noised latents must predict a frozen vision model's patch
+tokens.
 
     z   = V_theta.encode(x).sample()                     latent, normalised per channel       vae.py
     z_t = (1 - a) eps + a z,  eps ~ N(0, I), a ~ U(0, 1)                              (1)     add_noise
@@ -7,7 +8,6 @@
     L(theta, phi) = lambda_align L_align + L_VAE                                      (3)     train_vae.py
 """
 import contextlib
-import math
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,6 @@ import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-
 from tqdm import tqdm
 
 import common
@@ -25,8 +24,8 @@ from vae import attention
 
 
 def add_noise(z, generator=None, a=None, eps=None):
-    """Eq. (1): z (B, c, h, w) normalised -> z_t, same shape; one a ~ U(0, 1) an image; a = 1 is clean, a = 0 is noise.
-    a (B,) and eps (B, c, h, w) are drawn here when they are not given."""
+    """Eq. (1): z (B, c, h, w) normalised -> z_t, same shape; one a ~ U(0, 1) an image; a = 1 is clean, a = 0
+    is noise. a (B,) and eps (B, c, h, w) are drawn here when they are not given."""
     a = torch.rand(len(z), generator=generator, device=z.device) if a is None else a
     eps = torch.randn(z.shape, generator=generator, device=z.device) if eps is None else eps
     a = a.view(-1, 1, 1, 1)
@@ -34,7 +33,8 @@ def add_noise(z, generator=None, a=None, eps=None):
 
 
 def align_loss(pred, target):
-    """Eq. (2): pred, target (B, N, D) -> scalar in [0, 2], the mean over tokens of 1 - cosine similarity, in float32."""
+    """Eq. (2): pred, target (B, N, D) -> scalar in [0, 2], the mean over tokens of 1 - cosine similarity, in
+    float32."""
     return (1 - F.cosine_similarity(pred.float(), target.float(), dim=-1)).mean()
 
 
@@ -44,13 +44,16 @@ class Block(nn.Module):
     def __init__(self, dim, heads):
         super().__init__()
         self.heads = heads
-        self.norm1, self.norm2 = nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6)
-        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
 
     def forward(self, x):  # (B, N, dim) -> same
         B, N, dim = x.shape
-        q, k, v = self.qkv(self.norm1(x)).view(B, N, 3, self.heads, dim // self.heads).permute(2, 0, 3, 1, 4)  # (B, heads, N, d)
+        qkv = self.qkv(self.norm1(x)).view(B, N, 3, self.heads, dim // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, N, d) each
         x = x + self.proj(attention(q, k, v).transpose(1, 2).reshape(B, N, dim))
         return x + self.mlp(self.norm2(x))
 
@@ -64,23 +67,27 @@ def sincos_2d(dim, grid):
 
 
 def patch_side(latent_size, grid):
-    """Latent cells a token and side. f16 with 16 x 16 tokens at 256: 1; f8: 2. Raises UserError if grid does not divide."""
+    """Latent cells a token and side. f16 with 16 x 16 tokens at 256: 1; f8: 2. Raises UserError if grid does
+    not divide."""
     if latent_size % grid:
-        raise UserError(f"the VFM's {grid} x {grid} tokens do not divide the {latent_size} x {latent_size} latent")
+        raise UserError(f"the VFM's {grid} x {grid} tokens do not divide the {latent_size} x {latent_size} "
+                        "latent")
     return latent_size // grid
 
 
 class Mapper(nn.Module):
-    """h_phi: patch embedding -> `depth` ViT blocks -> MLP projector. z_t (B, z_channels, h, h) -> (B, grid*grid, vfm_dim).
+    """h_phi: patch embedding -> `depth` ViT blocks -> MLP projector. z_t (B, z_channels, h, h) -> (B,
+    grid*grid, vfm_dim).
 
-    depth 1 is the paper's best (Table 2); depth 0 is the plain MLP alignment of earlier work. No time conditioning.
-    width defaults to vfm_dim, heads to width / 64 (12 for 768, 16 for 1024). Raises UserError if grid does not divide h.
-    """
+    depth 1 is the paper's best (Table 2); depth 0 is the plain MLP alignment of earlier work. No time
+    conditioning. width defaults to vfm_dim, heads to width / 64 (12 for 768, 16 for 1024). Raises UserError
+    if grid does not divide h. """
 
     def __init__(self, z_channels, latent_size, grid, vfm_dim, depth=1, width=None, heads=None, mlp_width=2048):
         super().__init__()
         width = width or vfm_dim
-        heads, patch = heads or max(1, width // 64), patch_side(latent_size, grid)
+        heads = heads or max(1, width // 64)
+        patch = patch_side(latent_size, grid)
         if width % (4 * heads):
             raise UserError(f"mapper width {width}: expected a multiple of {4 * heads}")
         self.config = dict(z_channels=z_channels, latent_size=latent_size, grid=grid, vfm_dim=vfm_dim, depth=depth,
@@ -100,11 +107,13 @@ class Mapper(nn.Module):
 
 
 class LinearMapper(nn.Module):
-    """The rival's mapper (VA-VAE, arXiv 2501.01423): one linear map a token, without bias. Shapes and errors as Mapper."""
+    """The rival's mapper (VA-VAE, arXiv 2501.01423): one linear map a token, without bias. Shapes and errors
+    as Mapper."""
 
     def __init__(self, z_channels, latent_size, grid, vfm_dim):
         super().__init__()
-        self.config, patch = dict(z_channels=z_channels, latent_size=latent_size, grid=grid, vfm_dim=vfm_dim), patch_side(latent_size, grid)
+        self.config = dict(z_channels=z_channels, latent_size=latent_size, grid=grid, vfm_dim=vfm_dim)
+        patch = patch_side(latent_size, grid)
         self.proj = nn.Conv2d(z_channels, vfm_dim, patch, stride=patch, bias=False)
 
     def forward(self, z):
@@ -112,39 +121,31 @@ class LinearMapper(nn.Module):
 
 
 def vavae_loss(pred, target, cos_margin=0.5, distance_margin=0.25):
-    """VA-VAE's marginal cosine and marginal distance-matrix losses, summed: pred, target (B, N, D) -> scalar, in float32.
-    A token counts while its cosine is below 1 - cos_margin, a pair while its two similarities differ by distance_margin."""
+    """VA-VAE's marginal cosine and marginal distance-matrix losses, summed: pred, target (B, N, D) -> scalar,
+    in float32. A token counts while its cosine is below 1 - cos_margin, a pair while its two similarities
+    differ by distance_margin."""
     pred, target = (F.normalize(v.float(), dim=-1) for v in (pred, target))
     cosine = F.relu(1 - cos_margin - (pred * target).sum(-1)).mean()
     return cosine + F.relu((pred @ pred.mT - target @ target.mT).abs() - distance_margin).mean()  # (B, N, N)
 
 
 class VFM(nn.Module):
-    """A frozen vision foundation model from timm. x (B, 3, H, W) in [-1, 1] -> tokens (B, grid*grid, dim), float32.
+    """A frozen vision foundation model from timm. x (B, 3, H, W) in [-1, 1] -> tokens (B, grid*grid, dim),
+    float32.
 
-    name   any timm model with intermediate features. ViT: patch tokens after the final norm, without class and
+    name   any timm model with intermediate features. ViT: patch tokens after the final norm, without class
+    and
            register tokens. CNN: a feature map as a grid of tokens.
-    layer  ViT: block (negative counts from the end; default: the last). CNN: feature stage (default: stride 16).
-    ckpt   local .pth/.pt/.bin/.safetensors instead of timm's download.
-    The input is resized (bicubic) to grid * patch or grid * stride pixels, which gives grid x grid tokens, and
-    normalised with the model's own mean and std. Raises UserError for an unknown name, a missing file, weights that do
-    not fit, or a failed download. Never falls back to another model. weights=False: random weights, for a plan.
-    """
+    layer  ViT: block (negative counts from the end; default: the last). CNN: feature stage (default: stride
+    16). ckpt   local .pth/.pt/.bin/.safetensors instead of timm's download. The input is resized (bicubic) to
+    grid * patch or grid * stride pixels, which gives grid x grid tokens, and normalised with the model's own
+    mean and std. Raises UserError for an unknown name, a missing file, weights that do not fit, or a failed
+    download. Never falls back to another model. weights=False: random weights, for a plan. """
 
     def __init__(self, name, image_size, grid, ckpt=None, layer=None, weights=True):
         super().__init__()
         self.name, self.grid = name, grid
-        spec = empty_model(name)
-        stages = [(s["reduction"], s["num_chs"]) for s in getattr(spec.feature_info, "info", spec.feature_info)]
-        is_vit = hasattr(spec, "patch_embed") and hasattr(spec, "blocks")
-        if layer is None and not is_vit and 16 not in [r for r, _ in stages]:
-            raise UserError(f"--vfm {name}: no feature map of stride 16; choose one with --vfm-layer 0..{len(stages) - 1}")
-        if layer is None:
-            layer = len(stages) - 1 if is_vit else max(i for i, (r, _) in enumerate(stages) if r == 16)
-        if not -len(stages) <= layer < len(stages):
-            raise UserError(f"--vfm-layer {layer}: {name} has the layers 0..{len(stages) - 1}")
-        self.layer = layer % len(stages)
-        stride, self.dim = stages[self.layer]
+        self.layer, stride, self.dim, is_vit = choose_layer(name, layer)
         self.size = grid * stride
         fixed = {"img_size": self.size} if is_vit else {}  # position embeddings are resampled to it
         self.check_grid(fixed)
@@ -155,18 +156,22 @@ class VFM(nn.Module):
         self.eval().requires_grad_(False)
 
     def check_grid(self, fixed):
-        """Raise UserError for a model that does not give grid x grid tokens, before its weights are loaded."""
+        """Raise UserError for a model that does not give grid x grid tokens, before its weights are
+        loaded."""
         try:
             net = empty_model(self.name, **fixed).eval()
             found = tuple(self.tokens(net, torch.empty(1, 3, self.size, self.size, device="meta")).shape[1:])
-        except (AssertionError, RuntimeError, TypeError) as e:  # built for one size, for whole windows, or without an img_size
-            raise UserError(f"--vfm {self.name}: gives no {self.grid} x {self.grid} tokens at {self.size} x {self.size} pixels ({' '.join(str(e).split())[:100]})")
+        except (AssertionError, RuntimeError, TypeError) as e:  # of one size, of whole windows, or without img_size
+            raise UserError(f"--vfm {self.name}: gives no {self.grid} x {self.grid} tokens at {self.size} x "
+                            f"{self.size} pixels ({common.brief(e, 100)})") from None
         if found != (self.dim, self.grid, self.grid):
-            raise UserError(f"--vfm {self.name}: features {found}, expected {(self.dim, self.grid, self.grid)}")
+            raise UserError(f"--vfm {self.name}: features {found}, expected "
+                            f"{(self.dim, self.grid, self.grid)}")
 
     def tokens(self, net, x):
         """-> (B, dim, grid, grid), final norm applied (ViT)."""
-        return net.forward_intermediates(x, indices=[self.layer], norm=True, stop_early=True, output_fmt="NCHW", intermediates_only=True)[0]
+        return net.forward_intermediates(x, indices=[self.layer], norm=True, stop_early=True, output_fmt="NCHW",
+                                         intermediates_only=True)[0]
 
     def train(self, mode=True):  # frozen: batch norm must never leave evaluation mode
         return super().train(False)
@@ -179,75 +184,24 @@ class VFM(nn.Module):
         return self.tokens(self.net, x).flatten(2).transpose(1, 2).float()  # (B, grid*grid, dim)
 
 
-def cache_size(vfm, images, flips):
-    """What a TokenCache holds, in words."""
-    shape = flips * len(images.files), vfm.grid ** 2, vfm.dim
-    return f"{shape[0]} crops x {shape[1]} tokens x {shape[2]} in float16, {2 * np.prod(shape) / 2**30:.2f} GiB of disk"
-
-
-class TokenCache:
-    """The VFM's tokens of each crop of an image folder on disk, so that no step computes them: cache[rows] -> (B, grid*grid, dim).
-
-    Row i < N is image i, row N + i (flips = 2) its mirror image. folder: tokens.npy (float16), done.npy (which rows are there; a
-    stopped run goes on) and meta.json. weights: the VFM's hash before it was cast. Images are known by name and size of the file.
-    Raises UserError for a folder of other tokens, and for a disk that is too small.
-    """
-
-    def __init__(self, folder, vfm, weights, images, flips, args, device, rank, world):
-        self.folder, shape = Path(folder), (flips * len(images.files), vfm.grid ** 2, vfm.dim)
-        files = {self.folder / "tokens.npy": (np.float16, shape), self.folder / "done.npy": (np.uint8, shape[:1])}
-        if rank == 0:
-            lock = self.begin(dict(vfm=vfm.name, weights=weights, layer=vfm.layer, input=vfm.size, crop=images.size, precision=args.precision, shape=list(shape), files=images.hash), files)
-        common.barrier()
-        store = common.RowFiles(*files, mode="r" if self.whole(files) else "r+")
-        if rank == 0:
-            print(f"--cache-vfm {folder}: {cache_size(vfm, images, flips)}; {int((store.done == 0).sum())} crops to go")
-        mine = common.chunks(store.missing(rank, world), args.micro_batch or 64)
-        for pixels, _, part in tqdm(data.load_batches(images, mine, args.workers, replace=True), "tokens", len(mine), disable=rank > 0 or None):
-            with common.autocast(device, args.precision):
-                tokens = vfm(data.to_float(pixels.to(device)).contiguous(memory_format=torch.channels_last)).half().cpu()
-            if not tokens.isfinite().all():
-                raise UserError(f"--cache-vfm: tokens of {images.files[part[0] % len(images.files)]} and its batch exceed float16 or are not finite")
-            store.put(part, tokens.numpy())
-        if mine:
-            store.flush()
-        common.barrier()
-        store = common.RowFiles(*files, mode="r")  # as the other processes left them
-        if not store.done.all():
-            raise UserError(f"--cache-vfm {folder}: {int((store.done == 0).sum())} crops have no tokens; run the same command again")
-        if rank == 0:
-            common.release(lock)  # others may read it now
-        self.tokens = store.arrays[0]
-
-    @staticmethod
-    def whole(files):
-        """Whether all rows are there."""
-        with contextlib.suppress(FileNotFoundError, *common.BROKEN):
-            *arrays, done = (np.load(f, mmap_mode="r", allow_pickle=False) for f in files)
-            return [a.shape for a in (*arrays, done)] == [shape for _, shape in files.values()] and bool(done.all())
-        return False
-
-    def begin(self, settings, files):
-        """New files, or those of a stopped run, with a lock on them; or whole ones (None). Raises UserError for a folder that holds something else."""
-        mark = self.folder / "meta.json"
-        if mark.exists():
-            found = common.read_json(mark)
-            different = [k for k in settings if found.get(k) != settings[k]]
-            if different:
-                raise UserError(f"--cache-vfm {self.folder} holds tokens with {different[0]} {found.get(different[0])}, this run needs {settings[different[0]]}; "
-                                "choose another folder or delete it")
-            if self.whole(files):
-                return None
-        common.open_out(self.folder, need_bytes=2 * math.prod(settings["shape"]) - sum(p.stat().st_blocks * 512 for p in files if p.exists()), flag="--cache-vfm")
-        strange = {p.name for p in self.folder.iterdir() if not p.name.startswith(".")} - {"tokens.npy", "done.npy", "meta.json", "meta.json.tmp"}
-        if strange:
-            raise UserError(f"--cache-vfm {self.folder}: holds {min(strange)} and is no cache; expected a new or empty folder")
-        lock = common.claim(self.folder / ".lock", flag="--cache-vfm")
-        common.begin_rows(mark, settings, files)
-        return lock
-
-    def __getitem__(self, rows):
-        return torch.from_numpy(self.tokens[rows]).float()
+def choose_layer(name, layer=None):
+    """A block or stage of a timm model -> (its index, pixels a token and side, width, whether it is a ViT).
+    Raises UserError."""
+    model = empty_model(name)
+    stages = [(s["reduction"], s["num_chs"]) for s in getattr(model.feature_info, "info", model.feature_info)]
+    is_vit = hasattr(model, "patch_embed") and hasattr(model, "blocks")
+    if layer is None and is_vit:
+        layer = len(stages) - 1
+    elif layer is None:
+        of_stride_16 = [i for i, (reduction, _) in enumerate(stages) if reduction == 16]
+        if not of_stride_16:
+            raise UserError(f"--vfm {name}: no feature map of stride 16; choose one with --vfm-layer "
+                            f"0..{len(stages) - 1}")
+        layer = of_stride_16[-1]
+    if not -len(stages) <= layer < len(stages):
+        raise UserError(f"--vfm-layer {layer}: {name} has the layers 0..{len(stages) - 1}")
+    layer %= len(stages)
+    return layer, *stages[layer], is_vit
 
 
 def empty_model(name, **kwargs):
@@ -256,43 +210,130 @@ def empty_model(name, **kwargs):
         with torch.device("meta"):
             return timm.create_model(name, pretrained=False, **kwargs)
     except (RuntimeError, ValueError) as e:
-        raise UserError(f"{name}: timm {timm.__version__} has no such model, or cannot lay it out ({' '.join(str(e).split())[:100]}); timm.list_models() names all")
+        raise UserError(f"{name}: timm {timm.__version__} has no such model, or cannot lay it out "
+                        f"({common.brief(e, 100)}); timm.list_models() names all") from None
 
 
 def pretrained(name, ckpt=None, flag="--vfm", weights=True, **kwargs):
-    """timm model without its classifier, with weights from the hub or the local file `ckpt`, loaded strictly (weights=False:
-    random ones). Raises UserError, which names the script's `flag`."""
+    """timm model without its classifier, with weights from the hub or the local file `ckpt`, loaded strictly
+    (weights=False: random ones). Raises UserError, which names the script's `flag`."""
     if not weights:
         return timm.create_model(name, pretrained=False, num_classes=0, **kwargs)
     if ckpt is None:
         try:
-            return timm.create_model(name, pretrained=True, num_classes=0, **kwargs)
+            with common.rank_zero_first():
+                return timm.create_model(name, pretrained=True, num_classes=0, **kwargs)
         except (OSError, RuntimeError, ValueError) as e:  # what timm and huggingface_hub raise without a network
-            raise UserError(f"{flag} {name}: its weights cannot be fetched ({type(e).__name__}: {' '.join(str(e).split())[:100]}); "
-                            f"give a local file with {flag}-ckpt")
+            raise UserError(f"{flag} {name}: its weights cannot be fetched ({type(e).__name__}: "
+                            f"{common.brief(e, 100)}); give a local file with {flag}-ckpt") from None
     if not Path(ckpt).is_file():
         raise UserError(f"{flag}-ckpt {ckpt}: no such file")
     in_order = state_in_order(empty_model(name), ckpt)
     try:
         if in_order is None:  # timm's own loading: known foreign names, position embeddings resampled to img_size; strict
-            model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=dict(file=str(ckpt)), **kwargs)
+            overlay = dict(file=str(ckpt))
+            model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **kwargs)
         else:
             model = timm.create_model(name, pretrained=False, **kwargs)
             model.load_state_dict(in_order)
         model.reset_classifier(0)
         return model
     except (OSError, RuntimeError, ValueError, KeyError) as e:
-        raise UserError(f"{flag}-ckpt {ckpt}: does not fit {name} ({' '.join(str(e).split())[:200]})")
+        raise UserError(f"{flag}-ckpt {ckpt}: does not fit {name} ({common.brief(e, 200)})") from None
 
 
 def state_in_order(model, ckpt):
-    """A state dict under foreign names whose tensors have the model's count, order and shapes, renamed; else None."""
+    """A state dict under foreign names whose tensors have the model's count, order and shapes, renamed; else
+    None."""
     if str(ckpt).endswith(".safetensors"):
         return None
     theirs, ours = load_checkpoint(ckpt), model.state_dict()
     if not isinstance(theirs, dict):
         raise UserError(f"{ckpt}: holds a {type(theirs).__name__}, expected a dictionary of weights")
-    if set(theirs) & set(ours) or [tuple(getattr(v, "shape", ())) for v in theirs.values()] != [tuple(v.shape) for v in ours.values()]:
+    shapes = [tuple(getattr(v, "shape", ())) for v in theirs.values()]
+    if set(theirs) & set(ours) or shapes != [tuple(v.shape) for v in ours.values()]:
         return None
     print(f"{ckpt}: no name matches, but all {len(ours)} shapes do, in order: loaded by position")
     return dict(zip(ours, theirs.values()))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# --cache-vfm: the tokens of each crop on disk, so that no step computes them
+
+
+def cache_size(vfm, count):
+    """What a cache of `count` crops holds, in words."""
+    size = 2 * count * vfm.grid ** 2 * vfm.dim / 2 ** 30
+    return f"{count} crops x {vfm.grid ** 2} tokens x {vfm.dim} in float16, {size:.2f} GiB of disk"
+
+
+def cache_tokens(folder, vfm, weights, images, run):
+    """Compute what is missing in the folder -> tokens (len(images), grid*grid, dim), float16, a memory map.
+
+    Row i < N is image i; of a folder with flips row N + i is its mirror image. folder: tokens.npy, done.npy
+    (which rows are there; a stopped run goes on) and meta.json. weights: the VFM's hash before it was cast;
+    images are known by name and size of the file. Raises UserError for a folder of other tokens, and for a
+    disk that is too small. """
+    folder, shape = Path(folder), (len(images), vfm.grid ** 2, vfm.dim)
+    files = {folder / "tokens.npy": (np.float16, shape), folder / "done.npy": (np.uint8, shape[:1])}
+    if run.rank == 0:
+        lock = open_cache(folder, files, dict(vfm=vfm.name, weights=weights, layer=vfm.layer, input=vfm.size, crop=images.size,
+                                              precision=run.args.precision, shape=list(shape), files=images.hash))
+    common.barrier()
+    store = common.RowFiles(*files, mode="r" if is_complete(files) else "r+")
+    if run.rank == 0:
+        missing = int((store.done == 0).sum())
+        print(f"--cache-vfm {folder}: {cache_size(vfm, shape[0])}; {missing} crops to go")
+    chunks = common.chunks(store.missing(run.rank, run.world), run.args.micro_batch or 64)
+    bar = tqdm(data.load_batches(images, chunks, run.args.workers, replace=True), "tokens", len(chunks),
+               disable=run.rank > 0 or None)
+    for pixels, _, rows in bar:
+        x = data.to_float(pixels.to(run.device)).contiguous(memory_format=torch.channels_last)
+        with common.autocast(run.device, run.args.precision):
+            tokens = vfm(x).half().cpu()
+        if not tokens.isfinite().all():
+            file = images.files[rows[0] % len(images.files)]
+            raise UserError(f"--cache-vfm: tokens of {file} and its batch exceed float16 or are not finite")
+        store.put(rows, tokens.numpy())
+    if chunks:
+        store.flush()
+    common.barrier()
+    store = common.RowFiles(*files, mode="r")  # as the other processes left them
+    if not store.done.all():
+        missing = int((store.done == 0).sum())
+        raise UserError(f"--cache-vfm {folder}: {missing} crops have no tokens; run the same command again")
+    if run.rank == 0:
+        common.release(lock)  # others may read it now
+    return store.arrays[0]
+
+
+def is_complete(files):
+    """Whether all rows of a cache are there."""
+    with contextlib.suppress(FileNotFoundError, *common.BROKEN):
+        arrays = [np.load(f, mmap_mode="r", allow_pickle=False) for f in files]
+        return [a.shape for a in arrays] == [shape for _, shape in files.values()] and bool(arrays[-1].all())
+    return False
+
+
+def open_cache(folder, files, settings):
+    """New files, or those of a stopped run, with a lock on them; or complete ones (None). Raises UserError
+    for a folder that holds something else."""
+    if (folder / "meta.json").exists():
+        found = common.read_json(folder / "meta.json")
+        different = [k for k in settings if found.get(k) != settings[k]]
+        if different:
+            key = different[0]
+            raise UserError(f"--cache-vfm {folder} holds tokens with {key} {found.get(key)}, this run needs "
+                            f"{settings[key]}; choose another folder or delete it")
+        if is_complete(files):
+            return None
+    there = sum(p.stat().st_blocks * 512 for p in files if p.exists())
+    common.open_out(folder, need_bytes=2 * int(np.prod(settings["shape"])) - there, flag="--cache-vfm")
+    known = {"tokens.npy", "done.npy", "meta.json", "meta.json.tmp"}
+    strange = {p.name for p in folder.iterdir() if not p.name.startswith(".")} - known
+    if strange:
+        raise UserError(f"--cache-vfm {folder}: holds {min(strange)} and is no cache; expected a new or "
+                        "empty folder")
+    lock = common.claim(folder / ".lock", flag="--cache-vfm")
+    common.begin_rows(folder / "meta.json", settings, files)
+    return lock
