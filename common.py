@@ -37,8 +37,10 @@ from datetime import timedelta
 from importlib import metadata
 from pathlib import Path
 
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large memory pages for PyTorch on the CPU; read at its first allocation
-os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # torch.load runs no pickled code in any library that is used here
+# large memory pages for PyTorch on the CPU; read at its first allocation
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+# torch.load runs no pickled code in any library that is used here
+os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
 os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)  # its opposite: the two together are an error
 
 import numpy as np  # noqa: E402
@@ -49,7 +51,7 @@ from PIL import Image, PngImagePlugin  # noqa: E402
 from torch.utils._pytree import keystr, tree_flatten_with_path  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Errors: a user's mistake is one line and status 2
 
 
@@ -70,10 +72,12 @@ class DamagedFile(UserError):
 
 
 # What readers raise on torn, flipped, foreign or code-carrying content, and what they raise in all
-BROKEN = (EOFError, LookupError, ValueError, TypeError, AttributeError, AssertionError, ArithmeticError, SyntaxError,
-          RecursionError, struct.error, pickle.UnpicklingError, safetensors.SafetensorError, zipfile.BadZipFile, zlib.error)
+BROKEN = (EOFError, LookupError, ValueError, TypeError, AttributeError, AssertionError, ArithmeticError,
+          SyntaxError, RecursionError, struct.error, pickle.UnpicklingError, safetensors.SafetensorError,
+          zipfile.BadZipFile, zlib.error)
 DAMAGED = (*BROKEN, OSError, RuntimeError, MemoryError)
-OF_A_FILE = (None, errno.ENOENT, errno.EINVAL, errno.EISDIR, errno.ENOTDIR)  # errors of the system that tell of a file
+# errors of the system that tell of a file
+OF_A_FILE = (None, errno.ENOENT, errno.EINVAL, errno.EISDIR, errno.ENOTDIR)
 HINTS = {errno.ENOSPC: "free space", errno.EDQUOT: "free space",
          errno.EMFILE: "raise the limit of open files (ulimit -n 65536) or use fewer --workers"}
 
@@ -111,7 +115,8 @@ def explain(error):
         return one_line(str(error))
     if isinstance(error, KeyboardInterrupt):
         return f"stopped by {text or 'SIGINT'}; what was written before is intact; {again}"
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in text or "bad_alloc" in text:
+    no_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    if no_memory or "allocate memory" in text or "bad_alloc" in text:
         kind = "GPU memory" if isinstance(error, torch.OutOfMemoryError) else "memory"
         return (f"out of {kind} ({text[:200]}); use a smaller --micro-batch where the script has it: "
                 "the result stays the same (except with --disc-ckpt)")
@@ -153,11 +158,13 @@ def run_script(main):
             dist.destroy_process_group()
         return
     finally:
-        for f in [] if dist.is_initialized() else [*CLAIMS]:  # other ranks may still write: the lock goes with the process
+        # other ranks may still write: the lock goes with the process
+        for f in [] if dist.is_initialized() else [*CLAIMS]:
             release(f)
     sys.stdout.flush()
     print(f"error: {message}", file=sys.stderr, flush=True)
-    os._exit(status) if dist.is_initialized() else sys.exit(status)  # do not wait for ranks that wait in a collective
+    # do not wait for ranks that wait in a collective
+    os._exit(status) if dist.is_initialized() else sys.exit(status)
 
 
 class Parser(argparse.ArgumentParser):
@@ -184,7 +191,7 @@ def natural(text):
     return int(text)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Processes and precision
 
 
@@ -203,9 +210,11 @@ def setup(deterministic=False):
     keep_memory(device)
     if world > 1:
         store, rank, world = next(dist.rendezvous("env://"))
-        if os.environ.get("GROUP_WORLD_SIZE") == "1":  # one node: torchrun's restarts share a store with dead addresses in it
+        # one node: torchrun's restarts share a store with dead addresses in it
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":
             store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"  # gloo: tensors on the CPU never wait for the GPU
+        # gloo: tensors on the CPU never wait for the GPU
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timedelta(hours=2))
     return device, rank, world
 
@@ -300,7 +309,7 @@ def one_behind(items):
         yield held
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Files
 
 
@@ -322,7 +331,8 @@ def commit():
 def made():
     """What every output says of its making: command, commit, versions."""
     packages = {p: metadata.version(p) for p in ("torch", "numpy", "pillow", "timm")}
-    return dict(command=command(), commit=commit(), versions=dict(python=platform.python_version(), **packages))
+    versions = dict(python=platform.python_version(), **packages)
+    return dict(command=command(), commit=commit(), versions=versions)
 
 
 def cpu_name():
@@ -398,7 +408,8 @@ def sync(path):
     try:
         os.fsync(handle)
     except OSError as e:
-        if e.errno not in (errno.EINVAL, errno.EBADF, errno.ENOTSUP):  # some network file systems know no fsync of a folder
+        # some network file systems know no fsync of a folder
+        if e.errno not in (errno.EINVAL, errno.EBADF, errno.ENOTSUP):
             raise
     finally:
         os.close(handle)
@@ -496,7 +507,8 @@ def begin_rows(mark, settings, files):
     They are made anew, unless the JSON file `mark` says that they are of the same settings -> whether they
     were there."""
     mark = Path(mark)
-    with contextlib.suppress(FileNotFoundError, *BROKEN):  # an error of the machine must not end in files made anew
+    # an error of the machine must not end in files made anew
+    with contextlib.suppress(FileNotFoundError, *BROKEN):
         found = json.loads(mark.read_text())
         found.pop("made")
         arrays = [np.load(p, mmap_mode="r", allow_pickle=False) for p in files]
@@ -546,7 +558,7 @@ class RowFiles:
         self.pending, self.flushed = [], time.time()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Checkpoints
 
 
@@ -593,7 +605,8 @@ def save_checkpoint(path, state):
 # What other projects pickle beside their weights (settings, Lightning's callbacks, counters): read as
 # nothing, never imported
 BYSTANDERS = ("argparse.", "builtins.dict", "builtins.float", "builtins.int", "builtins.list", "builtins.str",
-              "collections.", "ldm.", "lightning.", "numpy.", "omegaconf.", "pathlib.", "pytorch_lightning.", "typing.")
+              "collections.", "ldm.", "lightning.", "numpy.", "omegaconf.", "pathlib.", "pytorch_lightning.",
+              "typing.")
 
 
 class Placeholder:
@@ -611,7 +624,8 @@ def load_checkpoint(path):
     UserError for a missing, torn or foreign file."""
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"{path}: {'a folder, expected a checkpoint file' if path.is_dir() else 'no such checkpoint'}")
+        kind = "a folder, expected a checkpoint file" if path.is_dir() else "no such checkpoint"
+        raise UserError(f"{path}: {kind}")
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
@@ -631,7 +645,9 @@ def load_checkpoint(path):
     except DAMAGED as e:
         machine = of_the_machine(e)
         known = machine or path.suffix == ".safetensors" or is_zip(path)
-        text = f"{type(e).__name__}: {' '.join(str(e).split())[-120:]}" if known else "cut, or not written by torch.save"
+        text = "cut, or not written by torch.save"
+        if known:
+            text = f"{type(e).__name__}: {' '.join(str(e).split())[-120:]}"
         before = path.with_suffix(".prev.pt")
         hint = f"; the one before it is {before}" if before.exists() and before != path else ""
         kind, what = (UserError, "cannot be read now") if machine else (DamagedFile, "not a readable "
@@ -655,7 +671,8 @@ def load_newest(path):
         raise UserError(f"{'; '.join(damaged.values())}; no checkpoint is left to go on from; begin anew "
                         "with another --out")
     for p, reason in damaged.items():
-        print(f"{reason}; going on from {places[1]}, the damaged file is now {p.with_suffix('.damaged')}", file=sys.stderr)
+        print(f"{reason}; going on from {places[1]}, the damaged file is now {p.with_suffix('.damaged')}",
+              file=sys.stderr)
         os.replace(p, p.with_suffix(".damaged"))
     choice = int(all_reduce(torch.tensor(choice)))
     return load_checkpoint(places[choice - 1]) if choice and rank else found
@@ -679,7 +696,8 @@ def load_weights(module, state, source):
 
 # Flags that may change between the first and the second half of a run without changing what it computes. What
 # files hold is compared by its hash (inputs): a folder may move
-FREE_FLAGS = {"out", "data", "latents", "init", "vfm_ckpt", "lpips_ckpt", "disc_ckpt", "steps", "micro_batch", "workers",
+FREE_FLAGS = {"out", "data", "latents", "init", "vfm_ckpt", "lpips_ckpt", "disc_ckpt", "steps", "micro_batch",
+              "workers",
               "save_every", "log_every", "compile", "eval_every", "eval_stats", "eval_images", "eval_steps",
               "grad_checkpointing", "deterministic"}
 
@@ -689,13 +707,15 @@ def same_run(checkpoint, args, path, inputs):
     None}, the names those of the flags."""
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("args"), dict):
         raise UserError(f"{path}: not a checkpoint of this script; choose another --out")
-    fixed = {"steps"} if getattr(args, "lr_decay", 0) else set()  # a schedule that ends at --steps cannot be extended
+    # a schedule that ends at --steps cannot be extended
+    fixed = {"steps"} if getattr(args, "lr_decay", 0) else set()
     fixed |= {"micro_batch"} if getattr(args, "disc_ckpt", None) else set()  # batch norm sees the split
     for name, value in vars(args).items():
         if name not in checkpoint["args"] and (not value or name == "align"):
             continue  # a flag that is younger than the run; lambda tells the arms apart
         before = checkpoint["args"].get(name)
-        before, value = (bool(before), bool(value)) if name == "cache_vfm" else (before, value)  # its folder may move
+        if name == "cache_vfm":  # its folder may move
+            before, value = bool(before), bool(value)
         if name not in FREE_FLAGS - fixed and before != value:
             raise UserError(f"{path} was begun with --{name.replace('_', '-')} {before}, this command says "
                             f"{value}; use the same settings to go on, or another --out to begin anew")
@@ -707,7 +727,7 @@ def same_run(checkpoint, args, path, inputs):
                             "on, or choose another --out to begin anew")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Training
 
 
@@ -740,7 +760,8 @@ class Losses:
     def add(self, step, parts, each=None, t=None):
         """parts: {name: scalar tensor of this rank}; each (B,): a number of each of its images that shows
         whether it is finite; with their times t (B,) its loss."""
-        self.rows.append((step, list(parts), torch.stack([v.detach().float() for v in parts.values()]), each, t))
+        values = torch.stack([v.detach().float() for v in parts.values()])
+        self.rows.append((step, list(parts), values, each, t))
 
     def look(self, name_images, advice):
         """{name: float} of the last step, means over ranks. Raises UserError for the first step since the
@@ -755,7 +776,8 @@ class Losses:
             bad = [k for k, v in parts.items() if not np.isfinite(v)]
             if bad:
                 places = [] if each is None else self.not_finite(each, rank, world)
-                images = ", ".join(f"{p} ({name})" for p, name in zip(places, name_images(step - 1, places[:8])))
+                names = name_images(step - 1, places[:8])
+                images = ", ".join(f"{p} ({name})" for p, name in zip(places, names))
                 images = f"; {len(places)} of the batch's images, {images}" if places else ""
                 values = ", ".join(f"{k} {v:.4g}" for k, v in parts.items())
                 raise UserError(f"step {step}: {', '.join(bad)} not finite ({values}){images}; the last "
@@ -794,7 +816,8 @@ class Log:
         self.path, self.rank, kept = Path(path), rank, []
         if rank:
             return
-        for line in self.path.read_text("utf-8", "replace").splitlines() if step and self.path.exists() else ():
+        before = self.path.read_text("utf-8", "replace") if step and self.path.exists() else ""
+        for line in before.splitlines():
             with contextlib.suppress(*DAMAGED):  # a torn last line
                 kept += [line] if json.loads(line).get("step", 0) <= step else []
         first = json.dumps(dict(settings, made=made()))
@@ -869,7 +892,8 @@ class Run:
             if self.rank == 0:
                 print(f"{self.path}: already at step {self.step}")
             return False
-        size = sum(p.numel() for m in modules.values() if isinstance(m, torch.nn.Module) for p in m.parameters())
+        networks = [m for m in modules.values() if isinstance(m, torch.nn.Module)]
+        size = sum(p.numel() for m in networks for p in m.parameters())
         there = sum(p.stat().st_size for p in (self.path, self.path.with_suffix(".prev.pt")) if p.exists())
         open_out(self.path.parent, need_bytes=3 * 12 * size - there)  # three files, with two moments a weight
         return True
@@ -877,7 +901,8 @@ class Run:
     def steps(self, batches, name_images):
         """Yield (step, batch) of each step that is left, counted from 0; after_step() must follow each.
         name_images(step, places in the global batch) -> names."""
-        self.log = Log(self.path.parent / "metrics.jsonl", self.step, dict(vars(self.args), inputs=self.inputs), self.rank)
+        settings = dict(vars(self.args), inputs=self.inputs)
+        self.log = Log(self.path.parent / "metrics.jsonl", self.step, settings, self.rank)
         self.stop, self.since, self.seen, self.name_images = Stop(), time.time(), 0, name_images
         with tqdm(total=self.args.steps, initial=self.step, disable=self.rank > 0 or None) as self.bar:
             for batch in batches:
@@ -919,8 +944,10 @@ class Run:
             self.bar.set_postfix({k: f"{v:.4g}" for k, v in self.last.items()}, refresh=False)
         if (saves or stopping) and rank == 0:
             state = {k: m and m.state_dict() for k, m in self.modules.items()}
-            save_checkpoint(self.path, dict(state, **self.record, args=vars(args), inputs=self.inputs, step=self.step,
-                                            seconds=self.seconds, losses=dict(sums=self.losses.sums.tolist())))
+            state |= dict(self.record, args=vars(args), inputs=self.inputs, step=self.step,
+                          seconds=self.seconds,
+                          losses=dict(sums=self.losses.sums.tolist()))
+            save_checkpoint(self.path, state)
         if stopping:
             barrier()  # no rank leaves, and takes the others with it, before the checkpoint is on disk
             raise Stopped(f"stopped by {signal.Signals(stopping).name}; saved at step {self.step}; run the "

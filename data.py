@@ -31,12 +31,13 @@ from common import UserError
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 MAX_BAD = 0.01  # a data set with a larger share of unreadable images stops the run
-MAX_PIXELS = Image.MAX_IMAGE_PIXELS  # of an image, as it is and at the crop's scale: 89 million, where Pillow warns
+# of an image, as it is and at the crop's scale: 89 million, where Pillow warns
+MAX_PIXELS = Image.MAX_IMAGE_PIXELS
 WORKER_TIMEOUT = 600  # seconds that a batch of images may take
 SPLITS = ("train", "val", "test")
 # What Pillow raises on damaged files. An error of the system among them is no image's fault, but for these
-DAMAGED_IMAGE = (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, AttributeError, AssertionError,
-                 ArithmeticError, struct.error, zlib.error, Image.DecompressionBombError)
+DAMAGED_IMAGE = (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, AttributeError,
+                 AssertionError, ArithmeticError, struct.error, zlib.error, Image.DecompressionBombError)
 OF_A_FILE = (*common.OF_A_FILE, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG)
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # open_image refuses these
 
@@ -45,7 +46,7 @@ class UnreadableImage(UserError):
     """One image file that cannot be decoded."""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Images
 
 
@@ -57,7 +58,8 @@ def to_rgb(image):
         grey = np.asarray(image).astype(np.float64)
         if not np.isfinite(grey).all():
             raise ValueError("NaN or infinite pixels")
-        return Image.fromarray((grey / 257).clip(0, 255).round().astype(np.uint8)).convert("RGB")  # 65535 -> 255
+        grey = (grey / 257).clip(0, 255).round().astype(np.uint8)  # 65535 -> 255
+        return Image.fromarray(grey).convert("RGB")
     if image.mode in ("LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
     if image.mode == "RGBA":
@@ -137,12 +139,14 @@ def find_images(root):
         raise error
 
     def is_ours(name):
-        return not name.startswith((".", "__MACOSX", "lost+found", "$RECYCLE.BIN", "System Volume Information"))
+        return not name.startswith((".", "__MACOSX", "lost+found", "$RECYCLE.BIN",
+                                    "System Volume Information"))
 
     files, above = [], {str(root): {identity(root)}}
     for folder, dirs, names in os.walk(str(root), followlinks=True, onerror=fail):
         inside = {d: identity(Path(folder, d)) for d in dirs if is_ours(d)}
-        dirs[:] = [d for d, key in inside.items() if key not in above[folder]]  # a link to a folder that holds it is no end
+        # a link to a folder that holds it is no end
+        dirs[:] = [d for d, key in inside.items() if key not in above[folder]]
         above.update((os.path.join(folder, d), above[folder] | {inside[d]}) for d in dirs)
         files += [Path(folder, n).relative_to(root).as_posix() for n in names
                   if n.lower().endswith(IMAGE_SUFFIXES) and not n.startswith(".")]
@@ -202,7 +206,8 @@ class ImageFolder(torch.utils.data.Dataset):
         def size(path):
             return path.stat().st_size if path.exists() else -1
 
-        return hashlib.sha256("\n".join(f"{f} {size(self.root / f)}" for f in self.files).encode()).hexdigest()[:16]
+        text = "\n".join(f"{f} {size(self.root / f)}" for f in self.files)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def note_bad(self, bad):
         """Name each new unreadable file once; raise UserError when they are more than max_bad of the
@@ -240,12 +245,13 @@ def median_short_side(images):
     """In pixels, of about 256 images; None when none of them can be read."""
     sides = []
     for file in images.files[::max(1, len(images.files) // 256)]:
-        with contextlib.suppress(UnreadableImage), open_image(images.root / file) as image:  # counted when their turn comes
+        # counted when their turn comes
+        with contextlib.suppress(UnreadableImage), open_image(images.root / file) as image:
             sides.append(min(image.size))
     return int(np.median(sides)) if sides else None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Batches
 
 
@@ -299,8 +305,8 @@ def load(read, items, workers=0):
     """Yield read(i) of each item, in order: read ahead by `workers` processes, in pinned memory where there
     is a GPU. Raises what read raised, and UserError for a worker that takes longer than WORKER_TIMEOUT."""
     loader = torch.utils.data.DataLoader(
-        Guarded(read), sampler=items, batch_size=None, num_workers=workers, pin_memory=torch.cuda.is_available(),
-        worker_init_fn=ignore_signals, timeout=WORKER_TIMEOUT if workers else 0)
+        Guarded(read), sampler=items, batch_size=None, num_workers=workers, worker_init_fn=ignore_signals,
+        pin_memory=torch.cuda.is_available(), timeout=WORKER_TIMEOUT if workers else 0)
     try:
         for item, error in loader:
             if error is not None:
@@ -344,11 +350,12 @@ def draw_noise(seed, rows, uniforms, *shapes):
     generators = [np.random.Generator(np.random.Philox(key=(seed << 64) + int(r))) for r in rows]
     drawn = [torch.from_numpy(np.stack([g.random(uniforms, dtype=np.float32) for g in generators]))]
     for shape in shapes:
-        drawn.append(torch.from_numpy(np.stack([g.standard_normal(shape, dtype=np.float32) for g in generators])))
+        normal = [g.standard_normal(shape, dtype=np.float32) for g in generators]
+        drawn.append(torch.from_numpy(np.stack(normal)))
     return drawn
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Attribute tables and latents on disk
 
 
@@ -442,13 +449,15 @@ def load_latents(folder):
 
 def check_latents(latents):
     """Raise ValueError or LookupError for parts that do not belong together."""
-    moments, labels, mean, std, meta = latents.moments, latents.labels, latents.mean, latents.std, latents.meta
+    moments, labels, meta = latents.moments, latents.labels, latents.meta
+    mean, std = latents.mean, latents.std
     counts = len(moments), len(labels), len(latents.files), meta["n"]
     if len(set(counts)) > 1:
-        raise ValueError("{} moments, {} labels, {} files, meta.json says {}; expected equal counts".format(*counts))
+        text = "{} moments, {} labels, {} files, meta.json says {}; expected equal counts"
+        raise ValueError(text.format(*counts))
     n, flips, c2, *side = moments.shape
-    shapes = moments.dtype == np.float16 and len(side) == 2 and flips in (1, 2) and mean.shape == std.shape == (c2 // 2,)
-    if not shapes or labels.shape != (n,) or labels.dtype != np.int64:
+    shapes = len(side) == 2 and flips in (1, 2) and mean.shape == std.shape == (c2 // 2,)
+    if not shapes or moments.dtype != np.float16 or labels.shape != (n,) or labels.dtype != np.int64:
         raise ValueError(f"moments {moments.dtype} {moments.shape}, mean {tuple(mean.shape)}, std "
                          f"{tuple(std.shape)}, labels {labels.dtype} {labels.shape}; expected float16 (N, 1 "
                          "or 2, 2c, h, w), (c,), (c,), int64 (N,)")
@@ -459,7 +468,7 @@ def check_latents(latents):
         meta[key]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def main():

@@ -4,7 +4,7 @@ tokens.
     z   = V_theta.encode(x).sample()                     latent, normalised per channel       vae.py
     z_t = (1 - a) eps + a z,  eps ~ N(0, I), a ~ U(0, 1)                              (1)     add_noise
     y   = f(x)                                           tokens of the frozen VFM             VFM
-    L_align = mean_n [1 - cos(h_phi(z_t)[n], y[n])]                                   (2)     Mapper, align_loss
+    L_align = mean_n [1 - cos(h_phi(z_t)[n], y[n])]                                 (2)     Mapper, align_loss
     L(theta, phi) = lambda_align L_align + L_VAE                                      (3)     train_vae.py
 """
 import contextlib
@@ -83,20 +83,22 @@ class Mapper(nn.Module):
     conditioning. width defaults to vfm_dim, heads to width / 64 (12 for 768, 16 for 1024). Raises UserError
     if grid does not divide h. """
 
-    def __init__(self, z_channels, latent_size, grid, vfm_dim, depth=1, width=None, heads=None, mlp_width=2048):
+    def __init__(self, z_channels, latent_size, grid, vfm_dim, depth=1, width=None, heads=None,
+                 mlp_width=2048):
         super().__init__()
         width = width or vfm_dim
         heads = heads or max(1, width // 64)
         patch = patch_side(latent_size, grid)
         if width % (4 * heads):
             raise UserError(f"mapper width {width}: expected a multiple of {4 * heads}")
-        self.config = dict(z_channels=z_channels, latent_size=latent_size, grid=grid, vfm_dim=vfm_dim, depth=depth,
-                           width=width, heads=heads, mlp_width=mlp_width)
+        self.config = dict(z_channels=z_channels, latent_size=latent_size, grid=grid, vfm_dim=vfm_dim,
+                           depth=depth, width=width, heads=heads, mlp_width=mlp_width)
         self.patch_embed = nn.Conv2d(z_channels, width, patch, stride=patch)
         self.register_buffer("pos", sincos_2d(width, grid), persistent=False)
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=1e-6) if depth else nn.Identity()
-        self.projector = nn.Sequential(nn.Linear(width, mlp_width), nn.SiLU(), nn.Linear(mlp_width, mlp_width), nn.SiLU(),
+        self.projector = nn.Sequential(nn.Linear(width, mlp_width), nn.SiLU(),
+                                       nn.Linear(mlp_width, mlp_width), nn.SiLU(),
                                        nn.Linear(mlp_width, vfm_dim))
 
     def forward(self, z_t):
@@ -161,7 +163,8 @@ class VFM(nn.Module):
         try:
             net = empty_model(self.name, **fixed).eval()
             found = tuple(self.tokens(net, torch.empty(1, 3, self.size, self.size, device="meta")).shape[1:])
-        except (AssertionError, RuntimeError, TypeError) as e:  # of one size, of whole windows, or without img_size
+        # of one size, of whole windows, or without img_size
+        except (AssertionError, RuntimeError, TypeError) as e:
             raise UserError(f"--vfm {self.name}: gives no {self.grid} x {self.grid} tokens at {self.size} x "
                             f"{self.size} pixels ({common.brief(e, 100)})") from None
         if found != (self.dim, self.grid, self.grid):
@@ -170,17 +173,19 @@ class VFM(nn.Module):
 
     def tokens(self, net, x):
         """-> (B, dim, grid, grid), final norm applied (ViT)."""
-        return net.forward_intermediates(x, indices=[self.layer], norm=True, stop_early=True, output_fmt="NCHW",
-                                         intermediates_only=True)[0]
+        return net.forward_intermediates(x, indices=[self.layer], norm=True, stop_early=True,
+                                         output_fmt="NCHW", intermediates_only=True)[0]
 
     def train(self, mode=True):  # frozen: batch norm must never leave evaluation mode
         return super().train(False)
 
-    @torch.no_grad()  # not inference_mode: its tensors cannot be kept for a loss, and torch.compile stumbles over its views
+    # not inference_mode: its tensors cannot be kept for a loss, and torch.compile stumbles over its views
+    @torch.no_grad()
     def forward(self, x):
         x = ((x + 1) / 2 - self.mean) / self.std
         if x.shape[-1] != self.size:
-            x = F.interpolate(x, (self.size, self.size), mode="bicubic")  # as REPA: normalised first, no antialiasing
+            # as REPA: normalised first, no antialiasing
+            x = F.interpolate(x, (self.size, self.size), mode="bicubic")
         return self.tokens(self.net, x).flatten(2).transpose(1, 2).float()  # (B, grid*grid, dim)
 
 
@@ -223,14 +228,16 @@ def pretrained(name, ckpt=None, flag="--vfm", weights=True, **kwargs):
         try:
             with common.rank_zero_first():
                 return timm.create_model(name, pretrained=True, num_classes=0, **kwargs)
-        except (OSError, RuntimeError, ValueError) as e:  # what timm and huggingface_hub raise without a network
+        # what timm and huggingface_hub raise without a network
+        except (OSError, RuntimeError, ValueError) as e:
             raise UserError(f"{flag} {name}: its weights cannot be fetched ({type(e).__name__}: "
                             f"{common.brief(e, 100)}); give a local file with {flag}-ckpt") from None
     if not Path(ckpt).is_file():
         raise UserError(f"{flag}-ckpt {ckpt}: no such file")
     in_order = state_in_order(empty_model(name), ckpt)
     try:
-        if in_order is None:  # timm's own loading: known foreign names, position embeddings resampled to img_size; strict
+        # timm's own loading: known foreign names, position embeddings resampled to img_size; strict
+        if in_order is None:
             overlay = dict(file=str(ckpt))
             model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **kwargs)
         else:
@@ -257,7 +264,7 @@ def state_in_order(model, ckpt):
     return dict(zip(ours, theirs.values()))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # --cache-vfm: the tokens of each crop on disk, so that no step computes them
 
 
@@ -277,8 +284,9 @@ def cache_tokens(folder, vfm, weights, images, run):
     folder, shape = Path(folder), (len(images), vfm.grid ** 2, vfm.dim)
     files = {folder / "tokens.npy": (np.float16, shape), folder / "done.npy": (np.uint8, shape[:1])}
     if run.rank == 0:
-        lock = open_cache(folder, files, dict(vfm=vfm.name, weights=weights, layer=vfm.layer, input=vfm.size, crop=images.size,
-                                              precision=run.args.precision, shape=list(shape), files=images.hash))
+        settings = dict(vfm=vfm.name, weights=weights, layer=vfm.layer, input=vfm.size, crop=images.size,
+                        precision=run.args.precision, shape=list(shape), files=images.hash)
+        lock = open_cache(folder, files, settings)
     common.barrier()
     store = common.RowFiles(*files, mode="r" if is_complete(files) else "r+")
     if run.rank == 0:

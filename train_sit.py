@@ -39,7 +39,7 @@ def parse_args():
                    help="optimiser steps (80 ImageNet epochs at 256: 400,000)")
     p.add_argument("--batch", type=common.positive, default=256, help="images a step, over all processes")
     p.add_argument("--micro-batch", type=common.positive,
-                   help="images per forward pass and process, a divisor of its share: memory only (default: all)")
+                   help="images per forward pass and process (default: all); memory only, divides its share")
     p.add_argument("--lr", type=float, default=1e-4, help="AdamW, betas 0.9 0.999, no weight decay")
     p.add_argument("--lr-warmup", type=common.natural, default=0, help="steps of linear warm-up")
     p.add_argument("--lr-decay", **switch, default=0, help="1: half a cosine down to zero at --steps")
@@ -47,19 +47,24 @@ def parse_args():
     p.add_argument("--ema", type=float, default=0.9999, help="decay of the averaged weights")
     # The flow
     p.add_argument("--path", default="linear", choices=("linear", "cosine"))
-    p.add_argument("--time", default="uniform", choices=("uniform", "lognormal"), help="distribution of t in training")
-    p.add_argument("--label-dropout", type=float, default=0.1, help="share of images trained without their label")
+    p.add_argument("--time", default="uniform", choices=("uniform", "lognormal"),
+                   help="distribution of t in training")
+    p.add_argument("--label-dropout", type=float, default=0.1,
+                   help="share of images trained without their label")
     # REPA
     p.add_argument("--repa", type=float, default=0.5, help="weight of the REPA loss; 0: off")
     p.add_argument("--data", help="image folder of the latents (for REPA)")
     p.add_argument("--vfm", default="vit_base_patch14_dinov2.lvd142m", help="any timm model")
     p.add_argument("--vfm-ckpt", help="local weights of the VFM")
-    p.add_argument("--vfm-layer", type=int, help="block (ViT, default the last) or stage (CNN, default stride 16)")
+    p.add_argument("--vfm-layer", type=int,
+                   help="block (ViT, default the last) or stage (CNN, default stride 16)")
     p.add_argument("--cache-vfm", metavar="DIR",
                    help="compute the VFM's tokens once, into this folder, instead of in each step")
     # Scores during training: one convergence curve out of one run (the paper's Figure 4)
-    p.add_argument("--eval-every", type=common.positive, help="steps between scores of averaged samples (default: none)")
-    p.add_argument("--eval-stats", help="reference: a file of fid.py score ... --save-stats FILE; it names the network too")
+    p.add_argument("--eval-every", type=common.positive,
+                   help="steps between scores of averaged samples (default: none)")
+    p.add_argument("--eval-stats",
+                   help="reference: a file of fid.py score ... --save-stats FILE; it names the network too")
     p.add_argument("--eval-images", type=common.positive, default=2000)
     p.add_argument("--eval-steps", type=common.positive, default=25, help="Heun steps of those samples")
     # The run
@@ -70,9 +75,11 @@ def parse_args():
     p.add_argument("--compile", **switch, default=int(on_gpu))
     p.add_argument("--grad-checkpointing", **switch, default=0,
                    help="1: less memory for about a third more time; the result stays the same")
-    p.add_argument("--workers", type=common.natural, default=4 if on_gpu else 0, help="processes that read batches")
+    p.add_argument("--workers", type=common.natural, default=4 if on_gpu else 0,
+                   help="processes that read batches")
     p.add_argument("--save-every", type=common.positive, default=5000, help="steps between checkpoints")
-    p.add_argument("--log-every", type=common.positive, default=50, help="steps between lines of metrics.jsonl")
+    p.add_argument("--log-every", type=common.positive, default=50,
+                   help="steps between lines of metrics.jsonl")
     p.add_argument("--dry-run", action="store_true",
                    help="print the plan (parameters, tokens, steps, disk), and end; needs no VFM weights")
     args = p.parse_args()
@@ -111,7 +118,7 @@ class SiTLoss(nn.Module):
         return total, {k: v.detach() for k, v in parts.items()}, each.detach()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Batches
 
 
@@ -119,7 +126,8 @@ def pair_images(latents, root, check):
     """The raw images that belong to the rows of a latent cache, same files, crop and flips (REPA's input) ->
     (ImageFolder, its row of each latent). check: compare their hash too. Raises UserError."""
     meta = latents.meta
-    images = data.ImageFolder(root, meta["resolution"], flip=latents.moments.shape[1] == 2, split=meta["split"])
+    images = data.ImageFolder(root, meta["resolution"], flip=latents.moments.shape[1] == 2,
+                              split=meta["split"])
     at = {f: i for i, f in enumerate(images.files)}
     missing = [f for f in latents.files if f not in at]
     if missing:
@@ -168,7 +176,8 @@ def read_step(latents, pair, cached, run, step):
 def read_steps(latents, pair, cached, run):
     """Yield (latents, labels, times, noise), raw images, VFM tokens of every step that is left."""
     read = partial(read_step, latents, pair, cached, run)
-    for batch, pixels, tokens, unreadable in data.load(read, range(run.step, run.args.steps), run.args.workers):
+    for batch, pixels, tokens, unreadable in data.load(read, range(run.step, run.args.steps),
+                                                       run.args.workers):
         if unreadable:
             pair[0].note_bad(unreadable)
         yield batch, pixels, tokens
@@ -187,7 +196,8 @@ class Evaluation:
         if common.weights_hash(self.vae.state_dict()) != latents.meta["vae_hash"]:
             raise UserError(f"{latents.meta['vae']}: no longer the VAE that made {args.latents}; encode "
                             "again, or switch --eval-every off")
-        self.vae, self.net = (m.to(run.device, memory_format=torch.channels_last) for m in (self.vae, self.net))
+        self.vae.to(run.device, memory_format=torch.channels_last)
+        self.net.to(run.device, memory_format=torch.channels_last)
         self.mean, self.std = (s.view(1, -1, 1, 1).to(run.device) for s in (latents.mean, latents.std))
 
     @torch.no_grad()
@@ -205,7 +215,8 @@ class Evaluation:
             with torch.backends.cudnn.flags(allow_tf32=False):
                 features[list(rows)] = self.net(images).cpu()
         features = common.all_reduce(features)
-        return 0.0 if run.rank else frechet_distance(self.stats["mu"], self.stats["sigma"], *statistics(features))
+        return 0.0 if run.rank else frechet_distance(self.stats["mu"], self.stats["sigma"],
+                                                     *statistics(features))
 
 
 def print_plan(args, run, latents, model, vfm, pair):
@@ -246,22 +257,23 @@ def main():
         vfm = VFM(args.vfm, latents.meta["resolution"], side // patch, args.vfm_ckpt, args.vfm_layer,
                   weights=not args.dry_run)
     torch.manual_seed(args.seed)
-    model = make(input_size=side, in_channels=c2 // 2, num_classes=len(latents.meta["classes"]), qk_norm=bool(args.qk_norm),
-                 z_dim=vfm.dim if args.repa else 0)
+    model = make(input_size=side, in_channels=c2 // 2, num_classes=len(latents.meta["classes"]),
+                 qk_norm=bool(args.qk_norm), z_dim=vfm.dim if args.repa else 0)
     if args.dry_run:
         return print_plan(args, run, latents, model, vfm, pair)
     model = model.to(device)
     model.checkpointing = bool(args.grad_checkpointing)
     ema = copy.deepcopy(model).requires_grad_(False)
     loss = SiTLoss(model, args.path, args.repa)
-    optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=0.0, fused=device.type in ("cpu", "cuda"))
+    fused = device.type in ("cpu", "cuda")
+    optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=0.0, fused=fused)
     meta = latents.meta
     inputs = dict(latents=f"{meta.get('vae_hash')}-{meta.get('files_hash')}")
     if vfm is not None:
         inputs["vfm"] = common.weights_hash(vfm.state_dict())
         common.cast_matmuls(vfm.to(memory_format=torch.channels_last), device, args.precision)
-    record = dict(config=model.config, path=args.path, classes=meta["classes"], vae=meta["vae"], vae_hash=meta["vae_hash"],
-                  latent_mean=latents.mean, latent_std=latents.std)
+    record = dict(config=model.config, path=args.path, classes=meta["classes"], vae=meta["vae"],
+                  vae_hash=meta["vae_hash"], latent_mean=latents.mean, latent_std=latents.std)
     if not run.resume(dict(model=model, ema=ema, optimizer=optimizer), inputs, record):
         return
 

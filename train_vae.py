@@ -1,10 +1,10 @@
 """Stage 1: fine-tune (or pre-train) a VAE, with or without alignment. Eq. (3): L = lambda_align L_align +
 L_VAE.
 
-    python train_vae.py --data images --init vavae/vae.pt --out out/send                                # one process
-    torchrun --nproc_per_node=8 train_vae.py --data images --init vavae/vae.pt --out out/send           # one node
+    python train_vae.py --data images --init vavae/vae.pt --out out/send                        # one process
+    torchrun --nproc_per_node=8 train_vae.py --data images --init vavae/vae.pt --out out/send   # one node
     python train_vae.py --data out/tiny/avatars --preset demo --lambda-align 0 --lpips 0 --gan 0 --batch 64 \\
-        --steps 20 --out out/tiny/vae                                                                   # tiny
+        --steps 20 --out out/tiny/vae                                                           # tiny
 
 The control of every claim is the same command with --align none, the rival's arm with --align vavae.
 Rerunning a command goes on where it stopped. Random numbers depend on (seed, step, place in the global
@@ -43,9 +43,11 @@ def parse_args():
     switch = dict(type=int, choices=(0, 1))
     p.add_argument("--data", required=True, help="image folder")
     p.add_argument("--out", required=True, help="folder for vae.pt and metrics.jsonl")
-    p.add_argument("--split", choices=data.SPLITS, help="only the images that attributes.csv puts there (default: all)")
+    p.add_argument("--split", choices=data.SPLITS,
+                   help="only the images that attributes.csv puts there (default: all)")
     p.add_argument("--init", help="VAE to fine-tune (any format of vae.load_vae); its architecture is kept")
-    p.add_argument("--preset", choices=VAE_CONFIGS, help="architecture for training from scratch (without --init)")
+    p.add_argument("--preset", choices=VAE_CONFIGS,
+                   help="architecture for training from scratch (without --init)")
     p.add_argument("--resolution", type=common.positive, help="crop in pixels (default: the VAE's)")
     p.add_argument("--flip", **switch, default=1, help="mirror images are data too")
     # Optimisation: the paper's values
@@ -53,19 +55,21 @@ def parse_args():
                    help="optimiser steps (80 ImageNet epochs at 1024: 100,000)")
     p.add_argument("--batch", type=common.positive, default=1024, help="images a step, over all processes")
     p.add_argument("--micro-batch", type=common.positive,
-                   help="images per forward pass and process, a divisor of its share: memory only (default: all)")
+                   help="images per forward pass and process (default: all); memory only, divides its share")
     p.add_argument("--lr", type=float, default=3e-4, help="AdamW, betas 0.9 0.999, no weight decay")
     p.add_argument("--lr-warmup", type=common.natural, default=0, help="steps of linear warm-up")
     p.add_argument("--lr-decay", **switch, default=0, help="1: half a cosine down to zero at --steps")
     p.add_argument("--clip", type=float, default=1.0, help="largest gradient norm")
     p.add_argument("--ema", type=float, default=0.9999, help="decay of the averaged weights")
     # L_VAE: REPA-E's weights
-    p.add_argument("--rec", choices=("l1", "mse"), default="l1", help="weight 1; the paper writes MSE, REPA-E trains L1")
+    p.add_argument("--rec", choices=("l1", "mse"), default="l1",
+                   help="weight 1; the paper writes MSE, REPA-E trains L1")
     p.add_argument("--lpips", type=float, default=1.0, help="weight of LPIPS (VGG); 0: off")
     p.add_argument("--lpips-ckpt", help="local torchvision VGG16 weights instead of the download")
     p.add_argument("--gan", type=float, default=0.1, help="weight of the hinge GAN; 0: no discriminator")
     p.add_argument("--gan-start", type=common.natural, default=0, help="first step with the GAN")
-    p.add_argument("--disc-ckpt", help="pre-trained discriminator of taming, LDM or REPA-E, with its batch norm "
+    p.add_argument("--disc-ckpt",
+                   help="pre-trained discriminator of taming, LDM or REPA-E, with its batch norm "
                    "(default: from scratch, group norm)")
     p.add_argument("--kl", type=float, default=1e-6, help="weight of the KL, summed over the latent")
     # L_align
@@ -75,7 +79,8 @@ def parse_args():
                    help="its weight (default: send 1, vavae 0.1 times the ratio of gradients); 0: none")
     p.add_argument("--vfm", default="vit_base_patch14_dinov2.lvd142m", help="any timm model")
     p.add_argument("--vfm-ckpt", help="local weights of the VFM")
-    p.add_argument("--vfm-layer", type=int, help="block (ViT, default the last) or stage (CNN, default stride 16)")
+    p.add_argument("--vfm-layer", type=int,
+                   help="block (ViT, default the last) or stage (CNN, default stride 16)")
     p.add_argument("--cache-vfm", metavar="DIR",
                    help="compute the VFM's tokens once, into this folder, instead of in each step")
     p.add_argument("--grid", type=int,
@@ -87,19 +92,21 @@ def parse_args():
                    help="first steps in which L_align trains the mapper alone")
     p.add_argument("--noise", **switch, default=1, help="eq. (1) on the latent before the mapper")
     p.add_argument("--vfm-standardise", **switch, default=0,
-                   help="1: tokens with zero mean and unit deviation per channel, so that the cosine is not ruled by "
-                   "what all tokens share (not in the paper)")
+                   help="1: tokens with zero mean and unit deviation per channel, so that the cosine is not "
+                   "ruled by what all tokens share (not in the paper)")
     # The run
     p.add_argument("--seed", type=common.natural, default=0)
     p.add_argument("--precision", choices=("bf16", "fp32"), help="default: bf16 where it is fast")
     p.add_argument("--deterministic", action="store_true",
                    help="equal bits in each run on CUDA too, slower (a CPU needs no flag)")
     p.add_argument("--compile", **switch, default=int(on_gpu))
-    p.add_argument("--workers", type=common.natural, default=4 if on_gpu else 0, help="image reading processes")
+    p.add_argument("--workers", type=common.natural, default=4 if on_gpu else 0,
+                   help="image reading processes")
     p.add_argument("--save-every", type=common.positive, default=1000, help="steps between checkpoints")
-    p.add_argument("--log-every", type=common.positive, default=50, help="steps between lines of metrics.jsonl")
+    p.add_argument("--log-every", type=common.positive, default=50,
+                   help="steps between lines of metrics.jsonl")
     p.add_argument("--dry-run", action="store_true",
-                   help="print the plan (parameters, tokens, steps, disk), and end; needs no VFM or LPIPS weights")
+                   help="print the plan (parameters, tokens, steps, disk), and end; needs no frozen weights")
     args = p.parse_args()
     if args.lambda_align is None:
         args.lambda_align = {"send": 1.0, "vavae": 0.1, "none": 0.0}[args.align]
@@ -114,7 +121,7 @@ def parse_args():
     return args
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The losses
 
 
@@ -134,7 +141,8 @@ class VAELoss(nn.Module):
         posterior = self.vae.encode(x)
         z = posterior.sample(eps_posterior)  # (B, c, h, w)
         x_rec = self.vae.decode(z)
-        parts = {"rec": F.l1_loss(x_rec, x) if self.rec == "l1" else F.mse_loss(x_rec, x), "kl": posterior.kl()}
+        parts = {"rec": F.l1_loss(x_rec, x) if self.rec == "l1" else F.mse_loss(x_rec, x),
+                 "kl": posterior.kl()}
         if lpips is not None:
             parts["lpips"] = lpips(x_rec, x).mean()
         if judge is not None:
@@ -215,7 +223,8 @@ class LatentStats(nn.Module):
 
     def __init__(self, channels, device, world=1):
         super().__init__()
-        self.world = world  # a rank's loss is the mean over its own images: its gradients are `world` times the global mean's
+        # a rank's loss is the mean over its own images: its gradients are `world` times the global mean's
+        self.world = world
         for name, value in dict(mean=0.0, var=1.0, grad_mean=0.0, grad_scale=0.0).items():
             self.register_buffer(name, torch.full((channels,), value, device=device))
         exact = torch.float64 if device.type != "mps" else torch.float32
@@ -244,7 +253,8 @@ class LatentStats(nn.Module):
         """Once a step: fold the sums over all processes and micro-batches into the running means."""
         count, *sums = common.all_reduce(self.sums)
         mean, square, grad_mean, grad_scale = (s / count for s in sums)
-        new = dict(mean=mean, var=square - mean.square(), grad_mean=grad_mean / self.world, grad_scale=grad_scale / self.world)
+        new = dict(mean=mean, var=square - mean.square(), grad_mean=grad_mean / self.world,
+                   grad_scale=grad_scale / self.world)
         for name, value in new.items():
             getattr(self, name).lerp_(value.to(self.mean.dtype), momentum)
         self.sums.zero_()
@@ -260,12 +270,13 @@ def vavae_ratio(loss, micro_batches, run, stats, judge, lpips):
             parts, _, _ = loss.losses(x, noise, tokens, stats, True, judge, lpips)
         likelihood = sum(loss.weights[k] * parts[k] for k in ("rec", "lpips") if k in parts)
         for i, part in enumerate((likelihood, parts["align"])):
-            sums[i] = sums[i] + torch.autograd.grad(part, layer, retain_graph=True)[0].float() * run.micro / run.local
+            (gradient,) = torch.autograd.grad(part, layer, retain_graph=True)
+            sums[i] = sums[i] + gradient.float() * run.micro / run.local
     reference, align = (common.all_reduce(g / run.world).norm() for g in sums)
     return (reference / (align + 1e-4)).clamp(max=1e8)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Models and batches
 
 
@@ -281,7 +292,8 @@ def build_vae(args):
         raise UserError(f"--resolution {size}: expected a multiple of {vae.factor}, the VAE's downsampling "
                         "factor")
     attention = tuple(size // 2 ** i for i, m in enumerate(vae.encoder.down) if len(m.attn))
-    vae.config |= dict(resolution=size, attn_resolutions=attention)  # the same network; its crop is now this one
+    # the same network; its crop is now this one
+    vae.config |= dict(resolution=size, attn_resolutions=attention)
     return vae, found
 
 
@@ -295,7 +307,8 @@ def build_alignment(args, size, latent_shape):
     torch.manual_seed(args.seed + 1)
     if args.align == "vavae":
         return vfm, LinearMapper(c, side, grid, vfm.dim)
-    return vfm, Mapper(c, side, grid, vfm.dim, args.mapper_depth, args.mapper_width, mlp_width=args.mapper_mlp)
+    return vfm, Mapper(c, side, grid, vfm.dim, args.mapper_depth, args.mapper_width,
+                       mlp_width=args.mapper_mlp)
 
 
 def read_step(images, cached, run, latent_shape, step):
@@ -406,11 +419,13 @@ def main():
     judge = discriminator
     if args.compile:
         if args.align == "vavae":
-            torch._functorch.config.donated_buffer = False  # vavae_ratio runs parts of the backward pass twice
+            # vavae_ratio runs parts of the backward pass twice
+            torch._functorch.config.donated_buffer = False
         vae.encode, vae.decode = (torch.compile(f, fullgraph=True) for f in (vae.encode, vae.decode))
         for module in filter(None, (mapper, vfm, disc_loss)):
             module.compile(fullgraph=module is not vfm)
-        if discriminator is not None:  # apart from its own loss: here it is frozen and its input has gradients
+        # apart from its own loss: here it is frozen and its input has gradients
+        if discriminator is not None:
             judge = torch.compile(lambda x: discriminator(x), fullgraph=True)
     forward, disc_forward = loss, disc_loss
     if run.world > 1:
@@ -438,7 +453,8 @@ def main():
         micro_batches = []
         for i in range(0, run.local, run.micro):
             part = slice(i, i + run.micro)
-            x = data.to_float(pixels[part].to(device, non_blocking=True)).contiguous(memory_format=torch.channels_last)
+            x = data.to_float(pixels[part].to(device, non_blocking=True))
+            x = x.contiguous(memory_format=torch.channels_last)  # (B, 3, H, W)
             tokens = None
             if known is not None:
                 tokens = known[part].to(device, non_blocking=True)
@@ -474,7 +490,8 @@ def main():
         for i, (x, noise_part, tokens) in enumerate(micro_batches):
             last = i == len(micro_batches) - 1
             with common.autocast(device, args.precision), common.sync_if(forward, last):
-                total, found, x_rec, z = forward(x, noise_part, tokens, stats, encoder_aligns, step_judge, lpips, ratio=ratio)
+                total, found, x_rec, z = forward(x, noise_part, tokens, stats, encoder_aligns, step_judge,
+                                                 lpips, ratio=ratio)
                 (total * share).backward()
             for k, v in found.items():
                 parts[k] = parts.get(k, 0) + v * share
