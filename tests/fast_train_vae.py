@@ -58,9 +58,10 @@ def test_gradient_flow(which, small, vgg, tmp_path, monkeypatch):
     seen, resume = {}, common.Run.resume
     frozen = []
     for name in ("VFM", "build_lpips"):
-        build = getattr(train_vae, name)
-        monkeypatch.setattr(train_vae, name, lambda *a, build=build, **k: frozen.append(build(*a,
-                                                                                              **k)) or frozen[-1])
+        def keep(*args, build=getattr(train_vae, name), **kwargs):
+            frozen.append(build(*args, **kwargs))
+            return frozen[-1]
+        monkeypatch.setattr(train_vae, name, keep)
 
     def hashes(modules):
         vae_parts = dict(encoder=nn.ModuleList([modules["vae"].encoder, modules["vae"].quant_conv]),
@@ -104,13 +105,12 @@ def test_losses_by_hand(rec, align, small, vgg, tmp_path):
     q = model.encode(x)
     z = q.sample(eps)
     x_rec = model.decode(z)
-    mean, var = z.detach().mean((0, 2, 3), keepdim=True), z.detach().var((0, 2, 3), unbiased=False,
-                                                                         keepdim=True)
+    mean = z.detach().mean((0, 2, 3), keepdim=True)
+    var = z.detach().var((0, 2, 3), unbiased=False, keepdim=True)
     z_t = mapper.add_noise((z - mean) / (var + 1e-4).sqrt(), a=a[:, 0], eps=eps_align)
+    judged = fid.build_lpips(vgg[1], torch.device("cpu"))(x_rec, x).mean()
     expected = dict(rec=(x_rec - x).abs().mean() if rec == "l1" else (x_rec - x).square().mean(), kl=q.kl(),
-                    lpips=fid.build_lpips(vgg[1], torch.device("cpu"))(x_rec,
-                                                                       x).mean(), gan=-discriminator(x_rec).mean(),
-                    align=mapper.align_loss(h(z_t), vfm(x)))
+                    lpips=judged, gan=-discriminator(x_rec).mean(), align=mapper.align_loss(h(z_t), vfm(x)))
     if align == "vavae":
         # pairs are of one micro-batch's images
         per_part = [mapper.vavae_loss(h(z[i:i + 2]), vfm(x[i:i + 2])) for i in (0, 2)]
@@ -136,16 +136,17 @@ def test_losses_by_hand(rec, align, small, vgg, tmp_path):
 def test_standardised_tokens(small, tmp_path):
     """--vfm-standardise measures over other axes or images, is left out of the loss, or depends on the
     cache."""
-    folder, run_ = data.ImageFolder(small / "images", 32), SimpleNamespace(device=torch.device("cpu"),
-                                                                           args=SimpleNamespace(precision="fp32"))
+    folder, args = data.ImageFolder(small / "images", 32), SimpleNamespace(precision="fp32")
+    cpu = SimpleNamespace(device=torch.device("cpu"), args=args)
     vfm = mapper.VFM("tf_efficientnet_lite0", 32, 8, LITE0)
     known = vfm(data.to_float(torch.stack([folder[i][0] for i in range(40)])))
-    mean, std = train_vae.token_statistics(vfm, None, folder, run_)
+    mean, std = train_vae.token_statistics(vfm, None, folder, cpu)
     torch.testing.assert_close(mean, known.flatten(0, 1).mean(0), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(std, known.flatten(0, 1).std(0), rtol=1e-3, atol=1e-5)
     command, losses = ("train_vae", "--data", small / "images", *ONE_STEP, *VFM), {}
-    for name, more in dict(plain=(), standard=("--vfm-standardise", 1), cached=("--vfm-standardise", 1,
-                                                                                "--cache-vfm", tmp_path / "tokens")).items():
+    standard = ("--vfm-standardise", 1)
+    arms = dict(plain=(), standard=standard, cached=(*standard, "--cache-vfm", tmp_path / "tokens"))
+    for name, more in arms.items():
         do(*command, *more, "--out", tmp_path / name)
         losses[name] = metrics(tmp_path / name)[1][0]["align"]
     assert losses["standard"] == pytest.approx(losses["cached"], abs=1e-3)
@@ -190,7 +191,8 @@ def test_a_pretrained_discriminator(small, tmp_path):
     torch.save(train_vae.PatchGAN().state_dict(), tmp_path / "disc.pt")
     command = ("train_vae", "--data", small / "images", *ONE_STEP, "--align", "none", "--gan", 0.1, "--lr", 0)
     do(*command, "--disc-ckpt", tmp_path / "disc.pt", "--out", tmp_path / "out")
-    found, given = common.load_checkpoint(tmp_path / "out/vae.pt")["discriminator"], torch.load(tmp_path / "disc.pt")
+    found = common.load_checkpoint(tmp_path / "out/vae.pt")["discriminator"]
+    given = torch.load(tmp_path / "disc.pt")
     assert all(torch.equal(found[k], given[k]) for k in given if "running" not in k and "tracked" not in k)
     assert found["main.3.num_batches_tracked"] > 0
     assert_refused(call(*command, "--disc-ckpt", tmp_path / "gone.pt", "--out", tmp_path / "x"), "gone.pt")
