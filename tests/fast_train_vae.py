@@ -57,8 +57,8 @@ def test_gradient_flow(which, small, vgg, tmp_path, monkeypatch):
     monkeypatch.setattr(F, "l1_loss", lambda x_rec, x: x_rec.sum() * 0)
     seen, resume = {}, common.Run.resume
     frozen = []
-    for name in ("VFM", "build_lpips"):
-        def keep(*args, build=getattr(train_vae, name), **kwargs):
+    for name, build in (("VFM", train_vae.VFM), ("build_lpips", train_vae.build_lpips)):
+        def keep(*args, build=build, **kwargs):
             frozen.append(build(*args, **kwargs))
             return frozen[-1]
         monkeypatch.setattr(train_vae, name, keep)
