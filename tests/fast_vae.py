@@ -1,14 +1,15 @@
 from helpers import *  # noqa: F403
 from extras import convert
 
-
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # vae.py and extras/convert.py: autoencoders
 
-PRESETS = [("f8d4", 4, 32), ("f16d16", 16, 16), ("f16d32", 32, 16), ("f16d64", 64, 16), ("f4d16", 16, 8), ("f4d32", 32, 8), ("demo", 4, 16)]
+PRESETS = {"f8d4": (4, 32), "f16d16": (16, 16), "f16d32": (32, 16), "f16d64": (64, 16), "f4d16": (16, 8),
+           "f4d32": (32, 8), "demo": (4, 16)}
+SMALL = dict(z_channels=3, ch=128, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(128,), resolution=256)
 
 
-@pytest.mark.parametrize("name,channels,side", PRESETS)
+@pytest.mark.parametrize("name,channels,side", [(k, *v) for k, v in PRESETS.items()])
 def test_vae_presets(name, channels, side):
     """A preset has another latent than its name says, or its decoder does not return to the image's size."""
     with torch.device("meta"):
@@ -25,13 +26,15 @@ def test_vae_is_ldms():
         f8, f16 = (vae.AutoencoderKL(**vae.VAE_CONFIGS[n]) for n in ("f8d4", "f16d32"))
     assert count(f8) == 83_653_863  # SD-VAE
     shapes = {k: tuple(v.shape) for k, v in f8.state_dict().items()}
-    assert shapes["encoder.conv_in.weight"] == (128, 3, 3, 3) and shapes["encoder.conv_out.weight"] == (8, 512, 3, 3)
-    assert shapes["encoder.down.1.block.0.nin_shortcut.weight"] == (256, 128, 1, 1)
-    assert shapes["encoder.down.2.downsample.conv.weight"] == (512, 512, 3, 3)
-    assert shapes["decoder.up.0.block.0.nin_shortcut.weight"] == (128, 256, 1, 1) and "decoder.up.3.block.2.conv2.bias" in shapes
-    assert shapes["decoder.mid.attn_1.proj_out.weight"] == (512, 512, 1, 1) and shapes["decoder.norm_out.weight"] == (128,)
-    assert shapes["quant_conv.weight"] == (8, 8, 1, 1) and shapes["post_quant_conv.bias"] == (4,)
-    assert not any(".attn.0" in k for k in shapes) and "encoder.down.3.downsample.conv.weight" not in shapes
+    for key, shape in {"encoder.conv_in.weight": (128, 3, 3, 3), "encoder.conv_out.weight": (8, 512, 3, 3),
+                       "encoder.down.1.block.0.nin_shortcut.weight": (256, 128, 1, 1),
+                       "encoder.down.2.downsample.conv.weight": (512, 512, 3, 3),
+                       "decoder.up.0.block.0.nin_shortcut.weight": (128, 256, 1, 1),
+                       "decoder.up.3.block.2.conv2.bias": (512,), "decoder.norm_out.weight": (128,),
+                       "decoder.mid.attn_1.proj_out.weight": (512, 512, 1, 1),
+                       "quant_conv.weight": (8, 8, 1, 1), "post_quant_conv.bias": (4,)}.items():
+        assert shapes[key] == shape, key
+    assert not any(".attn.0" in k or "down.3.downsample" in k for k in shapes)
     assert {"encoder.down.4.attn.1.q.weight", "decoder.up.4.attn.2.norm.bias"} <= set(f16.state_dict())
 
 
@@ -39,32 +42,33 @@ def test_vae_layers_are_ldms():
     """Public weights would load but compute something else: padding, attention or group count differ."""
     down = vae.Downsample(1)
     nn.init.ones_(down.conv.weight), nn.init.zeros_(down.conv.bias)
-    assert down(torch.ones(1, 1, 4, 4)).flatten().tolist() == [9, 6, 6, 4]  # padded at the right and bottom only
-    attention, x = vae.AttnBlock(32).eval(), torch.randn(2, 32, 3, 5)
-    h = F.group_norm(x, attention.norm.num_groups, attention.norm.weight, attention.norm.bias, eps=1e-6)
-    q, k, v = (f(h).flatten(2) for f in (attention.q, attention.k, attention.v))
+    assert down(torch.ones(1, 1, 4, 4)).flatten().tolist() == [9, 6, 6, 4]  # padded right and bottom only
+    m, x = vae.AttnBlock(32).eval(), torch.randn(2, 32, 3, 5)
+    h = F.group_norm(x, m.norm.num_groups, m.norm.weight, m.norm.bias, eps=1e-6)
+    q, k, v = (f(h).flatten(2) for f in (m.q, m.k, m.v))
     w = torch.softmax(torch.einsum("bci,bcj->bij", q, k) / 32 ** 0.5, -1)
-    expected = x + attention.proj_out(torch.einsum("bcj,bij->bci", v, w).view_as(x))
-    torch.testing.assert_close(attention(x), expected)
+    expected = x + m.proj_out(torch.einsum("bcj,bij->bci", v, w).view_as(x))
+    torch.testing.assert_close(m(x), expected)
     assert vae.GroupNorm(128).num_groups == vae.GroupNorm(512).num_groups == 32
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_group_norm(dtype):
-    """Our group norm on the CPU or its backward is not PyTorch's, also with a mean far from zero, in either layout."""
+    """Group norm on the CPU or its backward is not PyTorch's: with a mean far from zero, in either layout."""
     torch.manual_seed(0)
     norm = vae.GroupNorm(64)
     nn.init.normal_(norm.weight), nn.init.normal_(norm.bias)
-    x, g = torch.randn(3, 64, 8, 6) * (1 + torch.rand(1, 64, 1, 1)) + (30 if dtype == torch.float32 else 1), torch.randn(3, 64, 8, 6)
+    far, tolerance = (30, 2e-6) if dtype == torch.float32 else (1, 1e-2)
+    x, g = torch.randn(3, 64, 8, 6) * (1 + torch.rand(1, 64, 1, 1)) + far, torch.randn(3, 64, 8, 6)
     exact = [v.detach().double().requires_grad_() for v in (x, norm.weight, norm.bias)]
     y = F.group_norm(exact[0], norm.num_groups, *exact[1:], norm.eps)
     expected = [y.detach(), *torch.autograd.grad(y, exact, g.double())]
     for layout in (torch.contiguous_format, torch.channels_last):
-        leaf = x.to(dtype).contiguous(memory_format=layout).requires_grad_()
-        y = norm(leaf)
-        found = [y.detach(), *torch.autograd.grad(y, (leaf, norm.weight, norm.bias), g.to(dtype).contiguous(memory_format=layout))]
-        for a, b in zip(found, expected):
-            assert (a.double() - b).norm() / b.norm() < (2e-6 if dtype == torch.float32 else 1e-2)
+        leaf, dy = (v.to(dtype).contiguous(memory_format=layout) for v in (x, g))
+        y = norm(leaf.requires_grad_())
+        found = [y.detach(), *torch.autograd.grad(y, (leaf, norm.weight, norm.bias), dy)]
+        for a, b in zip(found, expected, strict=True):
+            assert (a.double() - b).norm() / b.norm() < tolerance
     with pytest.raises(RuntimeError, match="once_differentiable"):  # rather than a wrong second derivative
         leaf = x.clone().requires_grad_()
         torch.autograd.grad((norm(leaf) * leaf).square().sum(), leaf, create_graph=True)[0].sum().backward()
@@ -73,10 +77,13 @@ def test_group_norm(dtype):
 def peer_vae(**config):
     """diffusers' AutoencoderKL with random weights, in the layout of a configuration of ours."""
     torch.manual_seed(0)
-    c = {**dict(z_channels=3, ch=128, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(128,), resolution=256), **config}
-    kinds = ["Attn" if c["resolution"] // 2 ** i in c["attn_resolutions"] else "" for i in range(len(c["ch_mult"]))]
-    return diffusers.AutoencoderKL(latent_channels=c["z_channels"], block_out_channels=[c["ch"] * m for m in c["ch_mult"]], layers_per_block=c["num_res_blocks"],
-                                   down_block_types=[f"{k}DownEncoderBlock2D" for k in kinds], up_block_types=[f"{k}UpDecoderBlock2D" for k in kinds[::-1]]).eval()
+    c = SMALL | config
+    sides = [c["resolution"] // 2 ** i for i in range(len(c["ch_mult"]))]
+    kinds = ["Attn" if side in c["attn_resolutions"] else "" for side in sides]
+    return diffusers.AutoencoderKL(
+        latent_channels=c["z_channels"], block_out_channels=[c["ch"] * m for m in c["ch_mult"]],
+        layers_per_block=c["num_res_blocks"], down_block_types=[f"{k}DownEncoderBlock2D" for k in kinds],
+        up_block_types=[f"{k}UpDecoderBlock2D" for k in kinds[::-1]]).eval()
 
 
 def assert_is_diffusers(folder, size, **config):
@@ -85,7 +92,7 @@ def assert_is_diffusers(folder, size, **config):
     peer.save_pretrained(folder / "peer")
     ours, x = vae.load_vae(folder / "peer"), torch.rand(2, 3, size, size) * 2 - 1
     assert ours.config == vae.AutoencoderKL(**config).config
-    assert "from_pretrained" in do("extras.convert", "to-diffusers", "--vae", folder / "peer", "--out", folder / "ours")
+    do("extras.convert", "to-diffusers", "--vae", folder / "peer", "--out", folder / "ours")
     back = diffusers.AutoencoderKL.from_pretrained(folder / "ours").eval()
     with torch.no_grad():
         q, p = ours.encode(x), peer.encode(x).latent_dist
@@ -96,11 +103,13 @@ def assert_is_diffusers(folder, size, **config):
 
 
 def test_vae_is_diffusers(tmp_path):
-    """Public weights compute other moments or images here than in diffusers, or the export is not the same model again."""
-    config = dict(z_channels=5, ch=128, ch_mult=(1, 2, 2), num_res_blocks=2, attn_resolutions=(64,), resolution=256)
+    """Public weights compute other moments or images than in diffusers, or the export is another model."""
+    config = SMALL | dict(ch_mult=(1, 2, 2), num_res_blocks=2, attn_resolutions=(64,))
     assert_is_diffusers(tmp_path, 32, **config)
-    assert_refused(call("extras.convert", "to-diffusers", "--vae", tmp_path / "peer", "--out", tmp_path / "ours"), "holds a config.json already")
-    assert_refused(call("vae", "export-diffusers", "--vae", "a.pt", "--out", "b"), "python extras/convert.py to-diffusers --vae a.pt --out b")
+    again = call("extras.convert", "to-diffusers", "--vae", tmp_path / "peer", "--out", tmp_path / "ours")
+    assert_refused(again, "holds a config.json already")
+    moved = call("vae", "export-diffusers", "--vae", "a.pt", "--out", "b")
+    assert_refused(moved, "python extras/convert.py to-diffusers --vae a.pt --out b")
 
 
 LDM = {}
@@ -110,7 +119,7 @@ def ldm_state():
     """The small autoencoder's weights under LDM's names."""
     if not LDM:
         torch.manual_seed(0)
-        model = vae.AutoencoderKL(z_channels=3, ch=128, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(128,), resolution=256)
+        model = vae.AutoencoderKL(**SMALL)
         LDM.update({k: torch.randn_like(v) * 0.05 for k, v in model.state_dict().items()})
     return dict(LDM)
 
@@ -124,10 +133,11 @@ def with_lightning(state, monkeypatch):
         monkeypatch.setitem(sys.modules, name, package)
     one = package.ModelCheckpoint()
     one.best = 0.5
-    return {"epoch": 3, "callbacks": {package.ModelCheckpoint: one, "by object": {one: 1}}, "hyper_parameters": settings, "state_dict": state}
+    return {"epoch": 3, "callbacks": {package.ModelCheckpoint: one, "by object": {one: 1}},
+            "hyper_parameters": settings, "state_dict": state}
 
 
-KINDS = ("ldm", "stable diffusion", "vavae", "repae", "repae joint", "safetensors", "diffusers", "diffusers bin", "ours")
+KINDS = "ldm", "sd", "vavae", "repae", "joint", "safetensors", "diffusers", "diffusers bin", "ours"
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -135,7 +145,7 @@ def test_vae_formats(kind, tmp_path, monkeypatch):
     """A published format does not load, or loads other weights."""
     state, path = ldm_state(), tmp_path / ("w.safetensors" if kind == "safetensors" else "w.pt")
     extra = {"loss.logvar": torch.zeros(()), "loss.discriminator.main.0.weight": torch.zeros(4, 3, 4, 4)}
-    config = dict(z_channels=3, ch=128, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(128,), resolution=256)
+    vfm = {"foundation_model.cls_token": torch.zeros(1, 1, 4), "linear_proj.weight": torch.zeros(4, 3, 1, 1)}
     if kind == "safetensors":
         safetensors.torch.save_file(state, path)
     elif kind.startswith("diffusers"):
@@ -144,25 +154,29 @@ def test_vae_formats(kind, tmp_path, monkeypatch):
         convert.export_diffusers(vae.load_vae(tmp_path / "w.pt"), path / "vae")
         if kind == "diffusers bin":  # as they were saved before safetensors, with the attention's older names
             theirs = safetensors.torch.load_file(path / "vae/diffusion_pytorch_model.safetensors")
-            for new, old in (("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")):
+            older = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+            for new, old in older.items():
                 theirs = {k.replace(new, old): v for k, v in theirs.items()}
             torch.save(theirs, path / "vae/diffusion_pytorch_model.bin")
             os.remove(path / "vae/diffusion_pytorch_model.safetensors")
     else:
-        files = {"stable diffusion": {"state_dict": {**{f"first_stage_model.{k}": v for k, v in state.items()}, "model.diffusion_model.a": torch.zeros(2)}},
-                 "vavae": {"state_dict": {**state, **extra, "foundation_model.model.cls_token": torch.zeros(1, 1, 4), "linear_proj.weight": torch.zeros(4, 3, 1, 1)}},
-                 "repae": state, "repae joint": {"ema": {"bn.running_mean": torch.zeros(3)}, "vae": state, "args": argparse.Namespace(lr=1)},
-                 "ldm": with_lightning({**state, **extra}, monkeypatch), "ours": {"config": config, "vae": {}, "ema": state}}
+        inside = {f"first_stage_model.{k}": v for k, v in state.items()}
+        files = {"ldm": with_lightning({**state, **extra}, monkeypatch), "repae": state,
+                 "sd": {"state_dict": {**inside, "model.diffusion_model.a": torch.zeros(2)}},
+                 "vavae": {"state_dict": {**state, **extra, **vfm}},
+                 "ours": dict(config=SMALL, vae={}, ema=state),
+                 "joint": dict(ema={"bn.mean": torch.zeros(3)}, vae=state, args=argparse.Namespace(lr=1))}
         torch.save(files[kind], path)
         monkeypatch.undo()
     loaded = vae.load_vae(path)
-    assert common.weights_hash(loaded.state_dict()) == common.weights_hash(state) and loaded.config == config
+    assert common.weights_hash(loaded.state_dict()) == common.weights_hash(state) and loaded.config == SMALL
     assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
 
 
 def test_foreign_vae_that_does_not_fit(tmp_path):
-    """A key that is missing, renamed or misshapen is passed over, or not named with its shapes; narrow or other models are built wrongly."""
-    path = tmp_path / "w.pt"
+    """A key that is missing, renamed or misshapen is passed over, or not named with its shapes; narrow or
+    other models are built wrongly."""
+    path, shapes = tmp_path / "w.pt", {k: tuple(v.shape) for k, v in ldm_state().items()}
 
     def refused(change, *words):
         state = ldm_state()
@@ -172,12 +186,13 @@ def test_foreign_vae_that_does_not_fit(tmp_path):
             vae.load_vae(path)
         assert all(w in str(e.value) for w in (str(path), *words)), e.value
 
-    refused(lambda s: s.pop("decoder.mid.attn_1.q.weight"), "decoder.mid.attn_1.q.weight is missing", "(256, 256, 1, 1)")
-    refused(lambda s: s.pop("encoder.conv_in.weight"), "encoder.conv_in.weight is missing", "(128, 3, 3, 3)")
-    refused(lambda s: s.pop("encoder.down.1.block.0.conv1.weight"), "encoder.down.1.block.0.conv1.weight is missing", "(256, 128, 3, 3)")
-    refused(lambda s: s.update({"encoder.conv_extra.bias": s.pop("encoder.conv_out.bias")}), "encoder.conv_out.bias is missing", "(6,)", "2 such")
+    for key in ("decoder.mid.attn_1.q.weight", "encoder.conv_in.weight", "encoder.down.1.block.0.conv1.bias"):
+        refused(lambda s, key=key: s.pop(key), f"{key} is missing, expected {shapes[key]}")
     for key in ("quant_conv.weight", "encoder.down.1.block.0.conv2.weight"):
-        refused(lambda s: s.update({key: torch.zeros(7, 5, 3, 3)}), f"{key} is (7, 5, 3, 3), expected {tuple(ldm_state()[key].shape)}")
+        refused(lambda s, key=key: s.update({key: torch.zeros(7, 5, 3, 3)}),
+                f"{key} is (7, 5, 3, 3), expected {shapes[key]}")
+    refused(lambda s: s.update({"encoder.conv_extra.bias": s.pop("encoder.conv_out.bias")}),
+            "encoder.conv_out.bias is missing", "(6,)", "2 such")
     refused(lambda s: s.clear(), "not a VAE")
     refused(lambda s: s.update({k: v[:64] for k, v in s.items() if k.startswith("encoder.")}), "128 or more")
     torch.save(ldm_state(), path)
@@ -208,16 +223,18 @@ def test_a_pickle_never_runs(tmp_path):
 
 
 def test_one_step_is_diffusers(tmp_path):
-    """One optimiser step of train_vae.py moves the weights elsewhere than the same step on diffusers' model."""
+    """One optimiser step of train_vae.py moves the weights elsewhere than on diffusers' model."""
     peer, images = peer_vae(), data.ImageFolder(write_images(tmp_path / "images", 4, size=32), 32)
     peer.save_pretrained(tmp_path / "peer")
-    do("train_vae", "--data", tmp_path / "images", "--init", tmp_path / "peer", "--resolution", 32, "--flip", 0, "--align", "none", "--lpips", 0, "--gan", 0,
-       "--kl", 1e-3, "--lr", 1e-4, "--batch", 4, "--steps", 1, "--log-every", 1, "--precision", "fp32", "--out", tmp_path / "out")
+    do("train_vae", "--data", tmp_path / "images", "--init", tmp_path / "peer", "--resolution", 32,
+       "--batch", 4, "--flip", 0, "--align", "none", "--lpips", 0, "--gan", 0, "--kl", 1e-3, "--lr", 1e-4,
+       "--steps", 1, "--log-every", 1, "--precision", "fp32", "--out", tmp_path / "out")
     x = data.to_float(torch.stack([images[row][0] for row in data.sample_order(4, 0, range(4))]))
     eps = data.draw_noise(0, range(4), 1, (3, 16, 16))[1]
     optimizer = torch.optim.AdamW(peer.parameters(), 1e-4, weight_decay=0)
     posterior = peer.encode(x).latent_dist
-    loss = F.l1_loss(peer.decode(posterior.mean + posterior.std * eps).sample, x) + 1e-3 * posterior.kl().mean()
+    x_rec = peer.decode(posterior.mean + posterior.std * eps).sample
+    loss = F.l1_loss(x_rec, x) + 1e-3 * posterior.kl().mean()
     loss.backward()
     nn.utils.clip_grad_norm_(peer.parameters(), 1.0)
     gradients = {k: p.grad.clone() for k, p in peer.named_parameters()}
@@ -227,7 +244,7 @@ def test_one_step_is_diffusers(tmp_path):
     moved = common.load_checkpoint(tmp_path / "out/vae.pt")["vae"]
     moved = {convert.diffusers_name(k, 2): v for k, v in moved.items()}
     for k, p in peer.named_parameters():
-        sure = gradients[k].abs() > 1e-6  # Adam's first step is lr * sign(g): where g is rounding alone, so is the sign
+        sure = gradients[k].abs() > 1e-6  # Adam's first step is lr * sign(g): of rounding alone where g is 0
         torch.testing.assert_close(moved[k].view_as(p)[sure], p.detach()[sure], rtol=0, atol=1e-5)
 
 
@@ -246,7 +263,7 @@ def test_kl_and_sample():
 
 
 def test_vae_sees_whole_images_one_by_one():
-    """An image that the factor does not divide is cut silently, or a latent depends on its neighbours in the batch."""
+    """An image that the factor does not divide is cut silently, or a latent depends on its neighbours."""
     model, x = tiny_vae().eval(), torch.randn(4, 3, 32, 32)
     with torch.no_grad():
         torch.testing.assert_close(model.encode(x).mean[2:3], model.encode(x[2:3]).mean, rtol=1e-5, atol=1e-6)
