@@ -8,7 +8,8 @@ same network knowing nothing.
 The first is the positive control: if alignment to it does not help a diffusion model, the testbed cannot show
 that alignment helps. The second is the negative control: what alignment to random weights gains is not due to
 meaning. Images are enlarged to 128 pixels, as VFM does with an 8 x 8 grid, so that stride 16 gives 8 x 8
-tokens of 256 numbers. The loss is the cross-entropy of every known attribute; the test split is scored at the end.
+tokens of 256 numbers. The loss is the cross-entropy of every known attribute; at the end the test split is
+scored.
 """
 import sys
 from pathlib import Path
