@@ -420,7 +420,7 @@ def test_avatars_have_usable_attributes():
 def test_avatars_are_rendered(tmp_path, monkeypatch):
     """An image depends on how many are drawn, the folder is no data set, a licence is missing, or another
     set is overwritten."""
-    monkeypatch.setattr(multiprocessing, "get_context", lambda _: multiprocessing.dummy)  # threads start faster
+    monkeypatch.setattr(multiprocessing, "get_context", lambda _: multiprocessing.dummy)  # threads: faster
     root = tmp_path / "a"
     command = ("extras.avatars", root, "--size", 32, "--n")
     assert "30 images of 32 x 32 in 5 classes" in do(*command, 30, "--dry-run") and not root.exists()

@@ -132,7 +132,7 @@ def imagenet(small, tmp_path_factory):
 
 
 def what_it_computes(line, arm):
-    """A command without the names of its arm and its files. Of a flag that is given twice the second counts."""
+    """A command without the names of its arm and its files. Of a flag given twice the second counts."""
     parts = [part.replace(f"/{arm}/", "/ARM/") for part in shlex.split(line) if not part.endswith(f"/{arm}")]
     parts = [re.sub(r"weights/(adm)?[\w.-]+", r"\1VAE", part) for part in parts]
     command, flags = [], {}
