@@ -11,8 +11,8 @@
 
 Flags that are not listed below go to the script. Its own main() runs in this process, on random data of the
 real shapes and random weights (no download), in a temporary folder, without logs and checkpoints. Three steps
-warm up; --steps are timed whole; up to three more by parts, waiting for the GPU at both ends of each; the last
-counts operations. "--cache-vfm given": the VFM does not run, its tokens are random.
+warm up; --steps are timed whole; up to three more by parts, waiting for the GPU at both ends of each; in the
+last the operations are counted. "--cache-vfm given": the VFM does not run, its tokens are random.
 """
 import contextlib
 import functools
@@ -136,8 +136,9 @@ def flop_counter():
     kernel computes anew), in the CPU's kernel too. Compiled code must run eagerly to be seen."""
     kernels = {}
     for kind in ("flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu"):
-        forward, backward = (getattr(torch.ops.aten, f"_scaled_dot_product_{kind}{s}") for s in ("", "_backward"))
-        kernels[forward] = lambda q, k, v, *_, **__: sdpa_flop(q, k, v)
+        name = f"_scaled_dot_product_{kind}"
+        kernels[getattr(torch.ops.aten, name)] = lambda q, k, v, *_, **__: sdpa_flop(q, k, v)
+        backward = getattr(torch.ops.aten, f"{name}_backward")
         kernels[backward] = lambda g, q, k, v, *_, **__: 2 * sdpa_flop(q, k, v)
     return FlopCounterMode(display=False, custom_mapping=kernels)
 
@@ -166,6 +167,9 @@ class Bench:
 
     def __init__(self, args, flags, stack):
         self.args, self.flags, self.stack, self.command = args, flags, stack, common.command()
+        self.keep_memory = common.keep_memory
+        if args.stage == "peers":
+            self.patch(common, "keep_memory", lambda _: None)  # their race begins without
         self.device, self.rank, self.world = found = common.setup("--deterministic" in flags)
         self.patch(common, "setup", lambda *_: found)
         folder = [tempfile.mkdtemp(prefix="bench-") if self.rank == 0 else None]
@@ -224,6 +228,7 @@ class Bench:
 
         def last(*args, **kwargs):
             original(*args, **kwargs)
+            self.owner = args[0]  # for peers: the common.Run
             self.end_step()
         self.patch(owner, name, last)
 
@@ -318,6 +323,9 @@ def time_training(bench, module):
     bench.write_images(images, size)
     sync_if, update_ema, pretrained = common.sync_if, common.update_ema, mapper.pretrained
 
+    def untrained(name, _, weights, **size):
+        return pretrained(name, weights=False, **size)
+
     @contextlib.contextmanager
     def passes(network, last):  # forward and backward
         if isinstance(getattr(network, "module", network), train_vae.DiscriminatorLoss):
@@ -332,7 +340,7 @@ def time_training(bench, module):
 
     bench.patch(common, "sync_if", passes)
     bench.patch(common, "update_ema", average)
-    bench.patch(mapper, "pretrained", lambda name, _, weights, **size: pretrained(name, weights=False, **size))
+    bench.patch(mapper, "pretrained", untrained)
     bench.patch(module, "cache_tokens", random_tokens)
     bench.wrap(mapper.VFM, "__call__", "vfm")
     bench.wrap(torch.Tensor, "backward", "backward")
@@ -402,18 +410,40 @@ def time_probe(bench):
     bench.run_function(lambda: probe.fit_probe(*parts, device=bench.device), n)
 
 
+def time_peers(bench):
+    """Our training step beside plain code (peers.py), in turn, on the same weights and data."""
+    from extras import peers
+    name, *flags = bench.flags or [""]
+    if name not in peers.DEFAULTS:
+        raise common.UserError(f"peers {name}: expected peers sit or peers vae")
+    module = dict(sit=train_sit, vae=train_vae)[name]
+    bench.flags = [*peers.DEFAULTS[name], *flags]
+    bench.count = 2 * bench.args.steps + 4
+    read_steps = module.read_steps
+
+    def keep(*args):
+        for bench.batch in read_steps(*args):
+            yield bench.batch
+
+    bench.patch(module, "read_steps", keep)
+    bench.protocol = peers.race(bench)
+    time_training(bench, module)
+    bench.record = dict(stage=f"peers {name}", machine=machine(bench.device), command=bench.command,
+                        **bench.record)
+
+
+def print_record(record):
+    for key, value in record.items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{k} {v:.4g}" for k, v in value.items())
+        elif isinstance(value, list):
+            value = " to ".join(f"{v:.4g}" for v in value)
+        print(f"{key.replace('_', ' ')}: " + (f"{value:.4g}" if isinstance(value, float) else str(value)))
+
+
 STAGES = dict(train_sit=functools.partial(time_training, module=train_sit),
               train_vae=functools.partial(time_training, module=train_vae),
-              encode=time_encode, sample=time_sample, fid=time_fid, probe=time_probe)
-
-
-def print_record(r, steps):
-    print(f"{r.pop('stage')}; {r.pop('machine')}, {r.pop('processes')} process(es), {r.pop('precision')}")
-    print(f"{r.pop('images_per_s'):.4g} images/s, median of {steps} steps of {r.pop('step_ms'):.0f} ms (middle "
-          "half: {:.4g} to {:.4g})".format(*r.pop("spread")))
-    print("ms a step: " + ", ".join(f"{k} {v:.1f}" for k, v in r.pop("ms").items()))
-    for key in r.keys() - {"command"}:
-        print(f"{key.replace('_', ' ')}: {r[key]:.4g}")
+              encode=time_encode, sample=time_sample, fid=time_fid, probe=time_probe, peers=time_peers)
 
 
 def main():
@@ -434,7 +464,7 @@ def main():
     if bench.rank == 0:
         if args.json:
             common.write_json(args.json, bench.record)
-        print_record(bench.record, args.steps)
+        print_record(bench.record)
 
 
 if __name__ == "__main__":
