@@ -145,7 +145,7 @@ class FeatureNet(nn.Module):
     def __init__(self, name, ckpt=None, size=None, weights=True):
         super().__init__()
         if name == "vgg16" and ckpt:
-            convolutions = torchvision.models.vgg16(weights=None).features
+            convolutions = torchvision.models.vgg.make_layers(torchvision.models.vgg.cfgs["D"])
             common.load_weights(convolutions, tensors_of(ckpt, "features."), f"--net-ckpt {ckpt}")
             self.net = nn.Sequential(convolutions, nn.AdaptiveAvgPool2d(1), nn.Flatten())
             self.dim, name = 512, "vgg16-conv"
@@ -333,15 +333,9 @@ class Source:
 def load_source(path, split=None, size=None):
     """An image folder, cropped to `size` pixels (default: the median short side of its images), or an .npz,
     whose images stay as they are. Raises UserError."""
-    return load_npz(path) if Path(path).suffix == ".npz" else load_folder(path, split, size)
-
-
-def load_folder(path, split, size):
-    images = data.ImageFolder(path, size, split=split)
-    sides = short_sides(images)
-    images.size = size or int(np.median(sides or [1]))
-    print(f"{path}: {len(images)} images, cropped to {images.size} x {images.size}")
-    warn_of_enlarged(images, sides)
+    if Path(path).suffix == ".npz":
+        return load_npz(path)
+    images = settle_size(data.ImageFolder(path, size, split=split))
 
     def read(rows):
         pixels, _, kept, bad = data.read_rows(images, rows)
@@ -352,21 +346,20 @@ def load_folder(path, split, size):
     return Source(str(path), len(images), read, images.size, labels, images.hash)
 
 
-def short_sides(images):
-    """In pixels, of about 256 images of a folder: the first one alone decides nothing."""
+def settle_size(images):
+    """Give a folder without a size the median short side of about 256 of its images (a single file decides
+    nothing), and say the size, and whether images are enlarged to it."""
     sides = []
     for file in images.files[::max(1, len(images) // 256)]:
         with contextlib.suppress(data.UnreadableImage), data.open_image(images.root / file) as image:
             sides.append(min(image.size))
-    return sides
-
-
-def warn_of_enlarged(images, sides):
+    images.size = images.size or int(np.median(sides or [1]))
+    print(f"{images.root}: {len(images)} images, cropped to {images.size} x {images.size}")
     small = sum(side < images.size for side in sides)
     if small:
-        print(f"warning: {images.root}: {small} of {len(sides)} images looked at are smaller than "
-              f"{images.size} pixels (median short side {np.median(sides):.0f}); they are enlarged, which "
-              "changes every score")
+        print(f"warning: {small} of {len(sides)} images looked at are smaller (median short side "
+              f"{np.median(sides):.0f} pixels); they are enlarged, which changes every score")
+    return images
 
 
 def load_npz(path):
@@ -612,9 +605,8 @@ def score(args):
     net = load_net(args.net, args.net_ckpt, args.net_size, weights=not args.dry_run)
     reference, *samples = load_sources(args)
     if args.dry_run:
-        size = sum(p.numel() for p in net.parameters()) / 1e6
-        counts = ", ".join(f"{s.n} images of {s.name}" for s in (reference, *samples))
-        return print(f"{net.label} ({size:.1f} M parameters, {net.dim} features) on {counts}")
+        counts = " and ".join(f"{s.n} images of {s.name}" for s in (reference, *samples))
+        return print(f"{net.label}, {sum(p.numel() for p in net.parameters()) / 1e6:.1f} M: {counts}")
     net, weights = net.to(device, memory_format=torch.channels_last), common.weights_hash(net.state_dict())
     result = describe(args, net, weights, reference, samples)
 
@@ -682,8 +674,8 @@ def print_scores(result, skipped):
         print(f"{metric}-{count_name(result['floor_n'])} {result['floor']:.2f}  floor: one half of the "
               "reference's images against the other")
     if counts and (len(counts) > 1 or counts[0] < 2048):
-        print(f"warning: samples of {' and '.join(map(str, counts))} images: the fewer, the higher the distance; "
-              "compare equal counts only")
+        print(f"warning: samples of {' and '.join(map(str, counts))} images: the fewer, the higher the "
+              "distance; compare equal counts only")
 
 
 def warn_of_blur(scores, whose=""):
@@ -741,13 +733,12 @@ def recon(args):
     torch.backends.cudnn.allow_tf32 = False  # float32 means float32
     begin = time.time()
     vae = load_vae(args.vae).to(device, memory_format=torch.channels_last)
-    images = data.ImageFolder(args.data, args.resolution or vae.config["resolution"], split=args.split)
-    if images.size % vae.factor:
-        raise UserError(f"--resolution {images.size}: expected a multiple of the VAE's factor {vae.factor}")
-    warn_of_enlarged(images, short_sides(images))
+    size = args.resolution or vae.config["resolution"]
+    if size % vae.factor:
+        raise UserError(f"--resolution {size}: expected a multiple of the VAE's factor {vae.factor}")
+    images = settle_size(data.ImageFolder(args.data, size, split=args.split))
     if args.dry_run:
-        size = sum(p.numel() for p in vae.parameters()) / 1e6
-        return print(f"{args.vae} ({size:.1f} M parameters): {len(images)} images of {images.size} pixels")
+        return print(f"{args.vae}, {sum(p.numel() for p in vae.parameters()) / 1e6:.1f} M parameters")
     net = lpips = None
     if args.net != "none":
         net = load_net(args.net, args.net_ckpt, args.net_size).to(device, memory_format=torch.channels_last)
@@ -789,7 +780,7 @@ def recon(args):
     result.update(dtype=args.precision, seconds=round(time.time() - begin, 1))
     fd = f"{result.get('metric')}-{count_name(result['n'])}"
     text = ", ".join(f"{fd if k == 'fd' else k.upper()} {v:.4f}" for k, v in scores.items())
-    print(f"{args.vae}: {text} over {result['n']} images of {images.size} x {images.size}")
+    print(f"{args.vae}: {text} over {result['n']} images")
     if args.png:
         common.save_grid(torch.cat(originals + copies), args.png, columns=min(8, sum(map(len, originals))))
     if args.json:  # last: it marks the stage as done
