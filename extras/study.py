@@ -19,10 +19,9 @@ import torch
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from correlate import correlate, kind_colours, new_figure, numbers, save_figure, verdict  # noqa: E402
-
 import common  # noqa: E402
 from common import UserError  # noqa: E402
+from correlate import correlate, kind_colours, new_figure, numbers, save_figure, verdict  # noqa: E402
 from fid import count_name, warn_of_blur  # noqa: E402
 
 # What each arm of run.sh changes, in the order of the tables

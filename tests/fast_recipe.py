@@ -124,7 +124,7 @@ def test_every_arm_of_the_study_is_a_command(fake_python):
             judged = next((f" {k}" for k in ("fd2", "fd3", "recon") if f"{k}.json" in line), "")
             commands[line.split()[0] + judged] = line
         scripts = ["vae.py", "train_sit.py", "sample.py", "fid.py", "fid.py fd2", "fid.py fd3"]
-        if not arm.endswith("-repa"):  # these take another arm's VAE
+        if not arm.endswith(("-repa", "-long")):  # these take another arm's VAE
             scripts = ["train_vae.py", *scripts, "fid.py recon", "probe.py"]
         assert list(commands) == scripts
         for judged, net, cache in (("fid.py", "lite0", "judge"), ("fid.py fd2", "lite2", "judge2"),
@@ -135,7 +135,9 @@ def test_every_arm_of_the_study_is_a_command(fake_python):
 
     tuned = {arm: vars(train_vae_args(f"python {commands['train_vae.py']}"))
              for arm, commands in parsed.items() if "train_vae.py" in commands}
-    assert set(extras_study.ARMS) - set(tuned) == {"control-repa", "send-repa"}
+    assert set(extras_study.ARMS) - set(tuned) == {f"{vae}-{sit}" for vae in ("control",
+                                                                              "send") for sit in ("repa",
+                                                                                                  "long")}
     expected = {"control": dict(align="none", lambda_align=0.0),
                 "send": {},
                 "random": dict(vfm="resnet10t"),
@@ -164,8 +166,9 @@ def test_every_arm_of_the_study_is_a_command(fake_python):
         assert tuned[arm]["cache_vfm"].endswith(f"/tokens-{name}")
 
     sits = {arm: re.sub(r"--(out|latents) \S+", "", c["train_sit.py"]) for arm, c in parsed.items()}
-    assert len({flags for arm, flags in sits.items() if "repa" not in arm}) == 1
-    assert sits["control-repa"] == sits["send-repa"] and "--repa 0.5" in sits["send-repa"]
+    assert len({flags for arm, flags in sits.items() if not arm.endswith(("-repa", "-long"))}) == 1
+    for kind, flag in (("repa", "--repa 0.5"), ("long", "--steps 10000")):
+        assert sits[f"control-{kind}"] == sits[f"send-{kind}"] and flag in sits[f"send-{kind}"]
     assert "seed1/send/latents" in parsed["send-repa"]["train_sit.py"]
     assert "seed1/send/vae.pt" in parsed["send-repa"]["sample.py"]
 
@@ -218,7 +221,7 @@ def test_dry_run(small, tmp_path):
              (("fid", "score", images, images, "--net", vit, "--json", out / "b.json"),
               [f"{vit}@518", "40 images"]),
              (("fid", "recon", "--vae", vae_pt, "--data", images),
-              ["40 images of 32"]),
+              ["40 images", "32 x 32"]),
              (("probe", vae_pt, "--data", probed, "--json", out / "a.json"), ["1 attributes"])]
     for command, expected in plans:
         plan = do(*command, "--dry-run")
