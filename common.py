@@ -379,7 +379,10 @@ def release(f):
     """End a claim()."""
     if f in CLAIMS:
         CLAIMS.remove(f)
-        Path(f.name).unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            # if its file was deleted before, this name is another owner's by now
+            if os.path.samestat(os.fstat(f.fileno()), os.stat(f.name)):
+                os.unlink(f.name)
         f.close()
 
 
