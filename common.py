@@ -896,9 +896,12 @@ class Run:
                 print(f"{self.path}: already at step {self.step}")
             return False
         networks = [m for m in modules.values() if isinstance(m, torch.nn.Module)]
-        size = sum(p.numel() for m in networks for p in m.parameters())
+        optimizers = [m for m in modules.values() if isinstance(m, torch.optim.Optimizer)]
+        weights = sum(p.numel() for m in networks for p in m.parameters())
+        trained = sum(p.numel() for m in optimizers for group in m.param_groups for p in group["params"])
         there = sum(p.stat().st_size for p in (self.path, self.path.with_suffix(".prev.pt")) if p.exists())
-        open_out(self.path.parent, need_bytes=3 * 12 * size - there)  # three files, with two moments a weight
+        # three files: this one, the one before and the one being written; Adam keeps two moments a weight
+        open_out(self.path.parent, need_bytes=3 * 4 * (weights + 2 * trained) - there)
         return True
 
     def steps(self, batches, name_images):
