@@ -368,6 +368,15 @@ class Attributes:
     values: np.ndarray
 
 
+def read_csv(path):
+    """Yield the rows of a table, one at a time: DeepFashion's has 289 million cells. Raises UserError."""
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as f:
+            yield from csv.reader(f)
+    except (UnicodeDecodeError, csv.Error) as e:
+        raise UserError(f"{path}: not a CSV table in UTF-8 ({e})") from None
+
+
 def read_attributes(root):
     """`root`/attributes.csv -> Attributes. Raises UserError for a missing column, a bad value, an unknown or
     double file."""
@@ -376,11 +385,8 @@ def read_attributes(root):
         raise UserError(f"{path}: no such file; expected a table with the columns file,split,<attribute>... "
                         "(values 0, 1 or empty); CelebA, DeepFashion and AwA2 become one by: python "
                         "extras/datasets.py")
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as f:
-            header, *rows = list(csv.reader(f)) or [[]]
-    except (UnicodeDecodeError, csv.Error) as e:
-        raise UserError(f"{path}: not a CSV table in UTF-8 ({e})") from None
+    rows = read_csv(path)
+    header = next(rows, [])
     for column in ("file", "split"):
         if column not in header:
             raise UserError(f"{path}: no column '{column}'; found {header[:4]}, expected "
@@ -390,7 +396,7 @@ def read_attributes(root):
     file_at, split_at = header.index("file"), header.index("split")
     attribute_at = [i for i in range(len(header)) if i not in (file_at, split_at)]
     known, codes = set(find_images(root)), {"0": 0.0, "1": 1.0, "": np.nan}
-    files, splits, values = [], [], np.empty((len(rows), len(attribute_at)), np.float32)
+    files, splits, values = [], [], []
     for n, row in enumerate(rows):
         where = f"{path}, line {n + 2}"
         if len(row) != len(header):
@@ -401,7 +407,7 @@ def read_attributes(root):
         if row[split_at] not in SPLITS:
             raise UserError(f"{where}: split '{row[split_at]}'; expected one of {', '.join(SPLITS)}")
         try:
-            values[n] = [codes[row[i].strip()] for i in attribute_at]
+            values.append(np.array([codes[row[i].strip()] for i in attribute_at], np.float32))
         except KeyError as e:
             raise UserError(f"{where}: value {e}; expected 0, 1 or empty") from None
         files.append(row[file_at])
@@ -409,6 +415,7 @@ def read_attributes(root):
     if len(set(files)) != len(files):
         raise UserError(f"{path}: '{Counter(files).most_common(1)[0][0]}' stands in more than one line; "
                         "expected one line per image")
+    values = np.stack(values) if values else np.empty((0, len(attribute_at)), np.float32)
     return Attributes(files, splits, [header[i] for i in attribute_at], values)
 
 

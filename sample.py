@@ -1,22 +1,18 @@
 """Stage 4: images from noise: NAME.npz for evaluators (arr_0 uint8 NHWC, arr_1 labels), NAME.png for people.
 
-    python sample.py --sit out/sit/sit.pt --vae out/send/vae.pt --images 50000 --out out/samples.npz         # one process
-    torchrun --nproc_per_node=8 sample.py --sit out/sit/sit.pt --vae out/send/vae.pt --images 50000 --out out/samples.npz
-    python sample.py --sit out/demo/send/sit/sit.pt --sampler heun --steps 10 --images 16 --out out/tiny/samples.npz     # tiny
-    python sample.py --bench 3 --sit SiT-B/1 --steps 5 --micro-batch 4                      # speed, on random weights
-    python sample.py --sit sit-repae-vavae.pt --cfg 2.5 --out out/repae.npz                # a released checkpoint of REPA-E
+    python sample.py --sit out/sit/sit.pt --vae out/send/vae.pt --out out/samples.npz            # one process
+    torchrun --nproc_per_node=8 sample.py --sit out/sit/sit.pt --vae out/send/vae.pt --out out/samples.npz
+    python sample.py --sit out/demo/send/sit/sit.pt --sampler heun --steps 10 --images 16 --out a.npz   # tiny
+    python sample.py --sit sit-repae-vavae.pt --cfg 2.5 --out out/repae.npz         # a release of REPA-E
 
 Image i depends on (seed, i) only, not on the number of processes or the batch. t = 1 is noise, t = 0 is data.
 A stopped run goes on with the same command, on any number of processes of one node.
-Guidance acts on all channels: v = v_u + s (v_c - v_u) for t within --interval; s = 1 is off. With --guide CKPT (AutoGuidance)
-v_u is the velocity of that weaker SiT, which knows the class.
+Guidance acts on all channels: v = v_u + s (v_c - v_u) for t within --interval; s = 1 is off. With --guide
+CKPT (AutoGuidance) v_u is the velocity of that weaker SiT, which knows the class.
 """
-import argparse
 import os
-import tempfile
 import time
 import zipfile
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,98 +22,85 @@ from tqdm import tqdm
 import common
 import data
 from common import UserError
-from sit import SIT_MODELS, SiT, load_sit, sample_ode, sample_sde
-from vae import VAE_CONFIGS, AutoencoderKL, load_vae
+from sit import load_sit, sample_ode, sample_sde
+from vae import load_vae
 
-STREAM, LABELS = 2 ** 32, 2 ** 62  # added to the seed: noise of SDE step i, and labels, apart from the first noise
+STREAM = 2 ** 32  # times i, added to the seed: the noise of SDE step i, from 1; 0: of the starting points
+LABELS = 2 ** 62  # and this for the labels
+PATHS = ("sit", "vae", "guide", "latent_stats")  # what these hold is compared by its hash: a folder may move
+FREE_FLAGS = ("out", "micro_batch", "dry_run", "compile", "deterministic")  # the images stay the same
 
 
 def parse_args():
     p = common.Parser(description=__doc__)
-    p.add_argument("--sit", help="checkpoint of train_sit.py, REPA, REPA-E or SiT (--bench: or the name of a size, such as SiT-B/1)")
-    p.add_argument("--vae", help="VAE to decode with (default: the one the latents were made with)")
-    p.add_argument("--latent-stats", help="for other projects' SiT without statistics: REPA-E's NAME-latents-stats.pt, vae.py's stats.npz, "
-                   "or a scaling factor (0.18215 for SiT and REPA on SD-VAE)")
-    p.add_argument("--out", help="NAME.npz; NAME.png is written beside it")
+    p.add_argument("--sit", required=True, help="checkpoint of train_sit.py, REPA, REPA-E or SiT")
+    p.add_argument("--vae", help="VAE to decode with (default: the one that made the latents)")
+    p.add_argument("--latent-stats", help="for other projects' SiT: REPA-E's NAME-latents-stats.pt, vae.py's "
+                   "stats.npz, or a scaling factor (0.18215 for SiT and REPA on SD-VAE)")
+    p.add_argument("--out", required=True, help="NAME.npz; NAME.png is written beside it")
     p.add_argument("--images", type=common.positive, default=50_000, help="how many")
-    p.add_argument("--sampler", default="sde", choices=("sde", "euler", "heun"), help="sde: Euler-Maruyama, w(t) = 2t (paper)")
+    p.add_argument("--sampler", default="sde", choices=("sde", "euler", "heun"),
+                   help="sde: Euler-Maruyama, w(t) = 2t (paper)")
     p.add_argument("--steps", type=common.positive, default=250)
     p.add_argument("--cfg", type=float, default=1.0, help="guidance scale s (paper: 2.5)")
-    p.add_argument("--guide", help="AutoGuidance: a weaker SiT on the same latents (smaller, or trained for less)")
-    p.add_argument("--interval", type=float, nargs=2, default=(0.0, 0.75), metavar=("LOW", "HIGH"), help="times t with guidance (REPA-E: 0 0.75)")
+    p.add_argument("--guide", help="AutoGuidance: a weaker SiT (smaller, or trained for less)")
+    p.add_argument("--interval", type=float, nargs=2, default=(0.0, 0.75), metavar=("LOW", "HIGH"),
+                   help="times t with guidance (REPA-E: 0 0.75)")
     p.add_argument("--labels", default="random", choices=("random", "equal", "blocks"),
-                   help="classes drawn at random; in equal counts, 0 1 2 ... 0 1 2 ...; in equal counts, class after class")
+                   help="random classes; equal counts, 0 1 2 ... 0 1 2 ...; equal counts, class after class")
     p.add_argument("--weights", choices=("ema", "model"), default="ema")
     p.add_argument("--seed", type=common.natural, default=0)
-    p.add_argument("--micro-batch", type=common.positive, default=64, help="images at a time and process: memory only")
+    p.add_argument("--micro-batch", type=common.positive, default=64, help="images at a time: memory only")
     p.add_argument("--precision", choices=("bf16", "fp32"), help="default: bf16 where it is fast")
     p.add_argument("--compile", type=int, default=int(torch.cuda.is_available()), choices=(0, 1))
-    p.add_argument("--deterministic", action="store_true", help="equal bits in each run on CUDA too, slower (a CPU needs no flag)")
-    p.add_argument("--dry-run", action="store_true", help="print the plan (images, evaluations, memory, disk), and end")
-    data.bench_flags(p)
-    args = p.parse_args()
-    data.required(p, args, "sit", "out")
-    return args
+    p.add_argument("--deterministic", action="store_true", help="equal bits in each run on CUDA too, slower")
+    p.add_argument("--dry-run", action="store_true", help="print the plan (images, NFE, disk), and end")
+    return p.parse_args()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Networks that belong together
 
 
 def read_sit(path, weights):
-    """The SiT of a file. Raises UserError for a file that is none, or damaged."""
+    """load_sit() with the checksums of the file. Raises UserError for a file that is no SiT's, or damaged."""
     try:
         if common.is_zip(path):
             common.check_zip(path, checksums=True)
         return load_sit(path, weights)
     except common.DAMAGED as e:
-        raise common.damage(e, str(e) if str(path) in str(e) else f"{path}: {' '.join(str(e).split())}")
+        raise common.damage(e, str(e) if str(path) in str(e) else f"{path}: {common.brief(e, 400)}") from None
 
 
 def load_pair(args):
-    """The SiT, its checkpoint with statistics of the latents, and the VAE they belong to; refuses any other VAE."""
+    """The SiT, its checkpoint with the statistics of the latents, and the VAE they belong to. Raises
+    UserError for any other VAE."""
     model, checkpoint = read_sit(args.sit, args.weights)
     path = args.vae or checkpoint["vae"]
     if path is None:
         raise UserError(f"{args.sit} does not say which VAE made its latents: give --vae")
     if not args.vae and not Path(path).exists():
-        raise UserError(f"{args.sit} was trained on latents of {path}, which is not there; if it has moved, give its new place with --vae")
+        raise UserError(f"{args.sit} was trained on latents of {path}, which is not there; if it has moved, "
+                        "give its new place with --vae")
     vae = load_vae(path)
-    found = common.weights_hash(vae.state_dict())
-    if checkpoint["vae_hash"] is None and checkpoint["vae"] and args.vae:  # REPA-E's joint file
-        checkpoint = dict(checkpoint, vae_hash=common.weights_hash(load_vae(args.sit).state_dict()))
-    if checkpoint["vae_hash"] not in (None, found):
-        raise UserError(f"--vae {path}: weights {found}, but {args.sit} was trained on latents of {checkpoint['vae_hash']} "
+    found, known = common.weights_hash(vae.state_dict()), checkpoint["vae_hash"]
+    if known is None and checkpoint["vae"] and args.vae:  # a joint file of REPA-E holds its VAE
+        known = common.weights_hash(load_vae(args.sit).state_dict())
+    if known not in (None, found):
+        raise UserError(f"--vae {path}: weights {found}, but {args.sit} was trained on latents of {known} "
                         f"({checkpoint['vae']}); decode with that file")
-    channels = model.config["in_channels"]
-    if channels != vae.config["z_channels"]:
-        raise UserError(f"--vae {path}: {vae.config['z_channels']} latent channels, but {args.sit} has {channels}")
-    if args.latent_stats and checkpoint["vae_hash"] is None:
-        checkpoint["latent_mean"], checkpoint["latent_std"] = read_stats(args.latent_stats, channels)
-    elif args.latent_stats:
+    channels, decoded = model.config["in_channels"], vae.config["z_channels"]
+    if channels != decoded:
+        raise UserError(f"--vae {path}: {decoded} latent channels, but {args.sit} has {channels}")
+    if args.latent_stats and known is not None:
         raise UserError(f"--latent-stats: {args.sit} holds the statistics of its latents; leave the flag out")
+    if args.latent_stats:
+        from extras import convert  # here, since other projects' files are no part of the method
+        checkpoint["latent_mean"], checkpoint["latent_std"] = convert.read_stats(args.latent_stats, channels)
     if checkpoint["latent_mean"] is None:
-        raise UserError(f"{args.sit} does not hold the mean and std of its latents: give --latent-stats (a file, or a scaling factor such as 0.18215)")
+        raise UserError(f"{args.sit} does not hold the mean and std of its latents: give --latent-stats (a "
+                        "file, or a scaling factor such as 0.18215)")
     return model, dict(checkpoint, vae_hash=found), vae
-
-
-def read_stats(text, channels):
-    """REPA-E's latents_scale (1 / std) and latents_bias, vae.py's stats.npz, or a scaling factor -> mean and std, each (c,)."""
-    try:
-        factor = float(text)
-    except ValueError:
-        factor = None
-    try:
-        if factor is not None:
-            mean, std = torch.zeros(channels), torch.full((channels,), 1 / factor)
-        elif text.endswith(".npz"):
-            mean, std = (torch.from_numpy(v).float() for v in common.read_npz(text, "mean", "std").values())
-        else:
-            stats = common.load_checkpoint(text)
-            mean, std = stats["latents_bias"].float().flatten(), 1 / stats["latents_scale"].float().flatten()
-    except UserError:
-        raise
-    except (*common.DAMAGED, ZeroDivisionError) as e:
-        raise common.damage(e, f"--latent-stats {text}: expected latents_scale and latents_bias, mean and std, or a number ({type(e).__name__}: {e})")
-    if mean.shape != (channels,) or std.shape != (channels,) or not (std > 0).all() or not (mean.isfinite() & std.isfinite()).all():
-        raise UserError(f"--latent-stats {text}: statistics {tuple(mean.shape)} and {tuple(std.shape)}, expected {channels} finite means and {channels} positive stds")
-    return mean, std
 
 
 def load_guide(args, model, checkpoint):
@@ -129,14 +112,21 @@ def load_guide(args, model, checkpoint):
     guide, other = read_sit(args.guide, args.weights)
     for key in ("in_channels", "input_size", "num_classes"):
         if guide.config[key] != model.config[key]:
-            raise UserError(f"--guide {args.guide}: {key} {guide.config[key]}, but {args.sit} has {model.config[key]}; both need the same latents")
-    if other["vae_hash"] not in (None, checkpoint["vae_hash"]) or other["path"] != checkpoint["path"]:
-        raise UserError(f"--guide {args.guide}: trained on latents of VAE {other['vae_hash']}, {other['path']} path; {args.sit} on "
-                        f"{checkpoint['vae_hash']}, {checkpoint['path']}; both need the same")
-    known = [other[k] is not None for k in ("latent_mean", "latent_std")]
-    if all(known) and not all(torch.allclose(other[k], checkpoint[k], rtol=1e-3, atol=1e-4) for k in ("latent_mean", "latent_std")):
-        raise UserError(f"--guide {args.guide}: its latents were normalised with another mean and std than those of {args.sit}")
+            raise UserError(f"--guide {args.guide}: {key} {guide.config[key]}, but {args.sit} has "
+                            f"{model.config[key]}; both need the same latents")
+    vae_hash, path = checkpoint["vae_hash"], checkpoint["path"]
+    if other["vae_hash"] not in (None, vae_hash) or other["path"] != path:
+        raise UserError(f"--guide {args.guide}: trained on latents of VAE {other['vae_hash']}, "
+                        f"{other['path']} path; {args.sit} on {vae_hash}, {path}; both need the same")
+    for key in ("latent_mean", "latent_std"):
+        if other[key] is not None and not torch.allclose(other[key], checkpoint[key], rtol=1e-3, atol=1e-4):
+            raise UserError(f"--guide {args.guide}: its latents were normalised with another mean and std "
+                            f"than those of {args.sit}")
     return guide
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Sampling
 
 
 def choose_labels(args, num_classes):
@@ -150,97 +140,73 @@ def choose_labels(args, num_classes):
 
 
 @torch.no_grad()
-def sample_batch(model, vae, guide, checkpoint, args, rows, labels, device, clock):
-    """Rows (indices of images) and their labels -> functions that wait for the images, uint8 (B, H, W, 3), and for whether they are
-    finite. A GPU is waited for only where the first noise and the labels are copied to it."""
+def sample_batch(model, vae, guide, checkpoint, args, rows, labels, device):
+    """Rows (indices of images) and labels (B,) -> functions that wait for the images, uint8 (B, H, W, 3), and
+    for whether they are finite. No step waits for a GPU."""
     shape = (model.config["in_channels"], model.config["input_size"], model.config["input_size"])
-    noise = data.draw_noise(args.seed, rows, 0, shape)[1]
+
+    def noise(stream):
+        drawn = data.draw_noise(args.seed + stream * STREAM, rows, 0, shape)[1]
+        return (drawn.pin_memory() if device.type == "cuda" else drawn).to(device, non_blocking=True)
+
     y = torch.from_numpy(labels).to(device)
-    common = dict(steps=args.steps, cfg=args.cfg, interval=args.interval, path=checkpoint["path"], guide=guide)
-    with clock("sit"), common.autocast(device, args.precision):
+    flags = dict(steps=args.steps, cfg=args.cfg, interval=args.interval, path=checkpoint["path"], guide=guide)
+    mean, std = (checkpoint[k].view(1, -1, 1, 1).to(device) for k in ("latent_mean", "latent_std"))
+    with common.autocast(device, args.precision):
         if args.sampler == "sde":
-            noises = data.ahead((data.draw_noise(args.seed + (i + 1) * STREAM, rows, 0, shape)[1] for i in range(args.steps)), device)
-            z = sample_sde(model, noise.to(device), y, draw=lambda i: next(noises).to(device, non_blocking=True), **common)
+            z = sample_sde(model, noise(0), y, draw=lambda i: noise(i + 1), **flags)
         else:
-            z = sample_ode(model, noise.to(device), y, method=args.sampler, **common)
-    with clock("decode"), common.autocast(device, args.precision):
-        mean, std = (checkpoint[k].view(1, -1, 1, 1).to(device) for k in ("latent_mean", "latent_std"))
+            z = sample_ode(model, noise(0), y, method=args.sampler, **flags)
         x = vae.decode((z * std + mean).contiguous(memory_format=torch.channels_last))
         return common.to_host(data.to_uint8(x).permute(0, 2, 3, 1)), common.to_host(x.isfinite().all())
 
 
-def sample_batches(model, vae, guide, checkpoint, args, parts, labels, store, device, clock):
-    """Put the images of each list of rows into `store` (RowFiles), while the next is under way; yield once a list."""
-    launched = ((part, *sample_batch(model, vae, guide, checkpoint, args, part, labels[part], device, clock)) for part in parts)
-    for part, pixels, finite in common.one_behind(launched):
-        with clock("store"):
-            if not finite():
-                raise UserError(f"{args.sit}: samples {part[0]} to {part[-1]} are not finite; train longer, or use --precision fp32")
-            store.put(part, pixels().numpy())
-        yield
+# ------------------------------------------------------------------------------------------------------------
+# The stage
 
 
-def prepare(model, vae, guide, args, device):
-    """On the device, as the sampling pass wants them."""
-    for network in filter(None, (model, vae.to(memory_format=torch.channels_last), guide)):
-        common.cast_matmuls(network, device, args.precision)
-    for network in filter(None, (model, vae.decoder, guide) if args.compile else ()):
-        network.compile()
+def print_plan(args, settings, shape, num_classes, device):
+    n, side, *_ = shape
+    guidance = "no guidance"
+    if args.cfg != 1:
+        guidance = f"v = v_u + {args.cfg:g} (v_c - v_u) for t in {settings['interval']}"
+        guidance += f", v_u of {args.guide}" if args.guide else ""
+    print(f"{n} images of {side} x {side}, {args.labels} labels of {num_classes} classes, {args.weights} "
+          f"weights of step {settings['step']}, {args.sampler} {args.steps} steps (NFE {settings['nfe']}), "
+          f"{guidance}, {device.type} {args.precision}, disk {2 * np.prod(shape) / 2**30:.2f} GiB")
 
 
-class Evaluations:
-    """Stands for a SiT, and notes the size of each batch it is asked for."""
-
-    def __init__(self, num_classes):
-        self.num_classes, self.sizes = num_classes, []
-
-    def __call__(self, x, t, y):
-        self.sizes.append(len(x))
-        return torch.zeros_like(x)
-
-
-def bench(args, device, world):
-    """--bench: whole batches of --micro-batch images on random weights, beside the bare forward passes that they need."""
-    if args.sit in SIT_MODELS:
-        patch = SIT_MODELS[args.sit].keywords["patch_size"]
-        vae = AutoencoderKL(**VAE_CONFIGS["demo" if "demo" in args.sit else "f16d32" if patch == 1 else "f8d4"]).eval().requires_grad_(False)
-        c = vae.config["z_channels"]
-        model = SIT_MODELS[args.sit](input_size=vae.config["resolution"] // vae.factor, in_channels=c, num_classes=1000).eval().requires_grad_(False)
-        checkpoint = dict(path="linear", latent_mean=torch.zeros(c), latent_std=torch.ones(c))
-    else:
-        model, checkpoint, vae = load_pair(args)
-    config, n, clock = model.config, args.micro_batch, data.Clock(device)
-    shape = (config["in_channels"], config["input_size"], config["input_size"])
-    stub, keep = Evaluations(config["num_classes"]), (sample_sde if args.sampler == "sde" else partial(sample_ode, method=args.sampler))
-    keep(stub, torch.zeros(1, *shape), torch.zeros(1, dtype=torch.long), args.steps, args.cfg, args.interval, path=checkpoint["path"])
-    with torch.device("meta"):
-        one = (torch.empty(1, *shape), torch.empty(1), torch.zeros(1, dtype=torch.long))
-        flops = sum(stub.sizes) * data.count_flops(lambda: SiT(**config)(*one)) + data.count_flops(lambda: AutoencoderKL(**vae.config).decode(one[0]))
-    prepare(model, vae, None, args, device)
-    x, t, y = (v.to(device) for v in (torch.zeros(2 * n, *shape), torch.ones(2 * n), torch.zeros(2 * n, dtype=torch.long)))
-
-    @torch.no_grad()
-    def bare():
-        with common.autocast(device, args.precision):
-            for size in stub.sizes:
-                model(x[:size * n], t[:size * n], y[:size * n])
-            vae.decode(x[:n].contiguous(memory_format=torch.channels_last))
-
-    with tempfile.TemporaryDirectory() as folder:
-        rows, side = (args.bench + 10) * n, config["input_size"] * vae.factor
-        files = {f"{folder}/images": (np.uint8, (rows, side, side, 3)), f"{folder}/done": (np.uint8, (rows,))}
-        common.begin_rows(f"{folder}/run", {}, files)
-        source = sample_batches(model, vae, None, checkpoint, args, common.chunks(range(rows), n), np.arange(rows) % config["num_classes"], common.RowFiles(*files), device, clock)
-        data.run_bench(args, f"sample.py {args.sit}, {n} images at a time, {args.sampler} {args.steps} steps, {sum(stub.sizes)} evaluations an image",
-                       device, lambda: next(source), n * world, flops, clock, bare)
+def describe(args, model, guide, checkpoint):
+    """What decides on the images: flags and the content of files."""
+    stats = {k: checkpoint[k] for k in ("latent_mean", "latent_std")}
+    flags = {k: v for k, v in vars(args).items() if k not in FREE_FLAGS}
+    return dict(flags, interval=list(args.interval), step=checkpoint["step"], vae_hash=checkpoint["vae_hash"],
+                nfe=2 * args.steps - 1 if args.sampler == "heun" else args.steps,
+                sit_hash=common.weights_hash(model.state_dict()), stats_hash=common.weights_hash(stats),
+                guide_hash=guide and common.weights_hash(guide.state_dict()))
 
 
-def decode_memory(model, vae, guide, batch):
-    """Estimated bytes at the peak of decoding a batch (more than the SiT needs) in float32, all weights included."""
-    side = model.config["input_size"]
-    with torch.device("meta"), torch.no_grad():
-        copy, z = AutoencoderKL(**vae.config), torch.empty(batch, vae.config["z_channels"], side, side)
-        return 4 * sum(p.numel() for m in (model, vae, guide) if m for p in m.parameters()) + data.peak_bytes(lambda: copy.decode(z))
+def finished(out, settings):
+    """Whether `out` was written with these settings."""
+    record, unfinished = out.with_suffix(".json"), Path(f"{out}.run")
+    if not out.exists() or not record.exists() or unfinished.exists():
+        return False
+    found = common.read_json(record)
+    return all(found.get(k) == v for k, v in settings.items() if k not in PATHS)
+
+
+def open_store(out, settings, shape, rank):
+    """The arrays to fill in, new or of a stopped run: images of `shape` uint8, and which are there."""
+    files = {f"{out}.part": (np.uint8, shape), f"{out}.done": (np.uint8, shape[:1])}
+    there = sum(os.stat(p).st_blocks * 512 for p in files if os.path.exists(p))
+    common.open_out(out.parent, need_bytes=2 * int(np.prod(shape)) - there)  # and once more in the .npz
+    if rank == 0:
+        common.claim(f"{out}.lock")
+        if common.begin_rows(f"{out}.run", {k: v for k, v in settings.items() if k not in PATHS}, files):
+            done = np.load(f"{out}.done", allow_pickle=False)
+            print(f"{out}: going on, {np.count_nonzero(done)} of {shape[0]} images are there")
+    common.barrier()
+    return common.RowFiles(*files)
 
 
 def write_npz(path, arrays):
@@ -259,76 +225,69 @@ def write_npz(path, arrays):
     common.sync(Path(path).parent)
 
 
-PATHS = ("sit", "vae", "guide", "latent_stats")  # what these hold is compared by its hash: a folder may move
-
-
-def finished(out, settings):
-    """Whether `out` was written with these settings."""
-    if not out.exists() or not out.with_suffix(".json").exists() or Path(f"{out}.run").exists():  # .run is removed after the .npz is written
-        return False
-    found = common.read_json(out.with_suffix(".json"))
-    return all(found.get(k) == v for k, v in settings.items() if k not in PATHS)
+def remove_unfinished(out):
+    for suffix in ("run", "part", "done", "lock"):  # .run first: with it, the images are not finished
+        Path(f"{out}.{suffix}").unlink(missing_ok=True)
 
 
 def main():
     args = parse_args()
     device, rank, world = common.setup(args.deterministic)
     args.precision = args.precision or common.fast_precision(device)
-    if args.bench:
-        args.sit = args.sit or "SiT-XL/1"
-        return bench(args, device, world)
-    out = Path(args.out)
+    out, begin = Path(args.out), time.time()
     if out.suffix != ".npz":
         raise UserError(f"--out {args.out}: expected a name ending in .npz")
-    begin = time.time()
+
+    # What is sampled
     model, checkpoint, vae = load_pair(args)
     guide = load_guide(args, model, checkpoint)
+    settings = describe(args, model, guide, checkpoint)
     side = model.config["input_size"] * vae.factor
     shape = (args.images, side, side, 3)
-    nfe = {"sde": args.steps, "euler": args.steps, "heun": 2 * args.steps - 1}[args.sampler]
-    guidance = f"v = v_u + {args.cfg:g} (v_c - v_u) for t in {list(args.interval)}" if args.cfg != 1 else "no guidance"
-    guidance += f", v_u of {args.guide}" if args.guide and args.cfg != 1 else ""
     if rank == 0:
-        print(f"{args.images} images of {side} x {side}, {args.labels} labels of {model.num_classes} classes, {args.weights} weights of step "
-              f"{checkpoint['step']}, {args.sampler} {args.steps} steps (NFE {nfe}), {guidance}, {device.type} {args.precision}")
-        print(f"memory about {decode_memory(model, vae, guide, args.micro_batch) / 2**30:.1f} GiB a process (counted in float32), disk {2 * np.prod(shape) / 2**30:.2f} GiB")
+        print_plan(args, settings, shape, model.num_classes, device)
     if args.dry_run:
         return
-    files = {f"{out}.part": (np.uint8, shape), f"{out}.done": (np.uint8, shape[:1])}
-    labels = choose_labels(args, model.num_classes)
-    settings = {k: v for k, v in vars(args).items() if k not in ("out", "micro_batch", "dry_run", "compile", "bench", "json", "deterministic")}
-    settings.update(interval=list(args.interval), step=checkpoint["step"], vae_hash=checkpoint["vae_hash"], nfe=nfe, sit_hash=common.weights_hash(model.state_dict()),
-                    guide_hash=guide and common.weights_hash(guide.state_dict()), stats_hash=common.weights_hash({k: checkpoint[k] for k in ("latent_mean", "latent_std")}))
+
+    # Where it goes
     if finished(out, settings):
         if rank == 0:
-            data.sweep(f"{out}.lock", *files)
+            remove_unfinished(out)
             print(f"{out}: already there")
         return
-    there = Path(f"{out}.part").stat().st_blocks * 512 if Path(f"{out}.part").exists() else 0
-    common.open_out(out.parent, need_bytes=2 * int(np.prod(shape)) - there)
-    if rank == 0:
-        common.claim(f"{out}.lock")
-        if common.begin_rows(f"{out}.run", {k: v for k, v in settings.items() if k not in PATHS}, files):
-            print(f"{out}: going on, {np.count_nonzero(np.load(f'{out}.done', allow_pickle=False))} of {args.images} images are there")
-    common.barrier()
-    store = common.RowFiles(*files)
-    rows = store.missing(rank, world)
-    prepare(model, vae, guide, args, device)
-    parts = common.chunks(rows, args.micro_batch)
-    for _ in tqdm(sample_batches(model, vae, guide, checkpoint, args, parts, labels, store, device, data.Clock(device)), "sample", len(parts), disable=rank > 0 or None):
-        pass
+    store = open_store(out, settings, shape, rank)
+    batches = common.chunks(store.missing(rank, world), args.micro_batch)
+
+    # Sample; a batch is stored while a GPU works on the next
+    vae.to(memory_format=torch.channels_last)
+    for network in filter(None, (model, vae, guide)):
+        common.cast_matmuls(network, device, args.precision)
+    for network in filter(None, (model, vae.decoder, guide) if args.compile else ()):
+        network.compile()
+    labels = choose_labels(args, model.num_classes)
+    sampled = ((rows, *sample_batch(model, vae, guide, checkpoint, args, rows, labels[rows], device))
+               for rows in batches)
+    sampled = tqdm(common.one_behind(sampled), "sample", len(batches), disable=rank > 0 or None)
+    for rows, pixels, finite in sampled:
+        if not finite():
+            raise UserError(f"{args.sit}: samples {rows[0]} to {rows[-1]} are not finite; train longer, or "
+                            "use --precision fp32")
+        store.put(rows, pixels().numpy())
     store.flush()
     common.barrier()
     if rank:
         return
-    shown, images = min(args.images, 64), store.arrays[0]
-    common.save_grid(torch.from_numpy(images[:shown].copy()).permute(0, 3, 1, 2), out.with_suffix(".png"), columns=8)
+
+    # NAME.png, NAME.json, NAME.npz
+    images = store.arrays[0]
+    shown = torch.from_numpy(images[:64].copy()).permute(0, 3, 1, 2)
+    common.save_grid(shown, out.with_suffix(".png"), columns=8)
     seconds = time.time() - begin
     common.write_json(out.with_suffix(".json"), dict(settings, seconds=round(seconds, 1)))
-    write_npz(out, {"arr_0": images, "arr_1": labels.astype(np.int64)})  # last: it marks the stage as done
-    os.remove(f"{out}.run")
-    data.sweep(f"{out}.lock", *files)
-    print(f"{out}: {args.images} images in {seconds:.0f} s ({len(rows) * world / seconds:.1f} images/s)")
+    write_npz(out, {"arr_0": images, "arr_1": labels.astype(np.int64)})
+    remove_unfinished(out)
+    count = sum(map(len, batches)) * world
+    print(f"{out}: {args.images} images in {seconds:.0f} s ({count / seconds:.1f} images/s)")
 
 
 if __name__ == "__main__":

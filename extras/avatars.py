@@ -1,146 +1,55 @@
-# Colour families, shared by all styles: attribute "<part>_<family>", two shades each.
-AVATAR_COLORS = {
-    "background": {"blue": "9ec9f0 86bbee", "green": "b2e2a8 98d49c", "yellow": "fbf2a4 f8e878",
-                   "pink": "f9c9d8 f6b2c6", "purple": "cdbcf0 b09ce6", "orange": "f8b272 f29a4e",
-                   "grey": "a3a9b0 8f959c", "white": "ffffff f7f7f7"},
-    "hair": {"black": "1c1a1e 2a2226", "brown": "5c3218 6e4020", "blond": "dfb858 ecca78",
-             "red": "c8400f b02a18", "grey": "c6c6cc d8d8de", "blue": "3f6fd8 3560c0",
-             "pink": "e0559c ec6cac", "green": "2f9a55 3f8f48"},
-    "skin": {"light": "fbdcc2 f4cfae", "tan": "d9a272 c98f5c", "dark": "96633f 7a4c30"},
-    "clothes": {"red": "d8343a c02838", "yellow": "f2c230 f6d44c", "green": "3f9f57 2f8550",
-                "blue": "3d6fd6 2f57b4", "purple": "8a4fc8 7440b0", "pink": "f27fb0 ee66a0",
-                "white": "e6e8ec dfe2e8", "black": "2a2a30 3c3c44"},
-}
+"""The built-in data set: cartoon faces of five drawing styles (= classes) whose attributes are known exactly.
+
+    python extras/avatars.py out/avatars                        # 12,000 faces, 64 x 64
+    python extras/avatars.py out/tiny/avatars --n 200 --seed 1  # tiny
+
+What may be drawn stands in avatars.json. The same (n, size, seed) gives the same bytes.
+"""
+import csv
+import functools
+import io
+import json
+import multiprocessing
+import os
+import shutil
+import sys
+import time
+from importlib import metadata, resources
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import common  # noqa: E402
+from common import UserError  # noqa: E402
+
+# avatars.json; the random draws follow its order
+#   colors      part -> family -> its shades; attribute "<part>_<family>"
+#   styles      one entry per drawing style:
+#     zoom      base scale, such that the tallest hair still fits
+#     over      draw this many times larger and average down: this style is drawn without antialiasing
+#     colors    which dicebear colours a family paints (not micah's beard: a dark one covers the mouth)
+#     fixed     options that are the same in every image
+#     parts     component -> groups [weight, attributes of the group, its variants; "" = leave it out].
+#               Variants whose difference cannot be seen at 64 x 64 are left out or share a group
+#   asymmetric  styles in three-quarter view, so that a mirrored image can be told: these have `flipped`
+#   hides       when all attributes on the left hold, those on the right (a prefix is enough) cannot be seen
+#               and are 0. White clothes hide the print, which is white
+TABLES = json.loads(Path(__file__).with_name("avatars.json").read_text("utf-8"))
+COLORS, STYLES = TABLES["colors"], TABLES["styles"]
 
 
-# One entry per drawing style (= class).
-#   zoom    base scale, such that the tallest hair still fits
-#   over    draw this many times larger and average down: this style is drawn without antialiasing
-#   colors  which dicebear colours each family above paints
-#   fixed   options that are the same in every image
-#   parts   component -> groups (weight, attributes of the group, its variants; "" = leave it out)
-# A style's attributes are all the words in its groups; the word's value is 1 when the drawn group
-# has it. Variants whose difference cannot be seen at 64 x 64 are left out or share a group.
-AVATAR_STYLES = {
-    "avataaars": {
-        "zoom": 0.97, "fixed": {"accessoriesColor": "262e33"},
-        "colors": {"hair": "hair facialHair", "skin": "skin", "clothes": "clothes hat"},
-        "parts": {
-            "top": ((27, "hair_short", "shortFlat shortRound shortWaved theCaesar frizzle"),
-                    (8, "hair_short hair_curly", "shortCurly dreads01 dreads02"),
-                    (10, "hair_curly hair_big", "fro froBand curly"),
-                    (13, "hair_long", "straight01 straight02 straightAndStrand"),
-                    (8, "hair_long hair_curly", "curvy dreads bigHair"),
-                    (10, "hair_bob", "bob miaWallace longButNotTooLong"),
-                    (6, "hair_bun", "bun"), (5, "flowers hair_bun", "frida"), (6, "hair_bald", "sides"),
-                    (13, "hat hair_none", "hat winterHat02 winterHat03 winterHat1"),
-                    (5, "turban hair_none", "turban"), (5, "hijab hair_none", "hijab")),
-            "eyes": ((45, "", "default side"), (20, "eyes_closed", "closed happy"), (12, "eyes_wink", "wink"),
-                     (12, "eyes_wide", "surprised"), (6, "eyes_hearts", "hearts"), (5, "eyes_crossed", "xDizzy")),
-            "eyebrows": ((1, "", "default defaultNatural raisedExcited flatNatural"),),
-            "mouth": ((20, "mouth_smile", "twinkle"), (30, "mouth_smile mouth_open", "smile default"),
-                      (12, "mouth_tongue mouth_smile mouth_open", "tongue"), (14, "mouth_sad", "sad"),
-                      (10, "mouth_open", "screamOpen"), (8, "mouth_teeth", "grimace"), (6, "", "serious")),
-            "facialHair": ((66, "", ""), (24, "beard", "beardLight beardMedium beardMajestic"),
-                           (10, "moustache", "moustacheFancy moustacheMagnum")),
-            "accessories": ((60, "", ""), (25, "glasses", "prescription01 prescription02 round"),
-                            (15, "sunglasses", "kurt sunglasses wayfarers")),
-            "clothes": ((40, "", "shirtCrewNeck shirtScoopNeck shirtVNeck"), (14, "clothes_hoodie", "hoodie"),
-                        (14, "clothes_jacket", "blazerAndShirt blazerAndSweater"),
-                        (10, "clothes_collar", "collarAndSweater"), (12, "clothes_overall", "overall"),
-                        (10, "clothes_print", "graphicShirt")),
-            "clothesGraphic": ((1, "", "bat bear deer diamond hola pizza skull"),)}},
-    "adventurer": {
-        "zoom": 1.05, "fixed": {}, "colors": {"hair": "hair", "skin": "skin"},
-        "parts": {
-            "hair": ((26, "hair_short", "short01 short02 short04 short07 short08 short10 short11 short14"),
-                     (10, "hair_short hair_curly", "short03 short17 short18"), (7, "hair_spiky", "short15 short16"),
-                     (10, "hair_long", "long04 long07"), (8, "hair_long hair_curly", "long06 long09 long22"),
-                     (11, "hair_bob", "long01 long05 long21 long25"), (8, "hair_bun", "long10 long12 long13"),
-                     (7, "hair_ponytail", "long16 long19"), (7, "hair_pigtails", "long14 long15 long23"),
-                     (3, "flowers hair_long", "long08"), (3, "flowers hair_bob", "long03"),
-                     (6, "hair_bald hair_none", "short19")),
-            "eyes": ((45, "", "01 02 03 24 25 26"), (20, "eyes_closed", "19 20"), (15, "eyes_wink", "21 22"),
-                     (20, "eyes_sleepy", "04 16 17 18")),
-            "eyebrows": ((1, "", "06 07 08 10 12 13 14"),),
-            "mouth": ((16, "mouth_smile", "02 29"), (24, "mouth_smile mouth_open", "01 26 27 28 30"),
-                      (14, "mouth_smile mouth_teeth", "05 22 23"), (10, "mouth_sad", "04"),
-                      (6, "mouth_sad mouth_open", "14"), (8, "mouth_open", "15"), (8, "mouth_tongue", "16"),
-                      (6, "mouth_pucker", "17"), (8, "", "09 10")),
-            "details": ((60, "", ""), (20, "moustache", "mustache"), (20, "blush", "blush")),
-            "glasses": ((62, "", ""), (25, "glasses", "02 04 05"), (13, "sunglasses", "01")),
-            "earrings": ((1, "", ""),)}},
-    "big-smile": {
-        "zoom": 0.9, "fixed": {}, "colors": {"hair": "hair", "skin": "skin"},
-        "parts": {
-            "hair": ((26, "hair_short", "shortHair bowlCutHair shavedHead"),
-                     (12, "hair_short hair_curly", "curlyShortHair"), (16, "hair_bun", "bunHair froBun"),
-                     (16, "hair_bob", "curlyBob"), (16, "hair_long", "straightHair bangs"),
-                     (8, "hair_long hair_curly", "wavyBob"), (6, "hair_mohawk", "mohawk")),
-            "eyes": ((45, "", "normal cheery"), (20, "eyes_closed", "sleepy"), (13, "eyes_wink", "winking"),
-                     (10, "eyes_star", "starstruck"), (12, "eyes_angry", "angry")),
-            "mouth": ((20, "mouth_smile", "kawaii"), (35, "mouth_smile mouth_open mouth_teeth", "openedSmile gapSmile"),
-                      (15, "mouth_smile mouth_teeth", "teethSmile"), (18, "mouth_sad mouth_open", "openSad"),
-                      (12, "", "unimpressed")),
-            "accessories": ((26, "", ""), (18, "glasses", "glasses"), (10, "sunglasses", "sunglasses"),
-                            (12, "moustache", "mustache"), (8, "face_mask", "faceMask"), (6, "sleep_mask", "sleepMask"),
-                            (7, "cat_ears", "catEars"), (7, "clown_nose", "clownNose"),
-                            (6, "tiara", "sailormoonCrown"))}},
-    "micah": {
-        "zoom": 0.95, "fixed": {"glassesColor": "000000", "earringColor": "f4d150", "facialHairColor": "b0b0b4"},
-        "colors": {"hair": "hair", "skin": "base", "clothes": "shirt"},  # a dark beard would cover the mouth
-        "parts": {
-            "hair": ((32, "hair_short", "fonze"), (22, "hair_long", "full"), (24, "hair_bob", "pixie dannyPhantom"),
-                     (10, "hair_mohawk", "mrT"), (12, "hair_bald hair_none", "mrClean")),
-            "eyes": ((70, "", "eyes round"), (30, "eyes_closed", "smiling")),
-            "eyebrows": ((1, "", "up down"),),
-            "nose": ((1, "", "curve pointed tound"),),
-            "ears": ((1, "", "attached"),),
-            "mouth": ((25, "mouth_smile", "smile smirk"), (25, "mouth_smile mouth_open", "laughing"),
-                      (18, "mouth_sad", "frown sad"), (14, "mouth_open", "surprised"), (10, "mouth_teeth", "nervous"),
-                      (8, "mouth_pucker", "pucker")),
-            "facialHair": ((72, "", ""), (18, "beard", "beard"), (10, "stubble", "scruff")),
-            "glasses": ((55, "", ""), (22, "glasses glasses_round", "round"), (23, "glasses glasses_square", "square")),
-            "earrings": ((70, "", ""), (30, "earrings", "hoop")),
-            "clothes": ((60, "", "open"), (40, "clothes_collar", "collared"))}},
-    "pixel-art": {
-        "zoom": 0.92, "over": 2,
-        "fixed": {"glassesColor": "191919", "mouthColor": "c81414", "accessoriesColor": "ffd700"},
-        "colors": {"hair": "hair", "skin": "skin", "clothes": "clothing hat"},
-        "parts": {
-            "hair": ((36, "hair_short", "short01 short02 short06 short10 short14 short15 short16 short17"),
-                     (34, "hair_long", "long01 long02 long03 long07 long09 long12 long13"),
-                     (15, "hair_bob", "long04 long11 long17"), (15, "hair_spiky", "short11 short13 long15")),
-            "eyes": ((1, "", "01 03 06 07 09 11"),),
-            "mouth": ((50, "mouth_smile", "happy06 happy07 happy08 happy09"), (20, "mouth_sad", "sad01"),
-                      (15, "mouth_lips", "happy12 happy13"), (15, "", "sad04 sad06")),
-            "glasses": ((60, "", ""), (25, "glasses", "light05 light06 light07"),
-                        (15, "sunglasses", "dark01 dark02 dark05 dark06")),
-            "hat": ((80, "", ""), (20, "hat", "01 02 03 04 06 10")),
-            "accessories": ((75, "", ""), (25, "earrings", "01 03")),
-            "beard": ((1, "", ""),),
-            "clothes": ((75, "", "01 03 04 05 08 11 14"), (25, "clothes_print", "02 06 13"))}},
-}
-
-
-# Drawn in three-quarter view, so that a mirrored image can be told: these have `flipped`.
-AVATAR_ASYMMETRIC = ("adventurer", "big-smile", "micah")
-
-
-# When all attributes on the left hold, those on the right cannot be seen and are 0 (a prefix is enough).
-AVATAR_HIDES = {"sunglasses": ("eyes_",), "sleep_mask": ("eyes_",), "face_mask": ("mouth_",),
-                "hair_none": tuple("hair_" + c for c in AVATAR_COLORS["hair"]),
-                "hat hair_short": tuple("hair_" + c for c in AVATAR_COLORS["hair"]),
-                "clothes_white": ("clothes_print",),  # the prints are white
-                "hijab": ("clothes_collar", "clothes_hoodie", "clothes_jacket", "clothes_print")}
-
-
-def avatar_vocabulary(style):
+def vocabulary(style):
     """Names of the attributes that apply to `style`, in a fixed order."""
-    s = AVATAR_STYLES[style]
-    words = [w for groups in s["parts"].values() for _, names, _ in groups for w in names.split()]
-    words += [f"{part}_{c}" for part in ("background", *s["colors"]) for c in AVATAR_COLORS[part]]
-    return list(dict.fromkeys(words + ["flipped"] * (style in AVATAR_ASYMMETRIC)))
+    s = STYLES[style]
+    groups = [group for component in s["parts"].values() for group in component]
+    names = [name for _, attributes, _ in groups for name in attributes.split()]
+    names += [f"{part}_{family}" for part in ("background", *s["colors"]) for family in COLORS[part]]
+    if style in TABLES["asymmetric"]:
+        names.append("flipped")
+    return list(dict.fromkeys(names))
 
 
 def draw_options(style, rng):
@@ -151,34 +60,45 @@ def draw_options(style, rng):
     def uniform(low, high):
         return round(low + (high - low) * rng.random(), 3)
 
-    s = AVATAR_STYLES[style]
+    s = STYLES[style]
     flip = rng.random() < 0.5
-    opts = {"flip": "horizontal" if flip else "none", "scale": s["zoom"] * uniform(0.9, 1.1),
-            "rotate": uniform(-3, 3), "translateX": uniform(-3, 3), "translateY": uniform(-3, 3), **s["fixed"]}
-    true = {"flipped"} if flip else set()
-    for part, families in AVATAR_COLORS.items():
+    options = {"flip": "horizontal" if flip else "none",
+               "scale": s["zoom"] * uniform(0.9, 1.1),
+               "rotate": uniform(-3, 3),
+               "translateX": uniform(-3, 3),
+               "translateY": uniform(-3, 3),
+               **s["fixed"]}
+    present = {"flipped"} if flip else set()
+    for part, families in COLORS.items():  # a style without the part draws too: the stream stays the same
         family = pick(list(families))
-        true.add(f"{part}_{family}")
-        for name in s["colors"].get(part, "background" if part == "background" else "").split():
-            opts[name + "Color"] = pick(families[family].split())
+        present.add(f"{part}_{family}")
+        painted = "background" if part == "background" else s["colors"].get(part, "")
+        for name in painted.split():
+            options[name + "Color"] = pick(families[family].split())
     for component, groups in s["parts"].items():
-        weights = np.cumsum([g[0] for g in groups])
-        _, words, variants = groups[int(np.searchsorted(weights, rng.random() * weights[-1], side="right"))]
-        opts[component + "Probability"] = 100 if variants else 0
+        weights = np.cumsum([weight for weight, _, _ in groups])
+        drawn = int(np.searchsorted(weights, rng.random() * weights[-1], side="right"))
+        _, attributes, variants = groups[drawn]
+        options[component + "Probability"] = 100 if variants else 0
         if variants:
             variant = pick(variants.split())
-            opts[component + "Variant"] = "variant" + variant if variant.isdigit() else variant
-        true.update(words.split())
-    for cover, hidden in AVATAR_HIDES.items():
-        if true.issuperset(cover.split()):
-            true = {w for w in true if not w.startswith(hidden)}
-    return opts, true
+            options[component + "Variant"] = "variant" + variant if variant.isdigit() else variant
+        present.update(attributes.split())
+    for cover, hidden in TABLES["hides"].items():
+        if present.issuperset(cover.split()):
+            present = {name for name in present if not name.startswith(tuple(hidden))}
+    return options, present
+
+
+def read_style(style):
+    """dicebear's own description of a style: its shapes and, under "meta", its licence."""
+    return json.loads((resources.files("dicebear_styles") / f"{style}.json").read_text("utf-8"))
 
 
 @functools.lru_cache(None)
-def avatar_style(style):
+def load_style(style):
     from dicebear import Style
-    return Style(json.loads((resources.files("dicebear_styles") / f"{style}.json").read_text("utf-8")))
+    return Style(read_style(style))
 
 
 def render_avatar(job):
@@ -186,65 +106,96 @@ def render_avatar(job):
     folder, i, size, seed = job
     import resvg_py
     from dicebear import Avatar
-    style = list(AVATAR_STYLES)[i % len(AVATAR_STYLES)]
+    style = list(STYLES)[i % len(STYLES)]
     rng = np.random.Generator(np.random.Philox(key=np.array([seed, i], np.uint64)))
-    opts, true = draw_options(style, rng)
-    over = AVATAR_STYLES[style].get("over", 1)
-    svg = Avatar(avatar_style(style), {**opts, "size": over * size}).to_string()
+    options, present = draw_options(style, rng)
+    over = STYLES[style].get("over", 1)
+    svg = Avatar(load_style(style), {**options, "size": over * size}).to_string()
     png = resvg_py.svg_to_bytes(svg_string=svg, skip_system_fonts=True)
     file = f"{style}/{i:05d}.png"
     Image.open(io.BytesIO(png)).convert("RGB").reduce(over).save(Path(folder, file))
-    return {"file": file, **{w: int(w in true) for w in avatar_vocabulary(style)}}
+    return {"file": file, **{name: int(name in present) for name in vocabulary(style)}}
+
+
+def assign_splits(rows, seed):
+    """1/12 of the rows is validation, 1/12 test, the rest training."""
+    n = len(rows)
+    key = np.array([seed, 2**64 - 1], np.uint64)  # apart from the key of every image
+    order = np.argsort(np.random.Generator(np.random.Philox(key=key)).random(n))
+    for rank, i in enumerate(order):
+        rows[i]["split"] = "val" if rank < n // 12 else "test" if rank < 2 * (n // 12) else "train"
+
+
+def write_table(path, names, rows):
+    with open(path, "w", newline="", encoding="utf-8") as f:
+        writer = csv.DictWriter(f, ["file", "split", *names], restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def licences():
+    """{style: licence, creator and source} as its package says."""
+    metas = {style: read_style(style)["meta"] for style in STYLES}
+    return {style: {k: meta[k] for k in ("license", "creator", "source")} for style, meta in metas.items()}
 
 
 def render_avatars(out, n=12000, size=64, seed=0):
-    """Render the built-in data set `avatars`: n cartoon faces, size x size pixels, into folder `out`.
+    """Render n cartoon faces, size x size pixels, into folder `out`: <style>/<index>.png, attributes.csv
+    (0/1, empty = the style has no such attribute) and avatars.json (settings and licences).
 
-    Writes <style>/<index>.png, attributes.csv (0/1, empty = the style has no such attribute) and
-    avatars.json. The same (n, size, seed) gives the same bytes. Raises UserError when a package is
-    missing or `out` holds something else.
+    Raises UserError when a package is missing or `out` holds something else.
     """
     try:
         import dicebear  # noqa: F401
         import dicebear_styles  # noqa: F401
         import resvg_py  # noqa: F401
     except ImportError as e:
-        raise UserError(f"cannot draw avatars ({e}): pip install -r requirements-dev.txt")
+        raise UserError(f"cannot draw avatars ({e}): pip install -r requirements-dev.txt") from None
     out, part = Path(out), Path(f"{out}.part")
-    settings = {"n": n, "size": size, "seed": seed, "drawing": 2,  # a new number when the same seed draws other images
-                "packages": {p: metadata.version(p) for p in ("dicebear-core", "dicebear-styles", "resvg-py")}}
+    packages = {p: metadata.version(p) for p in ("dicebear-core", "dicebear-styles", "resvg-py")}
+    drawing = 2  # a new number when the same seed draws other images
+    settings = {"n": n, "size": size, "seed": seed, "drawing": drawing, "packages": packages}
     if out.exists():
         record = out / "avatars.json"
-        found = read_json(record) if record.is_file() else {}
+        found = common.read_json(record) if record.is_file() else {}
         found = {k: found.get(k) for k in settings}
         if found == settings and (out / "attributes.csv").is_file():
             return print(f"{out}: already rendered")
-        raise UserError(f"{out} exists but is not this data set: found {found}, expected {settings}")
+        raise UserError(f"{out} exists but is not this data set: found {found}, expected {settings}; "
+                        "choose another folder")
     begin = time.time()
-    open_out(out.parent)
-    claim(f"{out}.lock", flag="folder")
+    common.open_out(out.parent)
+    common.claim(f"{out}.lock", flag="folder")
     shutil.rmtree(part, ignore_errors=True)  # left by a run that was killed
-    for style in AVATAR_STYLES:
-        open_out(part / style)
+    for style in STYLES:
+        common.open_out(part / style)
     jobs = [(str(part), i, size, seed) for i in range(n)]
     with multiprocessing.get_context("spawn").Pool(max(1, min(os.cpu_count() or 1, n // 100))) as pool:
-        rows = list(tqdm(pool.imap(render_avatar, jobs, chunksize=32), "avatars", n, unit="image", disable=None))
-    # A permutation keyed apart from every image: 1/12 validation, 1/12 test, the rest training.
-    key = np.array([seed, 2**64 - 1], np.uint64)
-    order = np.argsort(np.random.Generator(np.random.Philox(key=key)).random(n))
-    for rank, i in enumerate(order):
-        rows[i]["split"] = "val" if rank < n // 12 else "test" if rank < 2 * (n // 12) else "train"
-    names = dict.fromkeys(w for style in AVATAR_STYLES for w in avatar_vocabulary(style))
-    with open(part / "attributes.csv", "w", newline="", encoding="utf-8") as f:
-        writer = csv.DictWriter(f, ["file", "split", *names], restval="", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    styles = {}
-    for style in AVATAR_STYLES:
-        meta = json.loads((resources.files("dicebear_styles") / f"{style}.json").read_text("utf-8"))["meta"]
-        styles[style] = {"license": meta["license"], "creator": meta["creator"], "source": meta["source"]}
-    text = json.dumps({**settings, "styles": styles}, indent=2, ensure_ascii=False)
+        drawn = pool.imap(render_avatar, jobs, chunksize=32)
+        rows = list(tqdm(drawn, "avatars", n, unit="image", disable=None))
+    assign_splits(rows, seed)
+    names = list(dict.fromkeys(name for style in STYLES for name in vocabulary(style)))
+    write_table(part / "attributes.csv", names, rows)
+    text = json.dumps({**settings, "styles": licences()}, indent=2, ensure_ascii=False)
     (part / "avatars.json").write_text(text + "\n", "utf-8")
     part.rename(out)
-    write_json(f"{out}.time.json", {**settings, "seconds": round(time.time() - begin, 1)})  # beside the folder, which is the same bytes each time
     print(f"{out}: {n} images, {len(names)} attributes, {time.time() - begin:.0f} s")
+
+
+def main():
+    p = common.Parser(description=__doc__)
+    p.add_argument("out", help="folder to write")
+    p.add_argument("--n", type=common.positive, default=12000, help="images (default 12000)")
+    p.add_argument("--size", type=common.positive, default=64, help="pixels a side (default 64)")
+    p.add_argument("--seed", type=common.natural, default=0)
+    p.add_argument("--dry-run", action="store_true", help="print the plan (images, classes, disk), and end")
+    args = p.parse_args()
+    if args.dry_run:
+        disk = args.n * 2.6e3 * args.size / 64 / 2**20
+        return print(f"{args.n} images of {args.size} x {args.size} in {len(STYLES)} classes -> {args.out}, "
+                     f"about {disk:.0f} MiB of disk (2.6 kB an image at 64 pixels)")
+    render_avatars(args.out, args.n, args.size, args.seed)
+
+
+if __name__ == "__main__":
+    common.run_script(main)

@@ -1,18 +1,108 @@
-def bench_flags(p):
-    p.add_argument("--bench", type=positive, metavar="STEPS", help="speed of STEPS steps on random data of the real shapes (no data, no weights needed), and end")
-    p.add_argument("--json", help="with --bench: write its numbers here too")
+"""The speed of every stage, measured from outside: no stage contains a line for it.
+
+    python extras/bench.py train_sit --model SiT-B/1 --batch 8 --steps 5 --json out/speed.json
+    python extras/bench.py train_vae --preset f16d32 --batch 2
+    python extras/bench.py encode --vae f16d32 --micro-batch 8     # vae.py; a checkpoint will do too
+    python extras/bench.py sample --sit SiT-B/1 --micro-batch 4    # a checkpoint will do too
+    python extras/bench.py fid                                     # beside torch-fidelity and scipy
+    python extras/bench.py probe
+    python extras/bench.py peers sit                               # training beside plain code; or: vae
+    torchrun --nproc_per_node=2 extras/bench.py train_sit ...      # the first four
+
+Flags that are not listed below go to the script. Its own main() runs in this process, on random data of the
+real shapes and random weights (no download), in a temporary folder, without logs and checkpoints. Three steps
+warm up; --steps are timed whole; up to three more by parts, waiting for the GPU at both ends of each; in the
+last the operations are counted. "--cache-vfm given": the VFM does not run, its tokens are random.
+"""
+import contextlib
+import functools
+import io
+import os
+import resource
+import shutil
+import sys
+import tempfile
+import time
+from collections import Counter, defaultdict
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import scipy.linalg
+import torch
+import torch.distributed as dist
+from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import common  # noqa: E402
+import data  # noqa: E402
+import fid  # noqa: E402
+import mapper  # noqa: E402
+import probe  # noqa: E402
+import sample  # noqa: E402
+import sit  # noqa: E402
+import train_sit  # noqa: E402
+import train_vae  # noqa: E402
+import vae  # noqa: E402
+
+# ------------------------------------------------------------------------------------------------------------
+# Random data and weights
 
 
-def required(p, args, *names):
-    """argparse's own message for flags that only --bench does without."""
-    missing = [f"--{n}" for n in names if getattr(args, n.replace("-", "_")) is None]
-    if missing and not args.bench:
-        p.error(f"the following arguments are required: {', '.join(missing)}")
-    if args.json and not args.bench:
-        p.error("--json: has no effect without --bench")
-    useless = [f for f in ("dry-run", "eval-every", "guide") if args.bench and getattr(args, f.replace("-", "_"), None)]
-    if useless or args.bench and getattr(args, "command", "encode") != "encode":
-        p.error(f"--bench does not go with {f'--{useless[0]}' if useless else args.command}")
+def random_images(folder, count, size):
+    """JPEG files of 2 x 1.5 times `size` pixels (ImageNet's usual 500 x 375 for 256), smooth with a little
+    noise. 64 of them differ, the others are links."""
+    rng, shape = np.random.default_rng(0), (2 * size, 3 * size // 2)
+    for i in range(min(count, 64)):
+        coarse = Image.fromarray(rng.integers(0, 256, (9, 12, 3), np.uint8))
+        smooth = np.asarray(coarse.resize(shape, Image.Resampling.BICUBIC))
+        noisy = (smooth + rng.normal(0, 8, smooth.shape)).clip(0, 255).astype(np.uint8)
+        Image.fromarray(noisy).save(folder / f"{i:06d}.jpg", quality=90)
+    for i in range(64, count):
+        os.link(folder / f"{i % 64:06d}.jpg", folder / f"{i:06d}.jpg")
+
+
+def random_vae(name):
+    return vae.AutoencoderKL(**vae.VAE_CONFIGS[name]).eval().requires_grad_(False)
+
+
+def vae_of(model):
+    """The VAE whose latents a SiT of this name takes (patch 1: f16d32, patch 2: f8d4) -> it, their shape."""
+    patch = sit.SIT_MODELS[model].keywords["patch_size"]
+    network = random_vae("demo" if "demo" in model else "f16d32" if patch == 1 else "f8d4")
+    side = network.config["resolution"] // network.factor
+    return network, (network.config["z_channels"], side, side)
+
+
+def random_latents(count, model):
+    """What data.load_latents reads."""
+    network, (c, *sides) = vae_of(model)
+    moments = np.random.default_rng(0).standard_normal((count, 1, 2 * c, *sides), np.float32)
+    meta = dict(resolution=network.config["resolution"], split=None, vae="random", vae_hash="random",
+                classes=list(range(1000)))
+    files = [f"{i:06d}.jpg" for i in range(count)]
+    return data.Latents(np.abs(moments).astype(np.float16), np.arange(count) % 1000, files,
+                        torch.zeros(c), torch.ones(c), meta)
+
+
+def random_pair(args):
+    """What sample.load_pair reads."""
+    network, (c, side, _) = vae_of(args.sit)
+    model = sit.SIT_MODELS[args.sit](input_size=side, in_channels=c, num_classes=1000)
+    checkpoint = dict(path="linear", step=0, vae_hash="random", latent_mean=torch.zeros(c),
+                      latent_std=torch.ones(c))
+    return model.eval().requires_grad_(False), checkpoint, network
+
+
+def random_tokens(_, vfm, weights, images, run):
+    """What mapper.cache_tokens reads."""
+    shape = len(images), vfm.grid ** 2, vfm.dim
+    return np.random.default_rng(0).standard_normal(shape, np.float32).astype(np.float16)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Measuring
 
 
 def synchronise(device):
@@ -20,159 +110,362 @@ def synchronise(device):
         torch.cuda.synchronize(device)
 
 
-class Clock:
-    """Seconds of the parts of a step: `with clock("forward"): ...`. Free until `on` is set (by --bench alone): then it waits for the
-    device at both ends of each part."""
-
-    def __init__(self, device):
-        self.device, self.on, self.seconds = device, False, Counter()
-
-    @contextlib.contextmanager
-    def __call__(self, part):
-        if not self.on:
-            yield
-            return
-        synchronise(self.device)
-        begin = time.perf_counter()
-        yield
-        synchronise(self.device)
-        self.seconds[part] += time.perf_counter() - begin
-
-
-def count_flops(run):
-    """Floating-point operations of the matmuls, convolutions and attention products of run(), backward passes too. (Attention on the "meta"
-    device: the counter does not know the CPU's fused kernel.)"""
-    with FlopCounterMode(display=False) as counter:
-        run()
-    return counter.get_total_flops()
+def seconds_of(run, device):
+    synchronise(device)
+    begin = time.perf_counter()
+    run()
+    synchronise(device)
+    return time.perf_counter() - begin
 
 
 def matmul_rate(device, precision):
-    """FLOP/s of large matmuls in the layout of a linear layer, over all processes: the limit of the machine. Median over half a second."""
-    n, dtype = 8192 if device.type == "cuda" else 2048, torch.bfloat16 if precision == "bf16" else torch.float32
+    """FLOP/s of large matmuls in the layout of a linear layer, over all processes: the limit of the machine.
+    Median over half a second."""
+    n = 8192 if device.type == "cuda" else 2048
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     seconds, end = [], time.perf_counter() + 0.5
     while len(seconds) < 8 or time.perf_counter() < end:
-        synchronise(device)
-        begin = time.perf_counter()
-        a @ b.T
-        synchronise(device)
-        seconds.append(time.perf_counter() - begin)
-    return float(all_reduce(torch.tensor(2 * n ** 3 / np.median(seconds[3:]), dtype=torch.float64)))
+        seconds.append(seconds_of(lambda: a @ b.T, device))
+    rate = torch.tensor(2 * n ** 3 / np.median(seconds[3:]), dtype=torch.float64)
+    return common.all_reduce(rate).item()
+
+
+def flop_counter():
+    """Counts matmuls, convolutions and attention: 4 N^2 d forward and twice that backward (not what a fused
+    kernel computes anew), in the CPU's kernel too. Compiled code must run eagerly to be seen."""
+    kernels = {}
+    for kind in ("flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu"):
+        name = f"_scaled_dot_product_{kind}"
+        kernels[getattr(torch.ops.aten, name)] = lambda q, k, v, *_, **__: sdpa_flop(q, k, v)
+        backward = getattr(torch.ops.aten, f"{name}_backward")
+        kernels[backward] = lambda g, q, k, v, *_, **__: 2 * sdpa_flop(q, k, v)
+    return FlopCounterMode(display=False, custom_mapping=kernels)
+
+
+def machine(device):
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
+    return f"{common.cpu_name()}, {torch.get_num_threads()} thread(s), torch {torch.__version__}"
 
 
 def peak_mib(device):
     """Largest memory so far: what PyTorch allocated on a GPU, the resident set of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2 ** 20
-    import resource
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 20 if sys.platform == "darwin" else 2 ** 10)
+    unit = 2 ** 20 if sys.platform == "darwin" else 2 ** 10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
-def machine(device):
-    threads = f", {torch.get_num_threads()} thread(s)" if device.type != "cuda" else ""
-    return (torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()) + threads + f", torch {torch.__version__}"
+class Done(Exception):
+    """All steps are measured: leave the script's main()."""
 
 
-def run_bench(args, title, device, step, images, flops, clock, bare=None, warmup=2, **more):
-    """Time args.bench calls of step(), each of `images` images over all processes and `flops` operations an image, in turn with bare(), which
-    does what a step cannot do without; then up to three more by parts (clock). Prints on rank 0, and writes --json: images_per_s
-    (median), spread (quartiles), ms, peak_mib, flops_per_image, matmul_rate, share_of_limit (operations a second over that rate),
-    share_of_bare (bare's median over the step's), and `more`, worked out at the end."""
-    if args.json:
-        open_out(Path(args.json).parent, flag="--json")
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    rates, seconds, bares = [matmul_rate(device, args.precision)], [], []
-    for _ in tqdm(range(warmup + args.bench), "bench", disable=rank > 0 or None):
-        for run, taken in ((step, seconds), (bare, bares)):
-            if run is not None:
-                synchronise(device)
-                begin = time.perf_counter()
+class Bench:
+    """A script's main() with a clock around what it calls: parse() its flags, wrap() its parts, say what
+    ends_step(), then run()."""
+
+    def __init__(self, args, flags, stack):
+        self.args, self.flags, self.stack, self.command = args, flags, stack, common.command()
+        self.keep_memory = common.keep_memory
+        if args.stage == "peers":
+            self.patch(common, "keep_memory", lambda _: None)  # their race begins without
+        self.device, self.rank, self.world = found = common.setup("--deterministic" in flags)
+        self.patch(common, "setup", lambda *_: found)
+        folder = [tempfile.mkdtemp(prefix="bench-") if self.rank == 0 else None]
+        if dist.is_initialized():
+            dist.broadcast_object_list(folder)
+        self.folder = Path(folder[0])
+        self.parts = min(3, args.steps)
+        self.count = 3 + args.steps + self.parts + 1  # of steps
+        self.protocol = self.measure()
+        self.on, self.ms, self.part, self.alias = False, Counter(), "other", None
+        self.recording, self.calls = False, []  # of the second step, in order to repeat them
+        self.rivals = {}  # {name: what is timed in turn with the steps}
+
+    def patch(self, owner, name, value):
+        self.stack.enter_context(mock.patch.object(owner, name, value))
+
+    def parse(self, module, *flags):
+        """The user's flags and ours -> what the script makes of them."""
+        self.patch(sys, "argv", [f"{module.__name__}.py", *self.flags, *map(str, flags)])
+        args = module.parse_args()
+        self.precision = args.precision or common.fast_precision(self.device)
+        return args
+
+    def wrap(self, owner, name, part, bare=False):
+        """Clock a function. bare: these calls alone, again, are a rival of the steps."""
+        original = getattr(owner, name)
+
+        @functools.wraps(original)
+        def clocked(*args, **kwargs):
+            if bare and self.recording:
+                self.calls.append(functools.partial(original, *args, **kwargs))
+            with self.clock(part):
+                return original(*args, **kwargs)
+        self.patch(owner, name, clocked)
+
+    @contextlib.contextmanager
+    def clock(self, part):
+        """The time in here counts for `part` (or the alias), and no longer for the part around it."""
+        before = self.enter(self.alias or part)
+        yield
+        self.enter(before)
+
+    def enter(self, part):
+        """From now on time counts for `part` -> the one before. Free until the clock is on."""
+        before, self.part = self.part, part
+        if self.on:
+            synchronise(self.device)
+            now = time.perf_counter()
+            self.ms[before] += 1e3 * (now - self.since) / self.parts
+            self.since = now
+        return before
+
+    def ends_step(self, owner, name):
+        """Each step ends with a call of this method."""
+        original = getattr(owner, name)
+
+        def last(*args, **kwargs):
+            original(*args, **kwargs)
+            self.owner = args[0]  # for peers: the common.Run
+            self.end_step()
+        self.patch(owner, name, last)
+
+    def end_step(self):
+        if next(self.protocol, "end") == "end":
+            raise Done
+
+    def write_images(self, count, size):
+        if self.rank == 0:
+            random_images(self.folder, count, size)
+        common.barrier()
+
+    def run_function(self, run, images):
+        """A script that is one function, in float32."""
+        def repeat():
+            while True:
                 run()
-                synchronise(device)
-                taken.append(time.perf_counter() - begin)
-    low, median, high = (float(np.quantile(seconds[warmup:], q)) for q in (0.25, 0.5, 0.75))
-    clock.on, parts = True, min(3, args.bench)
-    for _ in range(parts):
-        step()
-    clock.on = False
-    rates.append(matmul_rate(device, args.precision))
-    if bare is not None:
-        more["share_of_bare"] = float(np.median(bares[warmup:])) / median
-    more = {k: v() if callable(v) else v for k, v in more.items()}
-    rate, ms = sum(rates) / 2, {k: 1e3 * v / parts for k, v in clock.seconds.items()}
-    record = dict(stage=title, machine=machine(device), processes=world, precision=args.precision, command=" ".join(sys.argv), images_per_s=images / median,
-                  spread=[images / high, images / low], ms=ms, step_ms=1e3 * median, peak_mib=peak_mib(device), flops_per_image=flops, matmul_rate=rate,
-                  share_of_limit=flops * images / median / rate, **more)
-    if rank == 0:
-        print(f"{title}; {record['machine']}, {world} process(es), {device.type} {args.precision}")
-        print(f"{record['images_per_s']:.4g} images/s, median of {args.bench} steps of {images} images and {record['step_ms']:.0f} ms (middle half: {record['spread'][0]:.4g} to {record['spread'][1]:.4g})")
-        print("ms a step: " + ", ".join(f"{k} {v:.1f}" for k, v in ms.items()) + f"; peak memory {record['peak_mib']:.0f} MiB a process")
-        print(f"{flops / 1e9:.4g} GFLOP an image: {flops * images / median / 1e9:.0f} GFLOP/s, {record['share_of_limit']:.0%} of the {rate / 1e9:.0f} that matmuls reach here in {args.precision}")
-        for key, value in more.items():
-            print(f"{key.replace('_', ' ')}: " + (f"{value:.4g}" if isinstance(value, float) else str(value)))
-        if args.json:
-            write_json(args.json, record)
+                self.end_step()
+        self.precision = "fp32"
+        self.run(repeat, images)
+
+    def run(self, main, images):
+        """main() on the data in our folder; each of its steps takes `images` images."""
+        self.images = images
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(Done):
+            main()
+            raise common.UserError(f"{self.args.stage}: ended before {self.count} steps were measured")
+
+    def measure(self):
+        """Begins at the end of the first step; at each `yield` the script takes one."""
+        rates, self.recording = [matmul_rate(self.device, self.precision)], True
+        yield
+        self.recording = False
+        if self.calls:
+            self.rivals["bare"] = self.bare
+        seconds = yield from self.race()
+        self.on, self.since = True, time.perf_counter()
+        for _ in range(self.parts):
+            yield
+        self.enter("other")
+        self.on, peak = False, peak_mib(self.device)
+        with torch.compiler.set_stance("force_eager"), flop_counter() as counter:
+            yield
+        rates.append(matmul_rate(self.device, self.precision))
+        low, median, high = np.quantile(seconds.pop("step"), (0.25, 0.5, 0.75)).tolist()
+        speed, rate = self.images / median, sum(rates) / 2
+        flops = counter.get_total_flops() * self.world // self.images
+        self.record = dict(
+            stage=self.args.stage, machine=machine(self.device), processes=self.world,
+            precision=self.precision, command=self.command, images_per_s=speed,
+            spread=[self.images / high, self.images / low], ms=dict(self.ms), step_ms=1e3 * median,
+            peak_mib=peak, flops_per_image=flops, matmul_rate=rate, share_of_limit=flops * speed / rate,
+            **{f"share_of_{k}": float(np.median(v)) / median for k, v in seconds.items()})
+
+    def bare(self):
+        with torch.no_grad(), common.autocast(self.device, self.precision):
+            for call in self.calls:
+                call()
+
+    def race(self):
+        """Rivals and steps in turn -> {name: seconds of each}; "step" is the script's."""
+        seconds = defaultdict(list)
+        for _ in range(1 + self.args.steps):
+            for name, rival in self.rivals.items():
+                seconds[name].append(seconds_of(rival, self.device))
+            synchronise(self.device)
+            begin = time.perf_counter()
+            yield
+            synchronise(self.device)
+            seconds["step"].append(time.perf_counter() - begin)
+        return {k: v[1:] for k, v in seconds.items()}
 
 
-def largest_micro_batch(memory, used, device):
-    """How many images a process can take at a time: memory(n) is the estimate in bytes for n images, `used` the number that ran. On a
-    GPU the measured peak corrects the estimate, which counts in float32."""
-    each = memory(2) - memory(1)
-    fixed, scale = memory(1) - each, 1.0
-    if device.type == "cuda":
-        limit, scale = torch.cuda.mem_get_info(device)[1], (peak_mib(device) * 2 ** 20 - fixed) / (used * each)
+# ------------------------------------------------------------------------------------------------------------
+# The stages
+
+
+def time_training(bench, module):
+    """train_sit.py or train_vae.py. What lies between the other parts counts as reading the batch."""
+    rare = 10 ** 9
+    args = bench.parse(module, "--data", bench.folder, "--out", bench.folder / "out", "--steps",
+                       bench.count + 1, "--save-every", rare, "--log-every", rare,
+                       *(("--latents", "random") if module is train_sit else ()))
+    images = max(64, args.batch)
+    if module is train_sit:
+        latents = random_latents(images, args.model)
+        size = latents.meta["resolution"]
+        bench.patch(data, "load_latents", lambda _: latents)
     else:
-        limit = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return max(0, int((0.9 * limit - fixed) / (each * min(1.0, max(0.1, scale)))))
+        size = args.resolution or train_vae.build_vae(args)[0].config["resolution"]
+        bench.patch(module, "build_lpips", lambda _, device, weights: fid.build_lpips(None, device, False))
+    bench.write_images(images, size)
+    sync_if, update_ema, pretrained = common.sync_if, common.update_ema, mapper.pretrained
+
+    def untrained(name, _, weights, **size):
+        return pretrained(name, weights=False, **size)
+
+    @contextlib.contextmanager
+    def passes(network, last):  # forward and backward
+        if isinstance(getattr(network, "module", network), train_vae.DiscriminatorLoss):
+            bench.alias = "discriminator"  # until the end of its step
+        with bench.clock("forward"), sync_if(network, last):
+            yield
+
+    def average(*inputs):
+        bench.alias = None
+        with bench.clock("ema"):
+            update_ema(*inputs)
+
+    bench.patch(common, "sync_if", passes)
+    bench.patch(common, "update_ema", average)
+    bench.patch(mapper, "pretrained", untrained)
+    bench.patch(module, "cache_tokens", random_tokens)
+    bench.wrap(mapper.VFM, "__call__", "vfm")
+    bench.wrap(torch.Tensor, "backward", "backward")
+    bench.wrap(torch.nn.utils, "clip_grad_norm_", "optimiser")
+    bench.wrap(torch.optim.AdamW, "step", "optimiser")
+    bench.ends_step(common.Run, "after_step")
+    bench.part = "data"
+    bench.run(module.main, args.batch)
 
 
-def random_images(folder, n, size):
-    """n JPEG files of 2 x 1.5 times `size` pixels (ImageNet's usual 500 x 375 for 256), smooth with a little noise."""
-    rng = np.random.default_rng(0)
-    for i in range(n):
-        smooth = Image.fromarray(rng.integers(0, 256, (9, 12, 3), np.uint8)).resize((2 * size, 3 * size // 2), Image.Resampling.BICUBIC)
-        noisy = np.asarray(smooth) + rng.normal(0, 8, (3 * size // 2, 2 * size, 3))
-        Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(Path(folder, f"{i:04d}.jpg"), quality=90)
-    return folder
+def time_encode(bench):
+    args = bench.parse(vae, "--data", bench.folder, "--out", bench.folder / "out")
+    if args.vae in vae.VAE_CONFIGS:
+        bench.patch(vae, "load_vae", random_vae)
+    batch = args.micro_batch * bench.world
+    size = args.resolution or vae.load_vae(args.vae).config["resolution"]
+    bench.write_images(batch * (bench.count + 1), size)
+    bench.wrap(vae.AutoencoderKL, "encode", "encode", bare=True)
+    bench.wrap(common.RowFiles, "put", "store")
+    bench.ends_step(common.RowFiles, "put")
+    bench.part = "data"
+    bench.run(vae.main, batch)
 
 
-class PeakBytes(TorchDispatchMode):
-    """Counts the bytes of the tensors made inside the context, and their peak; tensors made before it do not count."""
-
-    def __init__(self):
-        super().__init__()
-        self.known, self.now, self.peak = {}, 0, 0
-
-    def free(self, key):
-        self.now -= self.known.pop(key)
-
-    def note(self, tree, counts):
-        for t in tree_leaves(tree):
-            if isinstance(t, torch.Tensor) and t.untyped_storage()._cdata not in self.known:
-                storage = t.untyped_storage()
-                self.known[storage._cdata] = storage.nbytes() * counts
-                self.now += storage.nbytes() * counts
-                weakref.finalize(storage, self.free, storage._cdata)
-        self.peak = max(self.peak, self.now)
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.note((args, kwargs), counts=0)
-        out = func(*args, **(kwargs or {}))
-        self.note(out, counts=1)
-        return out
+def time_sample(bench):
+    ours = "--out", bench.folder / "samples.npz", "--steps", bench.args.sampler_steps
+    batch = bench.parse(sample, *ours).micro_batch * bench.world
+    args = bench.parse(sample, *ours, "--images", batch * (bench.count + 1))
+    if args.sit in sit.SIT_MODELS:
+        bench.patch(sample, "load_pair", random_pair)
+    bench.wrap(sit.SiT, "__call__", "sit", bare=True)
+    bench.wrap(vae.AutoencoderKL, "decode", "decode", bare=True)
+    bench.wrap(common.RowFiles, "put", "store")
+    bench.ends_step(common.RowFiles, "put")
+    bench.run(sample.main, batch)
 
 
-def peak_bytes(run):
-    """Bytes that run() would allocate at its peak; with tensors of the "meta" device nothing is computed. Attention counts as
-    the fused kernels hold it: three inputs and one output, no N x N matrix (which a CPU in bf16 makes for few tokens)."""
-    with mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", lambda q, k, v, *_, **__: q * k * v), PeakBytes() as counter:
-        run()
-    return counter.peak
+def time_fid(bench):
+    """Inception beside torch-fidelity's; the Fréchet distance beside scipy's sqrtm; precision and recall."""
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+    bench.stack.enter_context(torch.backends.cudnn.flags(allow_tf32=False))
+    images = torch.randint(0, 256, (32, 3, 256, 256), dtype=torch.uint8, device=bench.device)
+    net = fid.FIDInception(weights=False).to(bench.device, memory_format=torch.channels_last)
+    torch.save(net.net.state_dict(), bench.folder / "inception.pth")
+    peer = FeatureExtractorInceptionV3("peer", ["2048"], str(bench.folder / "inception.pth"))
+    peer.to(bench.device)
+    bench.rivals["torch_fidelity"] = torch.no_grad()(lambda: peer(images)[0].cpu())
+    bench.part = "network"
+    bench.run_function(lambda: net(images).cpu(), len(images))
+    rng, scale = np.random.default_rng(0), 1 + np.arange(2048) / 500
+    a, b = (fid.statistics((rng.standard_normal((4096, 2048)) * scale).astype(np.float32)) for _ in range(2))
+    features = [torch.randn(bench.args.images, 2048) for _ in range(2)]
+    for name, run in dict(frechet_distance=lambda: fid.frechet_distance(*a, *b),
+                          scipy_sqrtm=lambda: scipy.linalg.sqrtm(a[1] @ b[1]),
+                          precision_recall=lambda: fid.precision_recall(*features)).items():
+        bench.record[f"{name}_s"] = seconds_of(run, bench.device)
 
 
-def cpu_name():
-    """The processor's name where the system tells it."""
-    info = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
-    return names[0] if names else platform.processor() or platform.machine()
+def time_probe(bench):
+    """Fits of 2,000 images with the 8,192 numbers of f16d32 at 256 and CelebA's 40 attributes, made up."""
+    n, D, A, generator = 2000, 8192, 40, torch.Generator().manual_seed(0)
+    X, W = torch.randn(n, D, generator=generator), torch.randn(D, A, generator=generator)
+    Y = (X @ W + D ** 0.5 * torch.randn(n, A, generator=generator) > 0).float()
+    bench.wrap(probe, "principal_axes", "axes")
+    bench.wrap(torch.optim.LBFGS, "step", "solver")
+    parts = X[:1600], Y[:1600], X[1600:], Y[1600:]
+    bench.run_function(lambda: probe.fit_probe(*parts, device=bench.device), n)
+
+
+def time_peers(bench):
+    """Our training step beside plain code (peers.py), in turn, on the same weights and data."""
+    from extras import peers
+    name, *flags = bench.flags or [""]
+    if name not in peers.DEFAULTS:
+        raise common.UserError(f"peers {name}: expected peers sit or peers vae")
+    module = dict(sit=train_sit, vae=train_vae)[name]
+    bench.flags = [*peers.DEFAULTS[name], *flags]
+    bench.count = 2 * bench.args.steps + 4
+    read_steps = module.read_steps
+
+    def keep(*args):
+        for bench.batch in read_steps(*args):
+            yield bench.batch
+
+    bench.patch(module, "read_steps", keep)
+    bench.protocol = peers.race(bench)
+    time_training(bench, module)
+    bench.record = dict(stage=f"peers {name}", machine=machine(bench.device), command=bench.command,
+                        **bench.record)
+
+
+def print_record(record):
+    for key, value in record.items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{k} {v:.4g}" for k, v in value.items())
+        elif isinstance(value, list):
+            value = " to ".join(f"{v:.4g}" for v in value)
+        print(f"{key.replace('_', ' ')}: " + (f"{value:.4g}" if isinstance(value, float) else str(value)))
+
+
+STAGES = dict(train_sit=functools.partial(time_training, module=train_sit),
+              train_vae=functools.partial(time_training, module=train_vae),
+              encode=time_encode, sample=time_sample, fid=time_fid, probe=time_probe, peers=time_peers)
+
+
+def main():
+    p = common.Parser(description=__doc__, allow_abbrev=False)
+    p.add_argument("stage", choices=STAGES)
+    p.add_argument("--steps", type=common.positive, default=5, help="steps (batches, fits) that are timed")
+    p.add_argument("--json", help="write the numbers here too")
+    p.add_argument("--sampler-steps", type=common.positive, default=5, help="sample: --steps of sample.py")
+    p.add_argument("--images", type=common.positive, default=10_000, help="fid: of precision and recall")
+    args, flags = p.parse_known_args()
+    if args.json:
+        common.open_out(Path(args.json).parent, flag="--json")
+    with contextlib.ExitStack() as stack:
+        bench = Bench(args, flags, stack)
+        stack.callback(shutil.rmtree, bench.folder, ignore_errors=True)
+        STAGES[args.stage](bench)
+        common.barrier()
+    if bench.rank == 0:
+        if args.json:
+            common.write_json(args.json, bench.record)
+        print_record(bench.record)
+
+
+if __name__ == "__main__":
+    common.run_script(main)

@@ -1,14 +1,16 @@
-"""The two ends of a study's scale: a vision model that knows exactly the attributes of a data set, and the same network knowing nothing.
+"""The two ends of a study's scale: a vision model that knows exactly the attributes of a data set, and the
+same network knowing nothing.
 
-    python extras/oracle.py out/avatars out/oracle.safetensors              # timm's resnet10t trained on attributes.csv: the positive control
-    python extras/oracle.py out/avatars out/random.safetensors --steps 0    # the same network at its random weights: the negative control
+    python extras/oracle.py out/avatars out/oracle.safetensors            # resnet10t, trained on them
+    python extras/oracle.py out/avatars out/random.safetensors --steps 0  # the same network, random weights
     python train_vae.py ... --vfm resnet10t --vfm-ckpt out/oracle.safetensors --grid 8
 
-If alignment to the oracle does not help a diffusion model, the testbed cannot show that alignment helps; what alignment to random
-weights gains is not due to meaning. Images are enlarged to 128 pixels, as VFM does with an 8 x 8 grid, so that stride 16 gives
-8 x 8 tokens of 256 numbers. The loss is the cross-entropy of every known attribute; the test split is scored at the end.
+The first is the positive control: if alignment to it does not help a diffusion model, the testbed cannot show
+that alignment helps. The second is the negative control: what alignment to random weights gains is not due to
+meaning. Images are enlarged to 128 pixels, as VFM does with an 8 x 8 grid, so that stride 16 gives 8 x 8
+tokens of 256 numbers. The loss is the cross-entropy of every known attribute; at the end the test split is
+scored.
 """
-import argparse
 import sys
 from pathlib import Path
 
@@ -18,7 +20,8 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import common  # noqa: E402
 import data  # noqa: E402
 from probe import f1  # noqa: E402
 
@@ -34,7 +37,9 @@ def load_split(table, images, split):
 
 
 def logits(net, pixels, device):
-    mean, std = (torch.tensor(net.pretrained_cfg[k], device=device).view(1, 3, 1, 1) for k in ("mean", "std"))
+    """uint8 (B, 3, S, S) -> (B, classes), float32."""
+    mean = torch.tensor(net.pretrained_cfg["mean"], device=device).view(1, 3, 1, 1)
+    std = torch.tensor(net.pretrained_cfg["std"], device=device).view(1, 3, 1, 1)
     x = F.interpolate((pixels.to(device).float() / 255 - mean) / std, (128, 128), mode="bicubic")
     with common.autocast(device, common.fast_precision(device)):
         return net(x.contiguous(memory_format=torch.channels_last)).float()
@@ -71,9 +76,10 @@ def main():
     device, _, _ = common.setup()
     torch.manual_seed(args.seed)
     net = timm.create_model(NET, num_classes=1000).to(device, memory_format=torch.channels_last)
-    made = dict(kind="random weights", steps="0", seed=str(args.seed))
+    record = dict(kind="random weights", steps="0", seed=str(args.seed))
     if args.steps:
-        table, images = data.read_attributes(args.data), data.ImageFolder(args.data, args.size)
+        table = data.read_attributes(args.data)
+        images = data.ImageFolder(args.data, args.size)
         net.reset_classifier(len(table.names))
         net.to(device)
         train(net.train(), *load_split(table, images, "train"), args.steps, device)
@@ -81,13 +87,14 @@ def main():
         with torch.no_grad():
             found = torch.cat([logits(net.eval(), x, device) for x in pixels.split(64)]).cpu()
         score = f1(labels, found > 0).nanmean().item()
-        made |= dict(kind=f"trained on {args.data}", steps=str(args.steps), test_f1=f"{score:.4f}", data=images.hash)
+        record |= dict(kind=f"trained on {args.data}", steps=str(args.steps), test_f1=f"{score:.4f}",
+                       data=images.hash)
         print(f"macro F1 of {len(table.names)} attributes on {len(pixels)} test images: {score:.4f}")
         net.reset_classifier(1000)  # VFM expects timm's own head; tokens do not pass it
     state = {k: v.cpu().contiguous() for k, v in net.state_dict().items()}
-    safetensors.torch.save_file(state, f"{out}.part", made)
+    safetensors.torch.save_file(state, f"{out}.part", record)
     Path(f"{out}.part").rename(out)
-    print(f"{out}: {NET}, {made['kind']}")
+    print(f"{out}: {NET}, {record['kind']}")
 
 
 if __name__ == "__main__":

