@@ -227,19 +227,6 @@ def do_on_two(script, *args, folder):
     return ranks[0][2]
 
 
-def endless(script, small, out, *flags, ranks=1):
-    """A training process that would take for ever (what it does once must not depend on --steps), once it has
-    logged two steps."""
-    command = *train_command(script, small, out), "--steps", 10 ** 9, *flags
-    process = subprocess.Popen(command_line(script, *command, ranks=ranks), cwd=HERE, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    log, end = out / "metrics.jsonl", time.time() + 120
-    while not (log.exists() and len(log.read_text().splitlines()) > 2):
-        assert process.poll() is None and time.time() < end, process.communicate()
-        time.sleep(0.02)
-    return process
-
-
 # ------------------------------------------------------------------------------------------------------------
 # Judging what they did
 
@@ -273,7 +260,8 @@ def tensors(tree, name=""):
     """Every tensor of a checkpoint under its path."""
     if isinstance(tree, torch.Tensor):
         return {name: tree}
-    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, (list, tuple)) else ()
+    items = enumerate(tree) if isinstance(tree, (list, tuple)) else ()
+    items = tree.items() if isinstance(tree, dict) else items
     return {k: v for key, value in items for k, v in tensors(value, f"{name}/{key}").items()}
 
 
@@ -334,8 +322,8 @@ def tiny_vae(seed=0, **changes):
 
 def tiny_sit(**changes):
     torch.manual_seed(0)
-    size = dict(input_size=4, in_channels=3, num_classes=5, depth=2, hidden_size=32, num_heads=2, patch_size=2)
-    return sit.SiT(**{**size, **changes})
+    size = dict(input_size=4, patch_size=2, in_channels=3, num_classes=5)
+    return sit.SiT(**{**size, **dict(depth=2, hidden_size=32, num_heads=2), **changes})
 
 
 def ldm_state():

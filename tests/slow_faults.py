@@ -3,9 +3,9 @@
 `python tests/soak.py` runs the long version of the kills and the fuzzing."""
 import operator
 
-import convert
-import study
 from helpers import *  # noqa: F403
+
+from extras import convert, study
 
 # ------------------------------------------------------------------------------------------------------------
 # Kills
@@ -50,8 +50,8 @@ def killed_command(script, small, out):
     if script == "vae":
         return encode_command(small, small / "images", out, "--flip", "--micro-batch", 1)
     if script == "sample":
-        return ("sample", "--sit", small / "sit/sit.pt", "--images", 40, "--steps", 6, "--micro-batch", 1, *FP32,
-                "--out", out / "a.npz")
+        flags = "--images", 40, "--steps", 6, "--micro-batch", 1, *FP32
+        return "sample", "--sit", small / "sit/sit.pt", *flags, "--out", out / "a.npz"
     return script, *train_command(script, small, out), "--steps", 12, "--save-every", 2, "--log-every", 3
 
 
@@ -88,7 +88,8 @@ def assert_same_output(script, a, b):
     else:
         one, two = np.load(a / "a.npz"), np.load(b / "a.npz")
         assert np.array_equal(one["arr_0"], two["arr_0"]) and np.array_equal(one["arr_1"], two["arr_1"])
-        assert np.array_equal(Image.open(a / "a.png"), Image.open(b / "a.png")) and operator.eq(*read("a.json"))
+        assert np.array_equal(Image.open(a / "a.png"), Image.open(b / "a.png"))
+        assert operator.eq(*read("a.json"))
     assert {p.name for p in b.iterdir()} == {p.name for p in a.iterdir()}
 
 
@@ -98,8 +99,9 @@ def what_is_stored(script, out):
         places = out / NAME[script], (out / NAME[script]).with_suffix(".prev.pt")
         step = next((common.load_checkpoint(p)["step"] for p in places if p.exists()), 0)
         return "already at step 12" if step == 12 else f": step {step} of 12" if step else ""
-    names = ("done.npy", "unfinished.json", "meta.json") if script == "vae" else ("a.npz.done", "a.npz.run", "a.npz")
-    done, mark, result = (out / name for name in names)
+    names = dict(vae=("done.npy", "unfinished.json", "meta.json"),
+                 sample=("a.npz.done", "a.npz.run", "a.npz"))
+    done, mark, result = (out / name for name in names[script])
     if result.exists() and (script == "vae" or not mark.exists()):
         return "already"
     return f"going on, {np.count_nonzero(np.load(done) == 1)} of 40 images are there" if mark.exists() else ""
@@ -225,7 +227,8 @@ def test_a_lost_rank_ends_the_others(small, tmp_path):
     out = tmp_path / "out"
     status, err = lose_a_rank(small, out, 10 ** 9, restarts=0, victim=1)
     (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert status and "rank 0: another process of this run is lost" in line and "run the same command again" in line
+    assert status and "rank 0: another process of this run is lost" in line
+    assert "run the same command again" in line
     assert "SIGKILL" in err  # torchrun names who died
     assert f'Traceback (most recent call last):\n  File "{HERE / "train_sit.py"}' not in err
     step = common.load_checkpoint(out / "sit.pt")["step"]
@@ -270,11 +273,13 @@ def test_ranks_resume_from_one_checkpoint(small, tmp_path):
 def test_two_runs_in_one_place(small, tmp_path):
     """Two runs write into one folder; the refusal does not say who is there; or a dead owner keeps it."""
     commands = {script: killed_command(script, small, tmp_path / script) for script in BAD_MOMENTS}
-    locks = {script: tmp_path / script / ("a.npz.lock" if script == "sample" else ".lock") for script in commands}
-    commands["avatars"], locks["avatars"] = ("avatars", tmp_path / "avatars", "--n", 5), tmp_path / "avatars.lock"
-    cached = sit_command(small, tmp_path / "sit", "--data", small / "images", "--repa", 0.5, *VFM, "--steps", 1)
+    locks = {script: tmp_path / script / ".lock" for script in commands}
+    repa = "--data", small / "images", "--repa", 0.5, *VFM
+    cached = sit_command(small, tmp_path / "sit", *repa, "--steps", 1)
     commands["cache"] = *cached, "--cache-vfm", tmp_path / "tokens"
-    locks["cache"] = tmp_path / "tokens/.lock"
+    commands["avatars"] = "avatars", tmp_path / "avatars", "--n", 5
+    locks |= dict(sample=tmp_path / "sample/a.npz.lock", cache=tmp_path / "tokens/.lock",
+                  avatars=tmp_path / "avatars.lock")
     for name, lock in locks.items():
         lock.parent.mkdir(exist_ok=True)
         reader, writer = os.pipe()
@@ -292,10 +297,10 @@ def test_two_runs_in_one_place(small, tmp_path):
         assert not lock.exists()
     both = call(*cached, "--cache-vfm", tmp_path / "both", "--out", tmp_path / "both")
     assert_refused(both, "--cache-vfm", "something else there already")
-    for script, flags, sign in (("train_sit", ("--steps", 10 ** 9), "sit.prev.pt"),
-                                ("sample", ("--steps", 2000), "a.npz.run")):  # a run that works, not a lock alone
+    # a run that works, not a lock alone
+    for script, steps, sign in (("train_sit", 10 ** 9, "sit.prev.pt"), ("sample", 2000, "a.npz.run")):
         out = tmp_path / f"{script} at work"
-        command, end = (*killed_command(script, small, out), *flags), time.time() + 60
+        command, end = (*killed_command(script, small, out), "--steps", steps), time.time() + 60
         pid = fork(*command, log=tmp_path / "log")
         while not (out / sign).exists():
             assert time.time() < end
@@ -340,7 +345,8 @@ def disk(tmp_path):
     folder.mkdir()
 
     def mount(options):
-        words = ["mount", "-t", "tmpfs", "-o", f"remount,{options}" if mounted else options, "none", str(folder)]
+        options = f"remount,{options}" if mounted else options
+        words = ["mount", "-t", "tmpfs", "-o", options, "none", str(folder)]
         if shutil.which("mount") is None or subprocess.run(words, capture_output=True).returncode:
             pytest.skip("this user may not mount a disk")
         mounted.append(1)
@@ -458,7 +464,8 @@ def test_too_many_open_files(workers, small, tmp_path):
 def bomb_png(width, height):
     """A PNG of a few bytes that unpacks to width x height white pixels (1 bit each)."""
     def chunk(name, content):
-        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+        checksum = struct.pack(">I", zlib.crc32(name + content))
+        return struct.pack(">I", len(content)) + name + content + checksum
 
     packer, row = zlib.compressobj(9), b"\0" + b"\xff" * (-(-width // 8))
     lines = b"".join(packer.compress(row) for _ in range(height)) + packer.flush()
@@ -482,7 +489,8 @@ def test_hostile_images(small, tmp_path):
     assert status == 0 and "397 images" in out and "4 unreadable" in out
     for name, word in (("000.png", "400000000 pixels"), ("002.png", "200000 x 1 pixels"),
                        ("004.png", "no regular file"), ("005.tif", "NaN")):
-        assert len([line for line in err.splitlines() if f"a/{name}" in line and word in line]) == 1, (name, err)
+        (line,) = [line for line in err.splitlines() if f"a/{name}" in line]
+        assert word in line
     assert len(data.find_images(images)) == 401  # no image twice
     (images / "a/gone.png").symlink_to(tmp_path / "nowhere")
     assert data.ImageFolder(images, 8).hash.isalnum()
@@ -535,9 +543,10 @@ def test_errors_of_the_machine_are_no_damage(small, tmp_path, monkeypatch):
     assert common.load_newest(tmp_path / "x.pt")["step"] == 2
     with monkeypatch.context() as m:
         (images / "lost+found").mkdir()  # of root, on every disk
-        m.setattr(os, "scandir", raising(errno.EIO, lambda path: str(path).endswith("lost+found"), os.scandir))
+        scandir = os.scandir
+        m.setattr(os, "scandir", raising(errno.EIO, lambda path: str(path).endswith("lost+found"), scandir))
         assert len(data.find_images(images)) == 4
-        m.setattr(os, "scandir", raising(errno.EIO, lambda path: str(path).endswith("b"), os.scandir))
+        m.setattr(os, "scandir", raising(errno.EIO, lambda path: str(path).endswith("b"), scandir))
         with pytest.raises(OSError, match="Input/output"):
             data.find_images(images)
     for number in (errno.EIO, errno.ENOTCONN, errno.ESTALE):
@@ -616,7 +625,8 @@ def fuzz_seeds(small, folder):
     torch.save(state, folder / "zip.pt")
     torch.save(state, folder / "legacy.pt", _use_new_zipfile_serialization=False)
     safetensors.torch.save_file(state["ema"], folder / "safe.safetensors")
-    np.savez(folder / "stats.npz", mean=rng.normal(size=4), std=np.ones(4), mu=rng.normal(size=4), sigma=np.eye(4))
+    stats = dict(mean=rng.normal(size=4), std=np.ones(4), mu=rng.normal(size=4), sigma=np.eye(4))
+    np.savez(folder / "stats.npz", **stats)
     np.savez_compressed(folder / "samples.npz", arr_0=np.stack([ramp()] * 4), arr_1=np.arange(4))
     shutil.copytree(small / "latents", latents)
     shutil.copy(small / "sit/metrics.jsonl", folder)
@@ -629,7 +639,7 @@ def fuzz_seeds(small, folder):
         data.read_attributes(tables)
 
     def read_checkpoint(path):
-        for read in (common.load_checkpoint, common.load_newest, vae.load_vae, lambda p: sit.load_sit(p, "ema")):
+        for read in (common.load_checkpoint, common.load_newest, vae.load_vae, sit.load_sit):
             with contextlib.suppress(UserError):
                 read(path)
         common.load_checkpoint(path)
