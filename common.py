@@ -380,7 +380,10 @@ def release(f):
     """End a claim()."""
     if f in CLAIMS:
         CLAIMS.remove(f)
-        Path(f.name).unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            # if its file was deleted before, this name is another owner's by now
+            if os.path.samestat(os.fstat(f.fileno()), os.stat(f.name)):
+                os.unlink(f.name)
         f.close()
 
 
@@ -894,9 +897,12 @@ class Run:
                 print(f"{self.path}: already at step {self.step}")
             return False
         networks = [m for m in modules.values() if isinstance(m, torch.nn.Module)]
-        size = sum(p.numel() for m in networks for p in m.parameters())
+        optimizers = [m for m in modules.values() if isinstance(m, torch.optim.Optimizer)]
+        weights = sum(p.numel() for m in networks for p in m.parameters())
+        trained = sum(p.numel() for m in optimizers for group in m.param_groups for p in group["params"])
         there = sum(p.stat().st_size for p in (self.path, self.path.with_suffix(".prev.pt")) if p.exists())
-        open_out(self.path.parent, need_bytes=3 * 12 * size - there)  # three files, with two moments a weight
+        # three files: this one, the one before and the one being written; Adam keeps two moments a weight
+        open_out(self.path.parent, need_bytes=3 * 4 * (weights + 2 * trained) - there)
         return True
 
     def steps(self, batches, name_images):
@@ -917,23 +923,17 @@ class Run:
         step = self.step if step is None else step
         return bool(every) and (step % every == 0 or step == self.args.steps)
 
-    @contextlib.contextmanager
-    def untimed(self):
-        """What is done in here is no part of the training's speed."""
-        begin = time.time()
-        yield
-        self.since += time.time() - begin
-
-    def after_step(self, losses, each=None, t=None):
+    def after_step(self, losses, each=None, t=None, score=None):
         """Note the losses, {name: scalar tensor of this rank}, and of each of its images a number that shows
-        whether it is finite (with times t: its loss). Then log, save, and stop if a signal asked for it."""
+        whether it is finite (with times t: its loss). Then log, score, save, and stop if a signal asked for
+        it. score() -> {name: float}, for the log; only finite losses are followed by it."""
         args, rank = self.args, self.rank
         self.step += 1
         self.seen += args.batch
         self.losses.add(self.step, losses, each, t)
         self.bar.update()
         stopping, logs, saves = self.stop.asked(), self.due(args.log_every), self.due(args.save_every)
-        if logs or saves or stopping:
+        if logs or saves or stopping or score is not None:
             self.last = self.losses.look(self.name_images, self.advice)
         if logs:
             now = time.time()
@@ -943,6 +943,10 @@ class Run:
             self.log.write(step=self.step, **self.last, **by_time, lr=learning_rate(args, self.step - 1),
                            images_per_s=round(rate, 1), seconds=round(self.seconds, 1))
             self.bar.set_postfix({k: f"{v:.4g}" for k, v in self.last.items()}, refresh=False)
+        if score is not None:
+            begin = time.time()
+            self.log.write(step=self.step, **score())
+            self.since += time.time() - begin  # no part of the training's speed
         if (saves or stopping) and rank == 0:
             state = {k: m and m.state_dict() for k, m in self.modules.items()}
             state |= dict(self.record, args=vars(args), inputs=self.inputs, step=self.step,

@@ -202,7 +202,7 @@ class Evaluation:
 
     @torch.no_grad()
     def __call__(self, model):
-        """The distance, on rank 0 (0 elsewhere), whatever the number of ranks."""
+        """{its name: the distance}, on rank 0 (0 elsewhere), whatever the number of ranks."""
         run, args, c = self.run, self.run.args, model.config
         shape = c["in_channels"], c["input_size"], c["input_size"]
         features = torch.zeros(args.eval_images, self.net.dim)
@@ -215,8 +215,8 @@ class Evaluation:
             with torch.backends.cudnn.flags(allow_tf32=False):
                 features[list(rows)] = self.net(images).cpu()
         features = common.all_reduce(features)
-        return 0.0 if run.rank else frechet_distance(self.stats["mu"], self.stats["sigma"],
-                                                     *statistics(features))
+        known = self.stats["mu"], self.stats["sigma"]
+        return {self.name: 0.0 if run.rank else frechet_distance(*known, *statistics(features))}
 
 
 def print_plan(args, run, latents, model, vfm, pair):
@@ -322,11 +322,10 @@ def main():
         optimizer.step()
         common.update_ema(ema, model, step, args.ema)
 
-        # 3. Score the averaged model; then log, save and stop where it is due
-        if evaluate is not None and run.due(args.eval_every, step + 1):
-            with run.untimed():
-                run.log.write(step=step + 1, **{evaluate.name: evaluate(ema)})
-        run.after_step(parts, each=torch.cat(losses), t=batch[2])
+        # 3. Log, score the averaged model, save and stop where it is due
+        scores = evaluate is not None and run.due(args.eval_every, step + 1)
+        run.after_step(parts, each=torch.cat(losses), t=batch[2],
+                       score=partial(evaluate, ema) if scores else None)
 
 
 if __name__ == "__main__":
