@@ -174,7 +174,8 @@ class Parser(argparse.ArgumentParser):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
 
     def error(self, message):
-        raise UserError(f"{self.prog}: {message} (--help lists the flags)")
+        moved = "; speed is measured by: python extras/bench.py" if "--bench" in message else ""
+        raise UserError(f"{self.prog}: {message} (--help lists the flags){moved}")
 
 
 def positive(text):

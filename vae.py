@@ -360,7 +360,8 @@ def parse_args():
     p.add_argument("--dry-run", action="store_true", help="print the plan (images, disk), and end")
     args = p.parse_args()
     if args.command == "export-diffusers":
-        raise UserError(f"now: python extras/convert.py to-diffusers --vae {args.vae} --out {args.out}")
+        raise UserError("export-diffusers is now: python extras/convert.py to-diffusers "
+                        f"--vae {args.vae} --out {args.out}")
     if args.command == "encode" and not args.data:
         p.error("the following arguments are required: --data")
     return args
@@ -412,7 +413,7 @@ def encode_batches(vae, images, batches, args, device):
 
 
 def store_moments(store, rows, moments, images, vae_path):
-    """Put moments (B, F, 2c, h, w) into their rows. Raises UserError, for infinite ones."""
+    """Put moments (B, F, 2c, h, w) into their rows. Raises UserError for any that are not finite."""
     bad = [images.files[row] for row, m in zip(rows, moments, strict=True) if not m.isfinite().all()]
     if bad:
         raise UserError(f"{vae_path}: moments of {', '.join(bad[:8])} exceed float16 or are not finite")
@@ -438,8 +439,8 @@ def keep_rows(path, kept):
 
 
 def finish(out, images, store, settings, seconds):
-    """Write the other files of a cache; meta.json, the last, marks it as whole -> (its content, std (c,))."""
-    n, kept = len(images.files), np.flatnonzero(store.done)
+    """Write the other files of the cache; meta.json, the last, marks it whole -> (its content, std (c,))."""
+    n, kept = len(images.files), np.flatnonzero(store.done == 1)  # the other images could not be read
     moments, sums = store.arrays
     if n - len(kept) > data.MAX_BAD * n:  # each process has seen its own part alone
         raise UserError(f"{images.root}: {n - len(kept)} of {n} images are unreadable, more than "

@@ -1,36 +1,55 @@
-"""Stage 7: what a study found: the arms of `bash run.sh study` -> report.md, rows.json and four figures.
+"""Stage 7: tables and figures of what run.sh made: of the study, and of the demo.
 
-    python study.py out/study          # reads out/study/seed*/ARM; what is not there yet is left out, and said
+    python extras/study.py out/study         # -> report.md, rows.json, correlations.json and two figures
+    python extras/study.py demo out/demo --study results/study/rows.json      # -> report.json, report.png
 
-Every arm is compared within each seed, where all share the pre-trained VAE, images, order, noise and steps: with the control, an arm with REPA with the
-control with REPA. An interval is the 95 % interval of Student's t over the seeds of those differences; "undecided" means that it holds 0 (or 1, for a ratio).
+The study compares every arm within each seed, where all share the pre-trained VAE, images, order, noise and
+steps: with the control, an arm with REPA with the control with REPA. What is not finished is left out, and
+said. An interval is the 95 % interval of Student's t over the seeds of those differences; "undecided" means
+that it holds 0 (or 1, for a ratio). Arms whose SiT is trained longer (-long) stand apart.
 """
-import argparse
+import contextlib
 import json
 import sys
 from pathlib import Path
 
 import numpy as np
 import scipy.stats
+import torch
 from PIL import Image
 
-import common
-import data
-import fid
-from common import UserError
-from probe import SAMPLE_SCORES, correlate, kind_colours, new_figure, numbers, save_figure, scatter, scatter_figure, verdict
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from correlate import correlate, kind_colours, new_figure, numbers, save_figure, verdict  # noqa: E402
+
+import common  # noqa: E402
+from common import UserError  # noqa: E402
+from fid import count_name, warn_of_blur  # noqa: E402
 
 # What each arm of run.sh changes, in the order of the tables
-ARMS = {"control": "fine-tuned, no alignment", "send": "Send-VAE: depth 1, noise, lambda 2",
-        "random": "Send-VAE, VFM with random weights (negative control)", "oracle": "Send-VAE, VFM trained on the attributes (positive control)",
-        "depth0-clean": "MLP only, no noise", "depth1-clean": "depth 1, no noise", "depth2": "depth 2, noise",
-        "random-matched": "random VFM, lambda for the PSNR of `send`", "vavae": "VA-VAE's alignment", "vfm2": "Send-VAE, EfficientNet-Lite2 as VFM",
-        "lambda0.5": "Send-VAE, lambda 0.5", "lambda8": "Send-VAE, lambda 8", "standardised": "Send-VAE, tokens standardised (not in the paper)",
-        "control-repa": "control's VAE, REPA in the SiT", "send-repa": "Send-VAE's VAE, REPA in the SiT"}
-# Claims put to the test: words, arm, what it is compared with, score, and whether the claim is of a lower or a higher value
+ARMS = {
+    "control": "fine-tuned, no alignment",
+    "send": "Send-VAE: depth 1, noise, lambda 2",
+    "random": "Send-VAE, VFM with random weights (negative control)",
+    "oracle": "Send-VAE, VFM trained on the attributes (positive control)",
+    "depth0-clean": "MLP only, no noise",
+    "depth1-clean": "depth 1, no noise",
+    "depth2": "depth 2, noise",
+    "random-matched": "random VFM, lambda for the PSNR of `send`",
+    "vavae": "VA-VAE's alignment",
+    "vfm2": "Send-VAE, EfficientNet-Lite2 as VFM",
+    "lambda0.5": "Send-VAE, lambda 0.5",
+    "lambda8": "Send-VAE, lambda 8",
+    "standardised": "Send-VAE, tokens standardised (not in the paper)",
+    "control-repa": "control's VAE, REPA in the SiT",
+    "send-repa": "Send-VAE's VAE, REPA in the SiT",
+    "control-long": "control's VAE, SiT trained longer",
+    "send-long": "Send-VAE's VAE, SiT trained longer",
+}
+# Claims put to the test: words, arm, what it is compared with, score, and whether it is to be lower or higher
 CLAIMS = (
     ("A SiT learns faster on aligned latents (gFD after equal training)", "send", "control", "fd", "lower"),
-    ("... in the generator's own part (FD to the VAE's reconstructions)", "send", "control", "fd_to_reconstructions", "lower"),
+    ("... in the generator's own part (FD to the VAE's reconstructions)", "send", "control",
+     "fd_to_reconstructions", "lower"),
     ("... for a judge that did not teach it (EfficientNet-Lite2)", "send", "control", "fd2", "lower"),
     ("... for another that did not (VGG16)", "send", "control", "fd3", "lower"),
     ("The testbed can show it: a VFM that knows the attributes helps", "oracle", "control", "fd", "lower"),
@@ -39,84 +58,154 @@ CLAIMS = (
     ("... for a judge that taught neither (VGG16)", "send", "random", "fd3", "lower"),
     ("Meaning helps beyond smoothing, at equal loss of PSNR", "send", "random-matched", "fd", "lower"),
     ("... for a judge that taught neither (VGG16)", "send", "random-matched", "fd3", "lower"),
-    ("Attributes are easier to read from aligned latents (probe F1)", "send", "control", "probe_f1", "higher"),
+    ("Attributes are easier to read from aligned latents (probe F1)", "send", "control", "probe_f1",
+     "higher"),
     ("With REPA in the SiT too", "send-repa", "control-repa", "fd", "lower"),
     ("A non-linear mapper beats the MLP (Table 2)", "depth1-clean", "depth0-clean", "fd", "lower"),
     ("Noise helps (Table 3)", "send", "depth1-clean", "fd", "lower"),
     ("It beats VA-VAE's alignment", "send", "vavae", "fd", "lower"),
-    ("A larger VFM helps (Table 4; judged by VGG16, which taught neither)", "vfm2", "send", "fd3", "lower"),
+    ("A larger VFM helps (Table 4; judged by VGG16, which taught neither)", "vfm2", "send", "fd3",
+     "lower"),
     ("It costs reconstruction (PSNR)", "send", "control", "psnr", "lower"),
 )
-# Tables of the paper and the arms that stand for their rows; the number is the paper's gFID (SiT-B/1 + REPA, ImageNet 256)
-TABLES = {"Table 2, depth of the mapper (without noise)": {"depth0-clean": 9.20, "depth1-clean": 8.42},
-          "Table 3, noise (depth 1)": {"depth1-clean": 8.42, "send": 7.57},
-          "Table 4, vision foundation model (the paper's \"none\", 11.40, is not fine-tuned; the control is)": {"control": None, "vfm2": None, "send": 7.57}}
-LOWER = ("fd", "fd2", "fd3", "rfd", "fd_to_reconstructions", "fd2_to_reconstructions", "recon_fd", "lpips", *(f"probe_{k}" for k in ("kde_gini", "gmm_nll", "high_frequency_share", "shift_error", "scale_error")))  # the others: higher is better
+# Columns of the main table: score, heading, digits, its (m)ean and its (d)ifference from the control's
+COLUMNS = (
+    ("psnr", "PSNR", 2, "m"), ("rfd", "rFD", 0, "m"), ("probe_f1", "probe F1", 3, "md"),
+    ("fd", "gFD", 0, "md"), ("fd_to_reconstructions", "gFD to reconstructions", 0, "md"),
+    ("fd2", "gFD by Lite2", 1, "d"), ("fd3", "gFD by VGG16", 1, "d"),
+    ("precision", "precision", 2, "m"), ("recall", "recall", 2, "m"),
+    ("class_agreement", "class agreement", 3, "m"),
+)
+LOWER = ("fd", "fd2", "fd3", "rfd", "fd_to_reconstructions")  # are better; the others when higher
+# The demo's table: names in report.json, and digits
+PRINTED = dict(psnr=2, probe_f1=4, fd=1, rfd=1, fd_to_reconstructions=1, precision=3, recall=3,
+               precision_to_reconstructions=3, recall_to_reconstructions=3, class_agreement=3)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # Reading
 
-def read_arm(folder):
-    """One row: {name, run, arm, seed, measure, curve, commands, commits, sources, baselines, and the scores of fid.read_arm}; None when the
-    arm is not finished. fd2 and fd3 are the distances by EfficientNet-Lite2 and VGG16. Raises UserError."""
-    name, seed = folder.name, folder.parent.name.removeprefix("seed")
-    again = f"delete that arm and run it again: OUT={folder.parent.parent} bash run.sh study {seed} {name}"
-    owner = folder.parent / name.removesuffix("-repa")  # an arm with REPA in the SiT has another arm's VAE
-    files = {k: folder / f"{k}.json" for k in ("fd", "fd2", "fd3", "samples")} | {k: owner / f"{k}.json" for k in ("recon", "probe")}
-    log, tuned = folder / "sit/metrics.jsonl", owner / "metrics.jsonl"
-    if not log.is_file() or not tuned.is_file() or not all(p.is_file() for p in files.values()):
-        return None
-    records = {k: common.read_json(p) for k, p in files.items()}
-    curve_measure, curve = fid.read_curve(log)
+
+@contextlib.contextmanager
+def checked(path, again):
+    """What content that no stage wrote raises in here becomes one line, which ends with what to do."""
     try:
-        scores, baselines, score = fid.read_arm(folder, owner)
-        floor = f"as many {max(score['fd_real'].values(), default=float('nan')):.0f}, one half of the training images against the other ({score['floor_n']} each) {score['floor']:.0f}"
-        for k in ("fd2", "fd3"):
-            (scores[k],) = records[k]["fd"].values()
-        (second,) = records["fd2"]["scores"].values()
-        scores["fd2_to_reconstructions"] = second["fd_to_reconstructions"]
-        drawn, begun = records["samples"], {k: json.loads(p.read_text("utf-8").splitlines()[0]) for k, p in (("train_vae", tuned), ("train_sit", log))}
-        measure = (f"FD({records['fd']['network']})-{scores['fd_n']} (other judges {records['fd2']['network']}, {records['fd3']['network']}), {drawn['sampler']} {drawn['steps']} steps, "
-                   f"VAE {begun['train_vae']['inputs']['init']} trained for {begun['train_vae']['steps']} steps of {begun['train_vae']['batch']}, "
-                   f"SiT for {begun['train_sit']['steps']} of {begun['train_sit']['batch']}; curves {curve_measure}")
-        hashes = {*(records[k]["inputs"]["vae"] for k in ("fd", "fd2")), records["recon"]["inputs"]["vae"], drawn["vae_hash"], begun["train_sit"]["inputs"]["latents"].split("-")[0], *(v for k, v in records["probe"]["inputs"].items() if k != "data")}
-        row = dict(name=f"{folder.parent.name}/{name}", run=folder.parent.name, arm=name, seed=int(seed), measure=measure, curve_measure=curve_measure, **scores, curve=curve)
-        made = {k: r["made"] for k, r in (begun | records).items()}
-        row |= dict(baselines=baselines, real_images=floor, commands={k: m["command"].replace(sys.prefix, "ENV") for k, m in made.items()},
-                    commits=sorted({str(m["commit"]) for m in made.values()}), sources={k: str(p) for k, p in files.items()} | dict(curve=str(log)))
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as e:
-        if isinstance(e, UserError):
-            raise
-        raise UserError(f"{folder}: not what the stages write ({type(e).__name__}: {e}); {again}")
-    if len(hashes) > 1:
-        raise UserError(f"{folder}: its latents, samples, reconstructions and probe are of different VAEs ({', '.join(sorted(hashes))}); {again}")
-    return row
+        yield
+    except UserError:
+        raise
+    except (OSError, *common.BROKEN) as e:
+        raise UserError(f"{path}: not what the stages write ({type(e).__name__}: {e}); {again}") from None
+
+
+def read_log(path):
+    """The records of a metrics.jsonl."""
+    with checked(path, "run that arm again"):
+        return [dict(json.loads(line)) for line in path.read_text("utf-8").splitlines()]
+
+
+def read_curve(path):
+    """Name of the distance and [(step, distance)] of a metrics.jsonl of train_sit.py --eval-every."""
+    with checked(path, "run that arm again"):
+        scored = [(r["step"], k, r[k]) for r in read_log(path) for k in r if k.startswith(("FD(", "FID"))]
+    return scored[0][1] if scored else None, [(step, v) for step, _, v in scored]
+
+
+def last_seconds(path):
+    """Training time in the last line with losses of a metrics.jsonl."""
+    with checked(path, "run that arm again"):
+        return float([r["seconds"] for r in read_log(path) if "seconds" in r][-1])
+
+
+def read_scores(folder, owner):
+    """The scores of one arm from what its stages wrote (fd.json, recon.json; probe.json where the images have
+    attributes): fd, rfd, fd_to_reconstructions, precision, recall, class_agreement, psnr, ssim, recon_fd,
+    probe_f1, ... owner: the folder of its VAE. -> (scores, probe F1 of the baselines, fd.json)."""
+    score, quality, probe = common.read_json(folder / "fd.json"), common.read_json(owner / "recon.json"), {}
+    if (owner / "probe.json").exists():
+        probe = common.read_json(owner / "probe.json").get("results", {})
+    with checked(folder, "delete its fd.json, recon.json and probe.json and run the same command again"):
+        (found,), (n,) = score["scores"].values(), score["n"].values()
+        if "rfd" not in found:
+            raise UserError(f"{folder}/fd.json: no rFD in it; score again, with --vae {owner}/vae.pt")
+        scores = dict(found, fd_n=n, psnr=quality["psnr"], ssim=quality["ssim"], recon_fd=quality.get("fd"))
+        scores |= {"lpips": quality["lpips"]} if "lpips" in quality else {}
+        scores |= numbers(next(iter(probe.values()), {}), "probe_")  # the VAE's come first
+        simple = {k.split()[0]: r["f1"] for k, r in probe.items() if k.startswith(("majority", "pixels"))}
+        return scores, simple, score
+
+
+def other_sit(arm):
+    """Whether an arm has another arm's VAE, and another SiT than the rest."""
+    return arm.endswith(("-repa", "-long"))
+
+
+def read_row(folder):
+    """One arm of one seed: {name, run, arm, seed, measure, curve, commands, commits, sources, baselines, and
+    the scores of read_scores}; None when it is not finished. fd2 and fd3 are the distances by
+    EfficientNet-Lite2 and VGG16; `measure` holds all that must agree between distances. Raises UserError."""
+    arm, run = folder.name, folder.parent.name
+    again = f"delete that arm and run it again: OUT={folder.parent.parent} bash run.sh study {run[4:]} {arm}"
+    owner = folder.parent / arm.removesuffix("-repa").removesuffix("-long")
+    logs = {"train_vae": owner / "metrics.jsonl", "train_sit": folder / "sit/metrics.jsonl"}
+    files = {k: folder / f"{k}.json" for k in ("fd", "fd2", "fd3", "samples")}
+    files |= {k: owner / f"{k}.json" for k in ("recon", "probe")}
+    if not all(p.is_file() for p in (*logs.values(), *files.values())):
+        return None
+    scores, simple, fd = read_scores(folder, owner)
+    curve_measure, curve = read_curve(logs["train_sit"])
+    if not curve:
+        raise UserError(f"{logs['train_sit']}: no distances; expected a run with --eval-every; {again}")
+    with checked(folder, again):
+        records = {k: common.read_json(p) for k, p in files.items()}
+        records |= {k: read_log(p)[0] for k, p in logs.items()}
+        fd2, fd3, drawn, tuned, trained = (records[k] for k in ("fd2", "fd3", "samples", *logs))
+        (scores["fd2"],), (scores["fd3"],) = fd2["fd"].values(), fd3["fd"].values()
+        scores["fd2_to_reconstructions"] = [*fd2["scores"].values()][0]["fd_to_reconstructions"]
+        measure = (f"FD({fd['network']})-{scores['fd_n']} (other judges {fd2['network']}, {fd3['network']}), "
+                   f"{drawn['sampler']} {drawn['steps']} steps, VAE {tuned['inputs']['init']} trained for "
+                   f"{tuned['steps']} steps of {tuned['batch']}, SiT for {trained['steps']} of "
+                   f"{trained['batch']}; curves {curve_measure}")
+        vaes = {records[k]["inputs"]["vae"] for k in ("fd", "fd2", "recon")} | {drawn["vae_hash"]}
+        vaes |= {v for k, v in records["probe"]["inputs"].items() if k != "data"}
+        vaes |= {trained["inputs"]["latents"].split("-")[0]}
+        if len(vaes) > 1:
+            raise UserError(f"{folder}: latents, samples, reconstructions and probe of different VAEs "
+                            f"({', '.join(sorted(vaes))}); {again}")
+        real = max(fd["fd_real"].values(), default=np.nan)
+        real = f"{real:.0f}, one half of them against the other {fd['floor']:.0f}"
+        commands = {k: r["made"]["command"].replace(sys.prefix, "ENV") for k, r in records.items()}
+        return dict(name=f"{run}/{arm}", run=run, arm=arm, seed=int(run[4:]), measure=measure, **scores,
+                    curve_measure=curve_measure, curve=curve, baselines=simple, real_images=real,
+                    commands=commands, commits=sorted({str(r["made"]["commit"]) for r in records.values()}),
+                    sources={k: str(p) for k, p in files.items()} | dict(curve=str(logs["train_sit"])))
 
 
 def read_study(root):
-    """{arm: {seed: row}} in the order of ARMS, and the names of arms that are not finished. Raises UserError."""
-    folders = sorted((p for p in root.glob("seed*/*") if p.is_dir()), key=lambda p: (len(p.parent.name), p))  # seed10 after seed9
-    if not folders:
-        raise UserError(f"{root}: no seed*/ARM in it; expected the folder of: bash run.sh study")
-    rows, missing = {}, []
+    """{arm: {seed: row}} in the order of ARMS, the same of the arms that are trained longer, and the names of
+    what is not finished. Raises UserError."""
+    order = {a: i for i, a in enumerate(ARMS)}
+    folders = [p for p in root.glob("seed*/*") if p.is_dir()]
+    folders.sort(key=lambda p: (order.get(p.name, len(order)), p.name, len(p.parent.name), p))  # seed10: last
+    rows, long, missing = {}, {}, []
     for folder in folders:
-        row = read_arm(folder)
+        row, group = read_row(folder), long if folder.name.endswith("-long") else rows
         if row is None:
             missing.append(f"{folder.parent.name}/{folder.name}")
         else:
-            rows.setdefault(folder.name, {})[row["run"]] = row
-    if not rows.get("control"):
-        raise UserError(f"{root}: no finished control; every arm is compared with it: OUT={root} bash run.sh study")
-    measures = {r["measure"] for of in rows.values() for r in of.values()}
-    if len(measures) > 1:
-        raise UserError(f"{root}: distances of different kinds do not mix: {', '.join(sorted(measures))}")
-    order = {a: i for i, a in enumerate(ARMS)}
-    return {a: rows[a] for a in sorted(rows, key=lambda a: order.get(a, len(order)))}, missing
+            group.setdefault(folder.name, {})[row["run"]] = row
+    if "control" not in rows:
+        raise UserError(f"{root}: no finished seed*/control, with which every arm is compared; run: "
+                        f"OUT={root} bash run.sh study")
+    for group in (rows, long):
+        measures = {r["measure"] for of in group.values() for r in of.values()}
+        if len(measures) > 1:
+            raise UserError(f"{root}: distances of different kinds do not mix: {', '.join(sorted(measures))}")
+    return rows, long, missing
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # Statistics
+
 
 def interval(values):
     """95 % interval of the mean by Student's t: (low, high); nan for fewer than two values."""
@@ -127,18 +216,21 @@ def interval(values):
     return v.mean() - half, v.mean() + half
 
 
-def shared_seeds(rows, arm, reference):
-    return [s for s in rows[arm] if s in rows[reference]]
+def pairs(rows, arm, reference):
+    """The rows of an arm and of what it is compared with, of each seed that both have."""
+    theirs = rows.get(reference, {})
+    return [(r, theirs[seed]) for seed, r in rows.get(arm, {}).items() if seed in theirs]
+
+
+def differences(rows, arm, key, reference="control"):
+    """Arm minus reference, one a seed."""
+    return [a[key] - b[key] for a, b in pairs(rows, arm, reference)]
 
 
 def reference_of(rows, arm):
     """What an arm is compared with: the control, with REPA where the arm has it."""
-    return "control-repa" if arm.endswith("-repa") and arm != "control-repa" and "control-repa" in rows else "control"
-
-
-def differences(rows, arm, key, reference="control"):
-    """Arm minus reference, one a seed that both have."""
-    return [rows[arm][s][key] - rows[reference][s][key] for s in shared_seeds(rows, arm, reference)]
+    with_repa = arm.endswith("-repa") and arm != "control-repa" and "control-repa" in rows
+    return "control-repa" if with_repa else "control"
 
 
 def compared(d, key):
@@ -149,91 +241,9 @@ def compared(d, key):
     return "better" if (high < 0) == (key in LOWER) else "worse"
 
 
-def steps_to(curve, target):
-    """Training steps after which the curve [(step, distance)] first is at or below `target`, linear between its points; None: never.
-    A curve that begins below gives its first step, an upper limit."""
-    before = None
-    for step, value in curve:
-        if value <= target:
-            return float(step) if before is None else before[0] + (step - before[0]) * (before[1] - target) / (before[1] - value)
-        before = step, value
-    return None
-
-
-def speed_ups(rows, arm, reference):
-    """Steps of the reference over steps of the arm to the worse of their two last distances, which both curves reach, one a seed: above 1 the arm is faster,
-    below 1 slower. (Counting only arms that reach the reference would call chance a gain.)"""
-    out = []
-    for seed in shared_seeds(rows, arm, reference):
-        ours, theirs = rows[arm][seed]["curve"], rows[reference][seed]["curve"]
-        target = max(ours[-1][1], theirs[-1][1])
-        out.append(steps_to(theirs, target) / steps_to(ours, target))
-    return out
-
-
-def bounded(rows, arm, reference):
-    """Whether a speed-up is a bound alone, because one of two curves was at the target when it was first measured."""
-    pairs = [(rows[arm][s]["curve"], rows[reference][s]["curve"]) for s in shared_seeds(rows, arm, reference)]
-    return any(min(a[0][1], b[0][1]) <= max(a[-1][1], b[-1][1]) for a, b in pairs)
-
-
-def arm_means(rows):
-    """One row an arm, the mean over its seeds, for probe.correlate, which then resamples arms. Without arms with REPA, which is another SiT."""
-    out = []
-    for arm, of in rows.items():
-        if not arm.endswith("-repa"):
-            shared = set.intersection(*(set(numbers(r)) for r in of.values())) | {"psnr"}
-            out.append(dict({k: float(np.mean([r[k] for r in of.values()])) for k in sorted(shared)}, name=arm, run=arm, arm=arm))
-    return out
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The report
-
-def table(head, lines):
-    return "\n".join(["| " + " | ".join(head) + " |", "|" + "---|" * len(head)] + ["| " + " | ".join(map(str, line)) + " |" for line in lines]) + "\n"
-
-
-def mean_sd(values, digits):
-    v = np.asarray(values, float)
-    return f"{v.mean():.{digits}f}" + (f" ± {v.std(ddof=1):.{digits}f}" if len(v) > 1 else "")
-
-
-def change(rows, arm, key, digits, reference):
-    """Mean difference, its interval and what it says."""
-    d = differences(rows, arm, key, reference)
-    if arm == reference:
-        return ""
-    low, high = interval(d)
-    return f"{np.mean(d):+.{digits}f} " + (f"[{low:+.{digits}f}, {high:+.{digits}f}] {compared(d, key)}" if len(d) > 1 else "(one seed)") if d else "no shared seed"
-
-
-def speed_text(rows, arm):
-    """Geometric mean of the speed-ups, its interval (of the logarithms) and what it says."""
-    reference = reference_of(rows, arm)
-    logs = np.log(speed_ups(rows, arm, reference))
-    if arm == reference or not len(logs):
-        return ""
-    low, high = np.exp(interval(logs))
-    reading = "faster" if low > 1 else "slower" if high < 1 else "undecided"
-    return f"{np.exp(logs.mean()):.2f} " + ("(a bound) " if bounded(rows, arm, reference) else "") + (f"[{low:.2f}, {high:.2f}] {reading}" if len(logs) > 1 else "(one seed)")
-
-
-def main_table(rows):
-    lines = []
-    for arm, of in rows.items():
-        get, to = lambda k: [r[k] for r in of.values()], reference_of(rows, arm)
-        own = lambda k, digits: "" if arm.endswith("-repa") else change(rows, arm, k, digits, to)  # of the VAE: an arm with REPA has another's
-        lines.append([f"`{arm}`", ARMS.get(arm, ""), len(of), mean_sd(get("psnr"), 2), mean_sd(get("rfd"), 0), mean_sd(get("probe_f1"), 3), own("probe_f1", 3),
-                      mean_sd(get("fd"), 0), change(rows, arm, "fd", 0, to), mean_sd(get("fd_to_reconstructions"), 0), change(rows, arm, "fd_to_reconstructions", 0, to),
-                      change(rows, arm, "fd2", 1, to), change(rows, arm, "fd3", 1, to), mean_sd(get("precision"), 2), mean_sd(get("recall"), 2), mean_sd(get("class_agreement"), 3), speed_text(rows, arm)])
-    return table(["arm", "", "seeds", "PSNR", "rFD", "probe F1", "minus control's", "gFD", "minus control's", "gFD to reconstructions", "minus control's",
-                  "gFD by Lite2, minus control's", "by VGG16, minus control's", "precision", "recall", "class agreement", "speed-up"], lines)
-
-
 def claim_verdict(d, direction):
-    """Differences, one a seed, and the direction that is claimed -> (reading, the effect that as many seeds with
-    this scatter would show four times out of five: (t(.975) + t(.8)) standard errors)."""
+    """Differences, one a seed, and the direction that is claimed -> (reading, the effect that as many seeds
+    with this scatter would show four times out of five: (t(.975) + t(.8)) standard errors)."""
     low, high = interval(d)
     if np.isnan(low):
         return "not supported: fewer than two seeds", np.nan
@@ -243,215 +253,379 @@ def claim_verdict(d, direction):
         low, high = -high, -low  # below 0 supports the claim
     if high < 0:
         return "**supported**", visible
-    return "not supported: " + ("the opposite is seen" if low > 0 else f"an effect of {-low:.3g} or less may be there"), visible
+    seen = "the opposite is seen" if low > 0 else f"an effect of {-low:.3g} or less may be there"
+    return f"not supported: {seen}", visible
+
+
+def steps_to(curve, target):
+    """Training steps after which the curve [(step, distance)] first is at or below `target`, linear between
+    its points; None: never. A curve that begins below gives its first step, an upper limit."""
+    before = None
+    for step, value in curve:
+        if value <= target:
+            if before is None:
+                return float(step)
+            return before[0] + (step - before[0]) * (before[1] - target) / (before[1] - value)
+        before = step, value
+    return None
+
+
+def speed_ups(rows, arm, reference):
+    """Steps of the reference over steps of the arm to the worse of their two last distances, which both
+    curves reach, one a seed: above 1 the arm is faster, below 1 slower. (Counting only arms that reach the
+    reference would call chance a gain.) And whether one is a bound: a curve was there at its first point."""
+    ratios, bound = [], False
+    for ours, theirs in ((a["curve"], b["curve"]) for a, b in pairs(rows, arm, reference)):
+        target = max(ours[-1][1], theirs[-1][1])
+        ratios.append(steps_to(theirs, target) / steps_to(ours, target))
+        bound |= min(ours[0][1], theirs[0][1]) <= target
+    return ratios, bound
+
+
+def arm_means(rows):
+    """One row an arm, the mean over its seeds, for correlate(), which then resamples arms. Without arms with
+    REPA, which is another SiT."""
+    out = []
+    for arm, of in rows.items():
+        keys = set.intersection(*(set(numbers(r)) for r in of.values())) | {"psnr"}
+        means = {k: float(np.mean([r[k] for r in of.values()])) for k in sorted(keys)}
+        out += [] if other_sit(arm) else [dict(means, name=arm, run=arm, arm=arm)]
+    return out
+
+
+# -----------------------------------------------------------------------------------------------------------
+# Tables, in Markdown
+
+
+def table(head, lines):
+    return "".join("| " + " | ".join(map(str, row)) + " |\n" for row in [head, ["---"] * len(head), *lines])
+
+
+def mean_sd(values, digits):
+    v = np.asarray(values, float)
+    return f"{v.mean():.{digits}f}" + (f" ± {v.std(ddof=1):.{digits}f}" if len(v) > 1 else "")
+
+
+def mean_of(of, key, digits):
+    return mean_sd([r[key] for r in of.values()], digits)
+
+
+def change(rows, arm, key, digits):
+    """Mean difference from the control, its interval and what it says; nothing for the control itself."""
+    reference = reference_of(rows, arm)
+    d = differences(rows, arm, key, reference)
+    if arm == reference or not d:
+        return "" if arm == reference else "no shared seed"
+    low, high = interval(d)
+    span = f"[{low:+.{digits}f}, {high:+.{digits}f}] {compared(d, key)}" if len(d) > 1 else "(one seed)"
+    return f"{np.mean(d):+.{digits}f} {span}"
+
+
+def speed_text(rows, arm):
+    """Geometric mean of the speed-ups, its interval (of the logarithms) and what it says."""
+    ratios, bound = speed_ups(rows, arm, reference_of(rows, arm))
+    if arm == reference_of(rows, arm) or not ratios:
+        return ""
+    low, high = np.exp(interval(np.log(ratios)))
+    reading = "faster" if low > 1 else "slower" if high < 1 else "undecided"
+    span = f"[{low:.2f}, {high:.2f}] {reading}" if len(ratios) > 1 else "(one seed)"
+    return f"{np.exp(np.log(ratios).mean()):.2f} {'(a bound) ' if bound else ''}{span}"
+
+
+def main_table(rows):
+    head, lines = ["arm", "", "seeds"], []
+    for _, title, _, shown in COLUMNS:
+        head += [title] * ("m" in shown) + [f"{title}, minus control's"] * ("d" in shown)
+    for arm, of in rows.items():
+        line = [f"`{arm}`", ARMS.get(arm, ""), len(of)]
+        for key, _, digits, shown in COLUMNS:
+            own = key != "probe_f1" or not other_sit(arm)  # else it is another arm's VAE
+            line += [mean_of(of, key, digits)] if "m" in shown else []
+            line += [change(rows, arm, key, digits) if own else ""] if "d" in shown else []
+        lines.append([*line, speed_text(rows, arm)])
+    return table([*head, "speed-up"], lines)
 
 
 def claim_table(rows):
     lines = []
     for words, arm, reference, key, direction in CLAIMS:
-        d = differences(rows, arm, key, reference) if arm in rows and reference in rows else []
+        d, line = differences(rows, arm, key, reference), [words, f"`{arm}` - `{reference}`", key]
         if not d:
-            lines.append([words, f"`{arm}` - `{reference}`", key, "not run", "", "", ""])
+            lines.append([*line, "not run", "", "", ""])
             continue
         reading, visible = claim_verdict(d, direction)
-        digits = 3 if key == "probe_f1" else 2 if key == "psnr" else 0 if key in ("fd", "fd_to_reconstructions") else 1
+        digits = {"probe_f1": 3, "psnr": 2, "fd": 0, "fd_to_reconstructions": 0}.get(key, 1)
         low, high = interval(d)
         span = "" if np.isnan(low) else f" [{low:+.{digits}f}, {high:+.{digits}f}]"
-        lines.append([words, f"`{arm}` - `{reference}`", key, f"{np.mean(d):+.{digits}f}{span}", len(d), "" if np.isnan(visible) else f"{visible:.{max(digits, 1)}f}", reading])
-    return table(["claim", "difference", "score", "mean and 95 % interval", "seeds", "effect that would be seen (power 80 %)", "reading"], lines)
+        power = "" if np.isnan(visible) else f"{visible:.{max(digits, 1)}f}"
+        lines.append([*line, f"{np.mean(d):+.{digits}f}{span}", len(d), power, reading])
+    return table(["claim", "difference", "score", "mean and 95 % interval", "seeds",
+                  "effect that would be seen (power 80 %)", "reading"], lines)
 
 
-def below_control(rows, key):
-    """Of the runs of aligned arms without REPA, how many have a lower score than their control, in words."""
-    d = [v for a in rows if a not in ("control", "random", "random-matched") and not a.endswith("-repa") for v in differences(rows, a, key)]
-    return f"{sum(v < 0 for v in d)} of {len(d)}"
-
-
-def send_table(rows):
-    """Each aligned arm against Send-VAE's own."""
-    arms = [a for a in rows if a not in ("send", "control") and not a.endswith("-repa")]
-    return table(["arm", "", "PSNR minus `send`'s", "F1 minus `send`'s", "FD minus `send`'s", "the same by the second judge"], [[f"`{a}`", ARMS.get(a, ""), change(rows, a, "psnr", 2, "send"), change(rows, a, "probe_f1", 3, "send"), change(rows, a, "fd", 0, "send"), change(rows, a, "fd2", 1, "send")] for a in arms])
-
-
-def paper_tables(rows):
-    out = []
-    for title, arms in TABLES.items():
-        known = [a for a in arms if a in rows]
-        if known:
-            lines = [[f"`{a}`", ARMS[a], "" if arms[a] is None else f"{arms[a]:.2f}", mean_sd([r["fd"] for r in rows[a].values()], 0), change(rows, a, "fd", 0, known[0]), mean_sd([r["probe_f1"] for r in rows[a].values()], 3)] for a in known]
-            out.append(f"### {title}\n\n" + table(["arm", "", "gFID, the paper's", "FD here", f"FD minus `{known[0]}`'s", "probe F1 here"], lines))
-    return "\n".join(out)
-
-
-def score_table(rows):
-    arms = [a for a in rows if not a.endswith("-repa")]
-    keys = sorted(set.intersection(*(set(numbers(r)) for a in arms for r in rows[a].values())) - set(SAMPLE_SCORES))
-    return table(["score", "held to be better", *(f"`{a}`" for a in arms)], [[k, "lower" if k in LOWER else "higher", *(mean_sd([r[k] for r in rows[a].values()], 3) for a in arms)] for k in keys])
+def long_table(long):
+    """The arms whose SiT is trained longer, and when each first reaches the control's last distance."""
+    lines, keys = [], {"fd": 0, "fd_to_reconstructions": 0, "precision": 3, "recall": 3, "class_agreement": 3}
+    for arm, of in long.items():
+        reached = [steps_to(a["curve"], b["curve"][-1][1]) for a, b in pairs(long, arm, "control-long")]
+        lines.append([f"`{arm}`", len(of), max(r["curve"][-1][0] for r in of.values()),
+                      *(mean_of(of, k, digits) for k, digits in keys.items()),
+                      ", ".join("never" if v is None else f"{v:.0f}" for v in reached)])
+    return table(["arm", "seeds", "steps of the SiT", "gFD", "gFD to reconstructions", "precision", "recall",
+                  "class agreement", "steps to the control's last distance (curve)"], lines)
 
 
 def curve_table(rows):
-    steps = sorted({s for of in rows.values() for r in of.values() for s, _ in r["curve"]})
-    at = lambda of, step: [v for r in of.values() for s, v in r["curve"] if s == step]
-    return table(["arm", *(f"step {s}" for s in steps)], [[f"`{a}`", *(mean_sd(at(of, s), 0) if at(of, s) else "" for s in steps)] for a, of in rows.items()])
+    lines, steps = [], sorted({s for of in rows.values() for r in of.values() for s, _ in r["curve"]})
+    for arm, of in rows.items():
+        at = [[v for r in of.values() for step, v in r["curve"] if step == s] for s in steps]
+        lines.append([f"`{arm}`", *(mean_sd(v, 0) if v else "" for v in at)])
+    return table(["arm", *(f"step {s}" for s in steps)], lines)
 
 
-def correlation_table(rows, result):
-    """result: of probe.correlate on the arms' means. The last column: Pearson's r over the arms of one seed, lowest and highest."""
-    seeds = list(dict.fromkeys(s for of in rows.values() for s in of))
-    span = lambda r, k: "" if k not in r else "undefined" if r[k] is None else f"{r[k]:+.2f}" + (f" [{r[k + '_interval'][0]:+.2f}, {r[k + '_interval'][1]:+.2f}]" if r[k + "_interval"] else "")
+def correlation_table(means, result):
+    """Scores of the arms and what correlate() says of them."""
     lines = []
     for name, r in result.items():
-        each = []
-        for s in seeds:
-            x, y = np.array([(of[s][name], of[s]["fd"]) for a, of in rows.items() if s in of and not a.endswith("-repa")]).reshape(-1, 2).T
-            if len(x) > 2 and np.ptp(x) > 0 and np.ptp(y) > 0:
-                each.append(np.corrcoef(x, y)[0, 1])
-        lines.append([name, span(r, "pearson"), span(r, "spearman"), span(r, "partial"), r["n"], f"{min(each):+.2f} to {max(each):+.2f}" if each else "", verdict(r)])
-    return table(["score", "Pearson", "Spearman", "partial, given PSNR", "n (arms)", "Pearson, in each seed", "reading"], lines)
+        cells = []
+        for k in ("pearson", "spearman", "partial"):
+            span, value = r.get(f"{k}_interval"), r.get(k)
+            cells.append(f"{value:+.2f}" if value is not None else "undefined" if k in r else "")
+            cells[-1] += f" [{span[0]:+.2f}, {span[1]:+.2f}]" if span else ""
+        lines.append([name, *(f"{m[name]:.3f}" for m in means), *cells, verdict(r)])
+    return table(["score", *(f"`{m['arm']}`" for m in means), "Pearson", "Spearman", "partial, given PSNR",
+                  "reading"], lines)
 
 
-def report(root, rows, missing, correlations):
-    control = next(iter(rows["control"].values()))
+def write_report(root, rows, long, missing, means, correlations):
+    control, made = next(iter(rows["control"].values())), common.made()
     seeds = list(dict.fromkeys(s for of in rows.values() for s in of))
-    commits = sorted({c for of in rows.values() for r in of.values() for c in r["commits"]})
-    commands = table(["arm", "stage", "command"], [[f"`{a}`", k, f"`{v}`"] for a, of in rows.items() for k, v in next(iter(of.values()))["commands"].items()])
-    made = common.made()
+    commits = sorted({c for of in (rows | long).values() for r in of.values() for c in r["commits"]})
+    left_out = f"Not finished: {', '.join(missing)}." if missing else ""
+    simple = ", ".join(f"{k} {v:.3f}" for k, v in control["baselines"].items())
     text = f"""# The study
 
-{len(rows)} arms, {len(seeds)} seeds ({', '.join(seeds)}). The distance to the training images is {control['measure']} (lower is better).
-Real images score: {control['real_images']}. The first judge, EfficientNet-Lite0, taught the aligned arms but `random`, `random-matched`, `oracle` and `vfm2`; Lite2 taught `vfm2` alone; VGG16 taught no arm (its LPIPS helped to pre-train the VAE that all begin from). Values are mean ± standard deviation over seeds. A difference is taken within each seed; in brackets its
-95 % interval by Student's t; "undecided" where that holds 0. All differences from a control rest on the same few control runs, and many are shown: of those without any effect about one in 20 falls outside.
-{'Not finished and left out: ' + ', '.join(missing) + '.' if missing else ''}
+{len(rows) + len(long)} arms, {len(seeds)} seeds ({', '.join(seeds)}). {left_out}
+The distance to the training images is {control['measure']} (lower is better).
+As many real images score {control['real_images']}.
+The first judge, EfficientNet-Lite0, taught the aligned arms but `random`, `random-matched`, `oracle` and
+`vfm2`; Lite2 taught `vfm2` alone; VGG16 taught no arm (its LPIPS helped to pre-train the VAE that all begin
+from). Values are mean ± standard deviation over seeds. A difference is taken within each seed; in brackets
+its 95 % interval by Student's t; "undecided" where that holds 0. All differences from a control rest on the
+same few control runs, and many are shown: of those without any effect about one in 20 falls outside.
 
 ## Claims
 
-"Supported": the 95 % interval of the differences lies on the claimed side of 0. Everything else is "not supported", with the largest effect that the interval still holds. Beside it: the effect that as many seeds with this scatter show four times out of five.
+"Supported": the 95 % interval of the differences lies on the claimed side of 0. Everything else is "not
+supported", with the largest effect that the interval still holds. Beside it: the effect that as many seeds
+with this scatter show four times out of five.
 
 {claim_table(rows)}
 ## Arms against the control
 
 {main_table(rows)}
-Probe F1 of the baselines: {', '.join(f'{k} {v:.3f}' for k, v in control['baselines'].items())}. An arm with REPA is compared with `control-repa`, which itself is compared with `control`.
-PSNR, probe F1 and the distance of the reconstructions from their originals are of the test split; other scores and their meaning: README, section 6; `fd2` is the distance by the second judge.
-Speed-up: steps of the control over steps of the arm to the worse of the last distances of their two curves, linear between the points; above 1 the arm is faster; geometric mean and interval over seeds; "a bound" where a curve was there at its first point.
-Of the runs of aligned arms without REPA, those with a random VFM left out, {below_control(rows, 'fd')} end at a lower distance than their control, {below_control(rows, 'fd2')} by the second judge.
+Probe F1 of the baselines: {simple}. An arm with REPA is compared with `control-repa`, which itself is
+compared with `control`. PSNR and probe F1 are of the test split. Speed-up: steps of the control over steps of
+the arm to the worse of the last distances of their two curves, linear between the points; above 1 the arm is
+faster; geometric mean and interval over seeds; "a bound" where a curve was there at its first point.
 
 ![Distance while the SiT trains, and the arms' final distance minus the control's](convergence.png)
 
-## Variants against Send-VAE's own arm
+## SiTs trained longer
 
-{send_table(rows) if 'send' in rows else 'There is no `send`.'}
-## The paper's tables at this scale
+On the VAEs of the arms above, with a decaying learning rate; they enter no table of equal training.
 
-The paper's numbers are of ImageNet 256 and SiT-B/1 with REPA; these arms are without.
+{long_table(long) if long else 'Not run.'}
+![The first samples of each arm, from the same noise and labels, first seed](samples.png)
 
-{paper_tables(rows)}
 ## Distance while the SiT trains
 
-`{control['curve_measure']}`: of fewer samples and other noise than the table above, so its last value is another number.
+`{control['curve_measure']}`: of fewer samples and other noise than above, so its last value is another.
 
-{curve_table(rows)}
-## Samples from the same noise and labels, first seed
+{curve_table(rows | long)}
+## Which score of a VAE follows the distance?
 
-![A row an arm](samples.png)
+Means of the arms without REPA, and correlations with gFD over them; intervals are over resampled arms.
+{len(correlations)} scores were tried: of those without any relation about one in 20 leaves 0 outside its
+interval. The arms are variations of one recipe on the same pre-trained VAE, not a sample of all VAEs:
+intervals are too narrow for that. `recon_fd`, `rfd`, `lpips` and `ssim` look at the same decoder as gFD.
 
-## Which score follows the distance?
-
-{'' if correlations else 'Needs three arms without REPA.'}
-
-Over the means of the arms without REPA; intervals are over resampled arms. {len(correlations)} scores were tried: of those without any relation about one in 20 leaves 0 outside its interval. The arms are variations of one recipe on the same pre-trained VAE, not a
-sample of all VAEs: intervals are too narrow for that. `recon_fd`, `rfd`, `lpips` and `ssim` look at the same decoder as the distance. "In each seed" is the same arms again, seed by seed.
-
-{correlation_table(rows, correlations) + chr(10) + '![Each score against the distance](predictors.png)' if correlations else ''}
-
-## Reconstruction against generation
-
-![PSNR and distance of reconstructions against the distance of samples](tradeoff.png)
-
-## All scores
-
-{score_table(rows)}
+{correlation_table(means, correlations) if correlations else 'Needs three arms without REPA.'}
 ## Where the numbers come from
 
-Commits of the arms: {', '.join(commits)}; torch {made['versions']['torch']}. This report: `{made['command']}` at {made['commit']}, on {common.cpu_name()}. `rows.json` holds every row, its files and its commands.
-An arm again, with the variables that the study was run with: `rm -r {root}/seed0/ARM; OUT={root} bash run.sh study 0 ARM; python study.py {root}`; then the same for `ARM-repa` if there is one. Commands of the first seed (what all arms share stands in `run.sh`, and its output in `{root}/log`; ENV is the environment's folder):
-
-{commands}"""
+`rows.json` holds every number, its file and its commands. Commits of the arms: {', '.join(commits)}; torch
+{made['versions']['torch']}. This report: `{made['command']}` at {made['commit']}, on {common.cpu_name()}.
+An arm again: `rm -r {root}/seed0/ARM; OUT={root} bash run.sh study 0 ARM; python extras/study.py {root}`,
+with the variables that the study was run with; then the same for its `-repa` and `-long`.
+"""
     common.write_text(root / "report.md", text)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # Figures
 
-def draw_convergence(rows, path):
-    """Left: distance against steps, mean and band of one standard deviation over seeds. Right: final distance minus the control's, a dot a seed."""
+
+def sheet_images(path, size, top=0.0, bottom=1.0):
+    """The pictures (N, size, size, 3) in a share of the height of a grid that common.save_grid wrote."""
+    with Image.open(path) as sheet:
+        box = 0, int(top * sheet.height), sheet.width, int(bottom * sheet.height)
+        pixels = np.asarray(sheet.convert("RGB").crop(box))
+    rows, columns = pixels.shape[0] // size, pixels.shape[1] // size
+    return pixels.reshape(rows, size, columns, size, 3).swapaxes(1, 2).reshape(-1, size, size, 3)
+
+
+def show(axis, images, columns, title=None, name=None):
+    """Images (N, S, S, 3) in rows, white where they lack, with a title above or a name at the left."""
+    rows, size = -(-len(images) // columns), images.shape[1]
+    sheet = np.full((rows * columns, size, size, 3), 255, np.uint8)
+    sheet[:len(images)] = images
+    sheet = sheet.reshape(rows, columns, size, size, 3).swapaxes(1, 2)
+    axis.imshow(sheet.reshape(rows * size, columns * size, 3), interpolation="nearest")
+    axis.set(xticks=[], yticks=[], title=title)
+    axis.set_ylabel(name, rotation=0, ha="right", va="center")
+
+
+def draw_convergence(rows, long, path):
+    """Left: distance against steps, mean and band of one standard deviation over seeds; dotted: trained
+    longer. Right: final distance minus the control's, a dot a seed."""
     figure, colour = new_figure(13, 5.2), kind_colours(rows)
     left, right = figure.subplots(1, 2)
-    for arm, of in rows.items():
-        steps = [s for s, _ in next(iter(of.values()))["curve"]]
-        values = np.array([[v for _, v in r["curve"]] for r in of.values() if [s for s, _ in r["curve"]] == steps])
-        main = arm in ("control", "send")
-        left.plot(steps, values.mean(0), color=colour[arm], linewidth=3 if main else 1, linestyle="--" if arm.endswith("-repa") else "-", label=arm, zorder=3 if main else 2)
+    for arm, of in (rows | long).items():
+        curves = [r["curve"] for r in of.values()]
+        steps = [s for s, _ in curves[0]]
+        values = np.array([[v for _, v in c] for c in curves if [s for s, _ in c] == steps])
+        mean, main = values.mean(0), arm in ("control", "send")
+        own = colour.get(arm.removesuffix("-long"), "grey")
+        style = dict(linewidth=3 if main else 1, linestyle="-", zorder=3 if main else 2)
+        style |= dict(linestyle="--") if arm.endswith("-repa") else {}
+        style |= dict(linestyle=":", linewidth=2) if arm in long else {}
+        left.plot(steps, mean, color=own, label=arm, **style)
         if len(values) > 1:
-            left.fill_between(steps, values.mean(0) - values.std(0, ddof=1), values.mean(0) + values.std(0, ddof=1), color=colour[arm], alpha=0.15 if main else 0.05, linewidth=0)
-    left.set(xlabel="steps of the SiT", ylabel="Fréchet distance (lower is better)", title="The same SiT on each arm's latents")
+            sd = values.std(0, ddof=1)
+            left.fill_between(steps, mean - sd, mean + sd, color=own, alpha=0.15 if main else 0.05, lw=0)
+    left.set(xlabel="steps of the SiT", ylabel="Fréchet distance (lower is better)",
+             title="The same SiT on each arm's latents", xscale="log" if long else "linear")
     left.legend(fontsize=8)
     arms = [a for a in rows if a != "control"][::-1]
     for i, arm in enumerate(arms):
         d = differences(rows, arm, "fd", reference_of(rows, arm))
-        if not d:
-            continue
-        right.barh(i, np.mean(d), color=colour[arm], alpha=0.6)
+        right.barh(i, np.mean(d or [0]), color=colour[arm], alpha=0.6)
         right.plot(d, [i] * len(d), "o", color="black", markersize=4)
     right.axvline(0, color="black", linewidth=1)
-    right.set(yticks=range(len(arms)), yticklabels=arms, xlabel="final distance minus the control's (left is better); a dot a seed", title="After equal training")
-    save_figure(figure, path)
-
-
-def draw_tradeoff(rows, path):
-    figure, colour = new_figure(11, 4.6), kind_colours(r["arm"] for r in rows)
-    for axis, key, text in zip(figure.subplots(1, 2), ("psnr", "recon_fd"), ("PSNR of reconstructions (dB, higher is better)", "Fréchet distance of reconstructions (lower is better)")):
-        scatter(axis, rows, key, colour)
-        axis.set(xlabel=text)
-    axis.legend(fontsize=8)
+    right.set(yticks=range(len(arms)), yticklabels=arms, title="After equal training",
+              xlabel="final distance minus the control's (left is better); a dot a seed")
     save_figure(figure, path)
 
 
 def draw_samples(root, rows, path, count=8):
-    """A row an arm of the control's first seed: the first samples of samples.png, of the same noise and labels; nothing where no arm has one."""
+    """A row an arm of the control's first seed: the first samples of its samples.png."""
     first = next(iter(rows["control"]))
-    arms = {a: root / of[first]["name"] / "samples.png" for a, of in rows.items() if first in of and (root / of[first]["name"] / "samples.png").is_file()}
-    if not arms:
+    files = {arm: root / first / arm / "samples.png" for arm, of in rows.items() if first in of}
+    files = {arm: file for arm, file in files.items() if file.is_file()}
+    if not files:
         return
-    figure = new_figure(count * 0.75 + 1.6, len(arms) * 0.8)
-    for axis, (arm, file) in zip(np.ravel(figure.subplots(len(arms), 1)), arms.items()):
+    figure = new_figure(count * 0.75 + 1.6, len(files) * 0.8)
+    for i, (arm, file) in enumerate(files.items()):
         with Image.open(file) as sheet:
             size = sheet.width // 8  # sample.py's columns
-        axis.imshow(fid.tile(fid.sheet_images(file, size)[:count], count), interpolation="nearest")
-        axis.set_ylabel(arm, rotation=0, ha="right", va="center")
-        axis.set(xticks=[], yticks=[])
+        show(figure.add_subplot(len(files), 1, i + 1), sheet_images(file, size)[:count], count, name=arm)
     save_figure(figure, path)
 
 
-def main():
-    p = common.Parser(description=__doc__)
-    p.add_argument("study", help="folder of bash run.sh study")
-    root = Path(p.parse_args().study)
-    rows, missing = read_study(root)
+def draw_demo(run, arms, study):
+    """Each arm's samples from the same noise and labels, and gFD while the SiT trained; below them originals
+    and their reconstructions: RUN/report.png. study: rows whose longer curves are drawn behind."""
+    samples = {a: common.read_npz(run / a / "samples.npz", "arr_0")["arr_0"][:40] for a in arms}
+    curves = {a: read_curve(run / a / "sit/metrics.jsonl") for a in arms}
+    measured = all(curve for _, curve in curves.values())
+    figure = new_figure(4.6 * (len(arms) + measured), 5.8)
+    above, below = figure.subfigures(2, 1, height_ratios=(2.9, 1 + 0.1 * len(arms)))
+    *panels, last = above.subplots(1, len(arms) + measured, squeeze=False)[0]
+    for axis, arm in zip((*panels, last), arms):
+        show(axis, samples[arm], 8, title=f"{arm}: samples")
+    colours = kind_colours(arms)
+    for arm, (measure, curve) in curves.items() if measured else ():
+        colour = colours[arm]
+        last.plot(*zip(*curve), "o-", color=colour, label=arm)
+        for r in study:
+            if r["arm"] == f"{arm}-long" and r["curve_measure"] == measure:
+                last.plot(*zip(*r["curve"]), color=colour, alpha=0.35, lw=3, label=f"{r['arm']} (study)")
+                last.set(xscale="log")
+    if measured:
+        last.set(xlabel="steps of the SiT", ylabel="gFD (lower is better)",
+                 title="The same SiT on each arm's latents")
+        last.legend()
+    size = samples[arms[0]].shape[1]
+    strips = {"originals": sheet_images(run / arms[0] / "recon.png", size, 0, 0.5)}
+    strips |= {f"{a}: reconstructions": sheet_images(run / a / "recon.png", size, 0.5, 1) for a in arms}
+    for axis, (name, images) in zip(below.subplots(len(strips), 1), strips.items()):
+        show(axis, images[:16], 16, name=name)
+    save_figure(figure, run / "report.png")
+
+
+# -----------------------------------------------------------------------------------------------------------
+
+
+def report_study(root):
+    rows, long, missing = read_study(root)
     if missing:
         print(f"not finished, left out: {', '.join(missing)}")
     means = arm_means(rows)
     correlations = correlate(means) if len(means) > 2 else {}
-    common.write_text(root / "rows.json", json.dumps([r for of in rows.values() for r in of.values()], indent=1) + "\n")
+    every = [r for of in (rows | long).values() for r in of.values()]
+    common.write_text(root / "rows.json", json.dumps(every, indent=1) + "\n")
     common.write_json(root / "correlations.json", correlations)
-    one_sit = [r for arm, of in rows.items() for r in of.values() if not arm.endswith("-repa")]
-    draw_convergence(rows, root / "convergence.png")
-    if correlations:
-        save_figure(scatter_figure(one_sit, correlations), root / "predictors.png")
-    draw_tradeoff(one_sit, root / "tradeoff.png")
-    draw_samples(root, rows, root / "samples.png")
-    report(root, rows, missing, correlations)
+    write_report(root, rows, long, missing, means, correlations)
     print(claim_table(rows) + "\n" + main_table(rows) + f"{root}/report.md, {root}/rows.json")
+    draw_convergence(rows, long, root / "convergence.png")  # last: all else is there without matplotlib
+    draw_samples(root, rows | long, root / "samples.png")
+
+
+def report_demo(run, names, study):
+    """What the stages wrote for each arm, in RUN/report.json and a table, and a picture."""
+    arms = {}
+    for name in names:
+        folder = run / name
+        arms[name], simple, fd = read_scores(folder, folder)
+        files = dict(encode="latents/meta.json", sample="samples.json", fd="fd.json", recon="recon.json")
+        seconds = {stage: common.read_json(folder / file)["seconds"] for stage, file in files.items()}
+        seconds["train_vae"] = last_seconds(folder / "metrics.jsonl")
+        seconds["train_sit"] = last_seconds(folder / "sit/metrics.jsonl")
+        arms[name]["seconds"] = seconds
+    real = max(fd["fd_real"].values(), default=None)
+    baselines = dict(fd_floor=fd["floor"], fd_floor_n=fd["floor_n"], fd_real=real)
+    baselines |= {f"probe_f1_{k}": f1 for k, f1 in simple.items()}
+    record = dict(arms=arms, baselines=baselines, network=fd["network"], torch=torch.__version__,
+                  cpu=common.cpu_name(), threads=torch.get_num_threads())
+    common.write_json(run / "report.json", record)
+    print(" " * 30 + "".join(f"{name:>12}" for name in arms))
+    for key, digits in PRINTED.items():
+        if all(a.get(key) is not None for a in arms.values()):
+            print(f"{key:30}" + "".join(f"{a[key]:12.{digits}f}" for a in arms.values()))
+    count = count_name(arms[names[0]]["fd_n"])
+    print(f"fd is FD({fd['network']})-{count} to the training images, lower is better")
+    for key, value in baselines.items():
+        print(f"{key:30}" + ("" if value is None else f"{value:12.4g}"))
+    if not simple:
+        print(f"no probe: no {run}/{names[0]}/probe.json (images without attributes.csv have none)")
+    for name, a in arms.items():
+        warn_of_blur(a, f"{name}: ")
+        print(f"{name}, seconds: " + ", ".join(f"{k} {v:.0f}" for k, v in a["seconds"].items()))
+    print(f"{run}/report.json, {run}/report.png")
+    draw_demo(run, names, common.read_json(study, list) if study and Path(study).exists() else [])
+
+
+def main():
+    p = common.Parser(description=__doc__)
+    if sys.argv[1:2] != ["demo"]:
+        p.add_argument("study", type=Path, help="folder of bash run.sh study; or: demo RUN")
+        return report_study(p.parse_args().study)
+    p.add_argument("demo", help="the word demo")
+    p.add_argument("run", type=Path, help="folder with a subfolder an arm")
+    p.add_argument("--arms", nargs="+", default=["control", "send"])
+    p.add_argument("--study", help="rows.json of a study, whose longer curves are drawn behind this run's")
+    args = p.parse_args()
+    report_demo(args.run, args.arms, args.study)
 
 
 if __name__ == "__main__":

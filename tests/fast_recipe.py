@@ -204,19 +204,21 @@ def test_dry_run(small, tmp_path):
     rows = zip(data.SPLITS * 20, data.find_images(images), strict=False)
     table = "".join(f"{f},{s},{int(f[0] == 'a')}\n" for s, f in rows)
     (probed / "attributes.csv").write_text("file,split,a\n" + table)
-    vit = "vit_base_patch14_dinov2.lvd142m"
-    sit_flags = ("--latents", small / "latents", "--data", images, "--model", "SiT-B/1", "--batch", 8)
-    plans = [(("train_vae", "--data", images, *SMALL_VAE, "--lpips", 1, "--gan", 0.1, "--out", out),
+    vit = "vit_small_patch14_dinov2.lvd142m"
+    losses = ("--lpips", 1, "--gan", 0.1, "--vfm", vit)
+    sit_flags = ("--latents", small / "latents", "--data", images, "--model", "SiT-demo/1", "--vfm", vit)
+    plans = [(("train_vae", "--data", images, *SMALL_VAE, *losses, "--out", out),
               ["step 0 of", "VAE 0.61 M", vit, "discriminator 2.77 M", "disk"]),
              (("vae", "--vae", vae_pt, "--data", images, "--flip", "--out", out),
               ["40 images", "(40, 2, 8, 8, 8)", "disk"]),
-             (("train_sit", *sit_flags, "--out", out), ["SiT-B/1 136.9 M, 64 tokens", "REPA 0.5", "disk"]),
+             (("train_sit", *sit_flags, "--batch", 8, "--out", out),
+              ["SiT-demo/1", "64 tokens", "REPA 0.5", vit, "disk"]),
              (("sample", "--sit", small / "sit/sit.pt", "--out", out / "a.npz"),
               ["50000 images of 32 x 32", "NFE 250", "disk"]),
              (("fid", "score", images, images, "--net", vit, "--json", out / "b.json"),
               [f"{vit}@518", "40 images"]),
              (("fid", "recon", "--vae", vae_pt, "--data", images),
-              ["40 images of 32 x 32, latent 4 x 8 x 8"]),
+              ["40 images of 32"]),
              (("probe", vae_pt, "--data", probed, "--json", out / "a.json"), ["1 attributes"])]
     for command, expected in plans:
         plan = do(*command, "--dry-run")

@@ -36,7 +36,7 @@ def test_demo_recipe(vgg, tmp_path):
     """`bash run.sh` does not run as such, with the study's judges, its arms begin apart or from another VAE,
     or the reports lack a score."""
     images, init, out = tmp_path / "avatars", tmp_path / "init.safetensors", tmp_path / "seed0"
-    do("extras.avatars", images, "--n", 600, "--size", 32)
+    do("extras.avatars", images, "--n", 240, "--size", 32)
     pretrain(images, tmp_path / "vae")
     do("vae", "export", "--vae", tmp_path / "vae/vae.pt", "--out", init)
     (tmp_path / "shared").mkdir()

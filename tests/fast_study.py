@@ -1,0 +1,273 @@
+import matplotlib.axes
+import study
+from helpers import *  # noqa: F403
+
+
+def test_steps_to():
+    """The crossing of a curve is not linear between its points, or one that never gets there has one."""
+    curve = [(100, 50.0), (200, 30.0), (300, 32.0), (400, 20.0)]
+    found = [study.steps_to(curve, v) for v in (60, 50, 40, 30, 26, 20, 19)]
+    assert found == [100, 100, 150, 200, 350, 400, None] and study.steps_to([], 60) is None
+
+
+def curves_of(**arms):
+    """{arm: {seed: row}} of distances at 100, 200, 300, 400 steps, a list a seed."""
+    def row(values):
+        return dict(curve=list(zip((100, 200, 300, 400), values)))
+
+    return {arm: {f"seed{i}": row(v) for i, v in enumerate(seeds)} for arm, seeds in arms.items()}
+
+
+def test_speed_ups():
+    """An arm is called faster for chance: seeds in which it is slower do not count, or a control that was
+    there before its end is measured at its end."""
+    control = [50.0, 40.0, 30.0, 20.0]
+    rows = curves_of(control=[control, control], send=[[55.0, 50.0, 40.0, 30.0], [40.0, 20.0, 15.0, 10.0]])
+    assert study.speed_ups(rows, "send", "control") == ([0.75, 2.0], False)
+    assert study.speed_ups(rows, "control", "send") == ([4 / 3, 0.5], False)
+    text = study.speed_text(rows, "send")
+    assert text.startswith(f"{1.5 ** 0.5:.2f} [") and text.endswith("undecided")
+    early = curves_of(control=[[50.0, 20.0, 30.0, 25.0]], send=[[50.0, 20.0, 30.0, 25.0]])
+    assert study.speed_text(early, "send") == "1.00 (one seed)"  # both were there before their ends
+    below = curves_of(control=[control], send=[[19.0, 18.0, 17.0, 16.0]])
+    assert study.speed_text(below, "send") == "4.00 (a bound) (one seed)"
+    faster = curves_of(control=[control, control], send=[[44.0, 20.0, 15.0, 10.0], [40.0, 20.0, 15.0, 10.0]])
+    assert study.speed_text(faster, "send").endswith("faster")
+    assert study.speed_text(dict(control=faster["send"], send=faster["control"]), "send").endswith("slower")
+    rng, logs = np.random.default_rng(0), []  # arms that are the control but for noise
+    for _ in range(300):
+        noisy = np.array([1200, 1090, 1040, 1015]) + rng.normal(size=(2, 4)) * 8
+        ratios, _ = study.speed_ups(curves_of(control=noisy[:1], send=noisy[1:]), "send", "control")
+        logs.append(np.log(ratios[0]))
+    assert abs(np.mean(logs)) < 3 * np.std(logs) / len(logs) ** 0.5
+
+
+def test_study_statistics():
+    """Differences are not paired by seed, the interval is not Student's, or better and worse are turned
+    round."""
+    noise, rows = np.random.default_rng(0).normal(size=(2, 5)), {}
+    for k, arm in enumerate(("control", "send")):
+        rows[arm] = {f"seed{i}": dict(fd=100 + 50 * i + 10 * k + v, f1=0.5 + 0.1 * i + 0.05 * k + v / 1000)
+                     for i, v in enumerate(noise[k])}
+    d = study.differences(rows, "send", "fd")
+    ours, theirs = ([r["fd"] for r in rows[arm].values()] for arm in ("send", "control"))
+    expected = scipy.stats.ttest_rel(ours, theirs).confidence_interval(0.95)
+    assert study.interval(d) == pytest.approx((expected.low, expected.high)) and 8 < np.mean(d) < 12
+    assert study.compared(d, "fd") == "worse"
+    assert study.compared(study.differences(rows, "send", "f1"), "f1") == "better"
+    assert study.compared(study.differences(rows, "control", "fd", "send"), "fd") == "better"
+    del rows["send"]["seed0"]
+    assert study.differences(rows, "send", "fd") == d[1:] and study.differences(rows, "none", "fd") == []
+    rows["send"] = {"seed1": rows["send"]["seed1"]}
+    assert study.compared(study.differences(rows, "send", "fd"), "fd") == "undecided"
+    assert study.compared([], "fd") == "undecided"
+    assert study.mean_sd([1, 2, 4], 2) == "2.33 ± 1.53" and study.mean_sd([1], 1) == "1.0"
+
+
+def fake_hash(name):
+    return hashlib.sha256(str(name).encode()).hexdigest()[:16]
+
+
+def write_lines(path, *records):
+    path.write_text("".join(json.dumps(r) + "\n" for r in records))
+
+
+def write_arm(folder, fd, f1, curve, psnr=24.0, vae=True, commit="c0ffee", init="shipped", steps=400):
+    """The files of a finished arm."""
+    folder, owner = Path(folder), str(folder).removesuffix("-repa").removesuffix("-long")
+    made, vae_hash = dict(command="x.py --out here", commit=commit), fake_hash(owner)
+    (folder / "sit").mkdir(parents=True)
+    tuned = dict(made=made, steps=200, batch=32, inputs=dict(init=init))
+    write_lines(folder / "metrics.jsonl", tuned, dict(step=200, seconds=3.5))
+    trained = dict(lr=1, made=made, steps=steps, batch=64, inputs=dict(latents=f"{vae_hash}-files"))
+    measured = ({"step": s, "FD(net@96)-500": v} for s, v in curve)
+    write_lines(folder / "sit/metrics.jsonl", trained, *measured, dict(step=curve[-1][0], seconds=9.5))
+    scores = dict(fd=fd, rfd=fd / 4, fd_to_reconstructions=fd / 2, precision=0.4, recall=0.3)
+    scores["class_agreement"] = 0.9
+
+    def judged(net, scale):
+        return dict(network=net, inputs=dict(vae=vae_hash), fd={"s.npz": fd / scale}, n={"s.npz": 1000},
+                    scores={"s.npz": {k: v / scale for k, v in scores.items()}}, floor=17.0, floor_n=500,
+                    fd_real={"s.npz": 27.0}, seconds=1)
+
+    records = dict(fd=judged("net@96", 1), fd2=judged("other@64", 10), fd3=judged("vgg16@64", 100),
+                   samples=dict(sampler="heun", steps=5, vae_hash=vae_hash, seconds=1))
+    if vae:
+        records["recon"] = dict(psnr=psnr, ssim=0.8, lpips=0.1, fd=fd / 2, seconds=1,
+                                inputs=dict(vae=vae_hash, data="x"))
+        results = {"vae.pt": dict(f1=f1, kde_gini=0.3 + fd / 1000, psnr=psnr, seconds=3.0),
+                   "pixels 18 x 18": dict(f1=0.4), "majority": dict(f1=0.1)}
+        records["probe"] = dict(inputs={"data": "y", "vae.pt": vae_hash}, results=results)
+    for name, record in records.items():
+        (folder / f"{name}.json").write_text(json.dumps(dict(record, made=made)))
+    pixels = np.random.default_rng(int(fd)).integers(0, 256, (16, 3, 8, 8), np.uint8)
+    common.save_grid(torch.from_numpy(pixels), folder / "samples.png", columns=8)
+
+
+@pytest.fixture
+def three_seeds(tmp_path, monkeypatch):
+    """A study of three seeds, two of its folders not finished."""
+    correlate = study.correlate
+    monkeypatch.setattr(study, "correlate", lambda rows: correlate(rows, draws=50))  # 2,000 take a while
+    for i in range(3):
+        for k, arm in enumerate(("control", "send", "depth1-clean", "lambda4")):
+            curve = [(100, 1000.0 - 50 * k), (200, 900.0 - 40 * k + i)]
+            write_arm(tmp_path / f"seed{i}/{arm}", 900.0 - 40 * k + i, 0.6 + 0.02 * k + 0.01 * i, curve,
+                      psnr=24 + 0.1 * k * (-1) ** i)
+        write_arm(tmp_path / f"seed{i}/send-repa", 700.0 + i, None, [(100, 800.0), (200, 700.0)], vae=False)
+        write_arm(tmp_path / f"seed{i}/control-repa", 690.0 + i ** 2, None, [(100, 800.0), (200, 690.0)],
+                  vae=False, commit=None)
+    (tmp_path / "seed2/lambda4/probe.json").unlink()
+    (tmp_path / "seed0/half/sit").mkdir(parents=True)
+    return tmp_path
+
+
+def lines_of(text, begin):
+    return next(line for line in text.splitlines() if line.startswith(begin))
+
+
+def test_study_report(three_seeds):
+    """A number of the report is not its file's, or an unfinished arm counts."""
+    out = do("study", three_seeds)
+    assert "left out: seed0/half, seed2/lambda4" in out and "| `send` |" in out
+    text = (three_seeds / "report.md").read_text()
+    record = json.loads((three_seeds / "rows.json").read_text())
+    send = lines_of(text, "| `send` | Send-VAE")
+    for part in ("| 24.03 ± 0.12 | 215 ± 0 | 0.630 ± 0.010 | +0.020 [+0.020, +0.020] better |",
+                 "| 861 ± 1 | -40 [-40, -40] better | 430 ± 0 | -20 [-20, -20] better |",
+                 "| -4.0 [-4.0, -4.0] better | -0.4 [-0.4, -0.4] better | 0.40 ± 0.00 | 0.30 ± 0.00 |",
+                 "| 0.900 ± 0.000 | 1.29 [1.28, 1.30] faster |"):
+        assert part in send, part
+    claims = text[text.index("## Claims"):text.index("## Arms")].splitlines()
+    claims = {"".join(line.split(" | ")[1:3]): line for line in claims if line.startswith("| ")}
+    assert "-40 [-40, -40] | 3 | 0.0 | **supported**" in claims["`send` - `control`fd"]
+    assert "an effect of 0.254" in claims["`send` - `control`psnr"]
+    assert "not run" in claims["`oracle` - `control`fd"]
+    with_repa = claims["`send-repa` - `control-repa`fd"]
+    assert "+9 [" in with_repa and "the opposite is seen" in with_repa
+    expected = scipy.stats.t.interval(0.95, 2, np.mean([10, 10, 8]), scipy.stats.sem([10, 10, 8]))
+    assert f"| +9 [{expected[0]:+.0f}, {expected[1]:+.0f}] worse |" in lines_of(text, "| `send-repa` | Send")
+    assert "Commits of the arms: None, c0ffee" in text and "nan" not in text and "score 27, one half" in text
+    row = next(r for r in record if r["arm"] == "send" and r["seed"] == 1)
+    assert len(record) == 17 and row["sources"]["fd"] == str(three_seeds / "seed1/send/fd.json")
+    values = dict(fd=861, probe_f1=0.63, recon_fd=430.5, rfd=215.25, fd_to_reconstructions=430.5, fd2=86.1,
+                  precision=0.4, fd2_to_reconstructions=43.05, fd3=8.61, curve=[[100, 950.0], [200, 861.0]])
+    assert {k: row[k] for k in values} == values
+    correlations = json.loads((three_seeds / "correlations.json").read_text())
+    assert correlations["probe_kde_gini"]["pearson"] == pytest.approx(1)
+    assert correlations["probe_kde_gini"]["n"] == 4
+    assert not {"fd2", "precision", "class_agreement"} & correlations.keys()
+    assert lines_of(text, "| probe_f1 |").startswith("| probe_f1 | 0.610 | 0.630 | 0.650 |")
+    for figure in ("convergence", "samples"):
+        assert f"]({figure}.png)" in text
+        with Image.open(three_seeds / f"{figure}.png") as picture:
+            assert picture.width > 400 and len(picture.convert("RGB").getcolors(10 ** 6)) > 20
+
+
+def test_arms_that_are_trained_longer(three_seeds):
+    """An arm with ten times the steps enters a table of equal training, or is left out altogether."""
+    do("study", three_seeds)
+    before = (three_seeds / "report.md").read_text()
+    width = Image.open(three_seeds / "samples.png").height
+    for arm, fd, curve in (("control", 500.0, [(1000, 600.0), (2000, 520.0), (4000, 500.0)]),
+                           ("send", 400.0, [(1000, 540.0), (2000, 460.0), (4000, 400.0)])):
+        write_arm(three_seeds / f"seed0/{arm}-long", fd, None, curve, vae=False, steps=4000)
+    do("study", three_seeds)
+    text = (three_seeds / "report.md").read_text()
+    assert "| `control-long` | 1 | 4000 | 500 | 250 | 0.400 | 0.300 | 0.900 | 4000 |" in text
+    assert "| `send-long` | 1 | 4000 | 400 | 200 | 0.400 | 0.300 | 0.900 | 1500 |" in text
+    part = lambda t: t[t.index("## Claims"):t.index("## SiTs trained longer")]
+    assert part(text) == part(before) and Image.open(three_seeds / "samples.png").height > width
+    record = {r["name"]: r for r in json.loads((three_seeds / "rows.json").read_text())}
+    assert record["seed0/send-long"]["arm"] == "send-long" and record["seed0/send-long"]["psnr"] == 24.1
+    write_arm(three_seeds / "seed1/send-long", 400.0, None, curve, vae=False, steps=5000)
+    assert_refused(call("study", three_seeds), "SiT for 4000", "SiT for 5000")
+
+
+def change_file(path, old, new):
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+def test_study_of_what_does_not_belong_together(three_seeds):
+    """What cannot be compared is, or a damaged file ends in a traceback."""
+    arm = three_seeds / "seed1/send"
+
+    def refused(*words):
+        assert_refused(call("study", three_seeds), *words)
+
+    for file, old, new, words in (
+            ("probe.json", fake_hash(arm), "another", ["seed1/send", "different VAEs"]),
+            ("fd.json", "net@96", "other@96", ["FD(other@96)-1000", "FD(net@96)-1000"]),
+            ("metrics.jsonl", "shipped", "another", ["VAE another", "VAE shipped"]),
+            ("metrics.jsonl", '"steps": 200', '"steps": 100', ["100 steps of 32", "200 steps of 32"]),
+            ("samples.json", "heun", "sde", ["sde 5 steps"]),
+            ("fd.json", '"rfd"', '"other"', ["seed1/send/fd.json", "no rFD", "--vae"]),
+            ("fd.json", '"scores"', '"other"', ["seed1/send", "delete its fd.json"]),
+            ("sit/metrics.jsonl", "FD(net@96)", "other", [arm / "sit/metrics.jsonl", "--eval-every"]),
+            ("sit/metrics.jsonl", '{"step"', "{", [arm / "sit/metrics.jsonl", "run that arm again"])):
+        before = (arm / file).read_text()
+        change_file(arm / file, old, new)
+        refused(*words)
+        (arm / file).write_text(before)
+    for i in range(3):
+        (three_seeds / f"seed{i}/control/fd.json").unlink()
+    refused("no finished seed*/control", "run.sh study")
+    assert_refused(call("study", three_seeds / "nothing"), "run.sh study")
+
+
+def test_report_of_the_demo(tmp_path, monkeypatch):
+    """A score of the demo's report is not its arm's, the picture mixes arms up or has no curve, or a missing
+    matplotlib takes the table with it."""
+    rng, pictures = np.random.default_rng(0), []
+    for k, arm in enumerate(("control", "send")):
+        write_arm(tmp_path / arm, 900.0 - 40 * k, 0.6 + 0.02 * k, [(100, 1000.0 - 50 * k), (200, 900.0)])
+        (tmp_path / arm / "latents").mkdir()
+        (tmp_path / arm / "latents/meta.json").write_text(json.dumps(dict(seconds=2)))
+        np.savez(tmp_path / arm / "samples.npz", arr_0=rng.integers(0, 256, (40, 8, 8, 3), np.uint8))
+        grid = torch.from_numpy(rng.integers(0, 256, (32, 3, 8, 8), np.uint8))
+        common.save_grid(grid, tmp_path / arm / "recon.png", columns=8)
+        half = grid[16:].permute(0, 2, 3, 1).numpy()
+        assert np.array_equal(study.sheet_images(tmp_path / arm / "recon.png", 8, 0.5), half)
+    show, plot, plotted = study.show, matplotlib.axes.Axes.plot, []
+
+    def note_picture(axis, images, *args, **settings):
+        pictures.append(images)
+        return show(axis, images, *args, **settings)
+
+    def note_curve(axis, *args, **settings):
+        plotted.append(args)
+        return plot(axis, *args, **settings)
+
+    monkeypatch.setattr(study, "show", note_picture)
+    monkeypatch.setattr(matplotlib.axes.Axes, "plot", note_curve)
+    rows = [dict(arm="send-long", curve_measure="FD(net@96)-500", curve=[[1000, 500.0], [2000, 400.0]]),
+            dict(arm="send", curve_measure="FD(net@96)-500", curve=[[1, 1.0]]),
+            dict(arm="control-long", curve_measure="another", curve=[[1, 1.0]])]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    out = do("study", "demo", tmp_path, "--study", tmp_path / "rows.json")
+    assert re.search(r"fd +900\.0 +860\.0\n", out) and re.search(r"probe_f1 +0\.6000 +0\.6200\n", out)
+    assert "control, seconds: encode 2, sample 1, fd 1, recon 1, train_vae 4, train_sit 10" in out
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["arms"]["send"]["fd"] == 860 and report["arms"]["send"]["fd_n"] == 1000
+    floors = dict(fd_floor=17.0, fd_floor_n=500, fd_real=27.0)
+    assert report["baselines"] == dict(floors, probe_f1_pixels=0.4, probe_f1_majority=0.1)
+    assert report["network"] == "net@96" and report["torch"] == torch.__version__
+    samples = [np.load(tmp_path / arm / "samples.npz")["arr_0"] for arm in ("control", "send")]
+    assert len(pictures) == 5 and all(np.array_equal(a, b) for a, b in zip(pictures, samples))
+    assert [p[0] for p in plotted] == [(100, 200), (100, 200), (1000, 2000)]
+    with Image.open(tmp_path / "report.png") as picture:
+        assert picture.width > 800 and len(picture.convert("RGB").getcolors(10 ** 6)) > 20
+    for arm in ("control", "send"):  # as of run.sh folder: no attributes, no distances while the SiT trains
+        (tmp_path / arm / "probe.json").unlink()
+        log = tmp_path / arm / "sit/metrics.jsonl"
+        log.write_text("".join(line + "\n" for line in log.read_text().splitlines() if "FD(" not in line))
+    plotted.clear()
+    assert "no probe" in do("study", "demo", tmp_path) and plotted == []
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    result = call("study", "demo", tmp_path)
+    assert_refused(result, "requirements-dev.txt")
+    assert re.search(r"fd +900\.0 +860\.0\n", result[1])
+    (tmp_path / "send/fd.json").write_text("{}")
+    assert_refused(call("study", "demo", tmp_path), "send", "fd.json")
