@@ -50,10 +50,12 @@ import vae  # noqa: E402
 # Random data and weights
 
 
-def random_images(folder, count, size):
+def random_images(bench, count, size):
     """JPEG files of 2 x 1.5 times `size` pixels (ImageNet's usual 500 x 375 for 256), smooth with a little
-    noise. 64 of them differ, the others are links."""
-    rng, shape = np.random.default_rng(0), (2 * size, 3 * size // 2)
+    noise, in the run's folder. 64 of them differ, the others are links."""
+    rng, shape, folder = np.random.default_rng(0), (2 * size, 3 * size // 2), bench.folder
+    if bench.rank:
+        return common.barrier()
     for i in range(min(count, 64)):
         coarse = Image.fromarray(rng.integers(0, 256, (9, 12, 3), np.uint8))
         smooth = np.asarray(coarse.resize(shape, Image.Resampling.BICUBIC))
@@ -61,6 +63,7 @@ def random_images(folder, count, size):
         Image.fromarray(noisy).save(folder / f"{i:06d}.jpg", quality=90)
     for i in range(64, count):
         os.link(folder / f"{i % 64:06d}.jpg", folder / f"{i:06d}.jpg")
+    common.barrier()
 
 
 def random_vae(name):
@@ -236,11 +239,6 @@ class Bench:
         if next(self.protocol, "end") == "end":
             raise Done
 
-    def write_images(self, count, size):
-        if self.rank == 0:
-            random_images(self.folder, count, size)
-        common.barrier()
-
     def run_function(self, run, images):
         """A script that is one function, in float32."""
         def repeat():
@@ -320,11 +318,11 @@ def time_training(bench, module):
     else:
         size = args.resolution or train_vae.build_vae(args)[0].config["resolution"]
         bench.patch(module, "build_lpips", lambda _, device, weights: fid.build_lpips(None, device, False))
-    bench.write_images(images, size)
+    random_images(bench, images, size)
     sync_if, update_ema, pretrained = common.sync_if, common.update_ema, mapper.pretrained
 
     def untrained(name, _, weights, **size):
-        return pretrained(name, weights=False, **size)
+        return pretrained(name, weights=False, **size)  # --vfm-ckpt is not read
 
     @contextlib.contextmanager
     def passes(network, last):  # forward and backward
@@ -357,7 +355,7 @@ def time_encode(bench):
         bench.patch(vae, "load_vae", random_vae)
     batch = args.micro_batch * bench.world
     size = args.resolution or vae.load_vae(args.vae).config["resolution"]
-    bench.write_images(batch * (bench.count + 1), size)
+    random_images(bench, batch * (bench.count + 1), size)
     bench.wrap(vae.AutoencoderKL, "encode", "encode", bare=True)
     bench.wrap(common.RowFiles, "put", "store")
     bench.ends_step(common.RowFiles, "put")
@@ -379,7 +377,8 @@ def time_sample(bench):
 
 
 def time_fid(bench):
-    """Inception beside torch-fidelity's; the Fréchet distance beside scipy's sqrtm; precision and recall."""
+    """Inception beside torch-fidelity's; then, once each, the Fréchet distance, scipy's sqrtm for it, precision
+    and recall."""
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     bench.stack.enter_context(torch.backends.cudnn.flags(allow_tf32=False))
     images = torch.randint(0, 256, (32, 3, 256, 256), dtype=torch.uint8, device=bench.device)
@@ -459,7 +458,10 @@ def main():
     with contextlib.ExitStack() as stack:
         bench = Bench(args, flags, stack)
         stack.callback(shutil.rmtree, bench.folder, ignore_errors=True)
-        STAGES[args.stage](bench)
+        try:
+            STAGES[args.stage](bench)
+        except ModuleNotFoundError as e:  # a peer
+            raise common.UserError(f"no module {e.name}: pip install -r requirements-dev.txt") from None
         common.barrier()
     if bench.rank == 0:
         if args.json:
