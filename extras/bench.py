@@ -377,8 +377,8 @@ def time_sample(bench):
 
 
 def time_fid(bench):
-    """Inception beside torch-fidelity's; then, once each, the Fréchet distance, scipy's sqrtm for it, precision
-    and recall."""
+    """Inception beside torch-fidelity's; then, once each, the Fréchet distance, scipy's sqrtm for it,
+    precision and recall."""
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     bench.stack.enter_context(torch.backends.cudnn.flags(allow_tf32=False))
     images = torch.randint(0, 256, (32, 3, 256, 256), dtype=torch.uint8, device=bench.device)

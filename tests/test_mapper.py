@@ -1,4 +1,25 @@
-from helpers import *  # noqa: F403
+"""Slow tests: mapper."""
+import numpy as np
+import pytest
+import safetensors.torch
+import timm
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from helpers import (
+    HERE,
+    SMALL_SIT,
+    SMALL_VAE,
+    VFM,
+    assert_same_losses,
+    do,
+    metrics,
+    run,
+)
+
+import data
+import mapper
+from common import UserError
 
 # ---------------------------------------------------------------------------------------------------------
 # mapper.py: real architectures
@@ -102,3 +123,22 @@ def test_cache_on_two_processes(small, tmp_path):
     one, two = (np.load(tmp_path / f"tokens{k}/tokens.npy") for k in (1, 2))
     np.testing.assert_allclose(one, two, rtol=2e-3, atol=2e-3)
     assert_same_losses(tmp_path / "sit1", tmp_path / "sit2")
+
+
+def test_training_with_cached_tokens(small, tmp_path, monkeypatch):
+    """--cache-vfm changes the losses, or a step still reads images or runs the VFM."""
+    vae_command = ("train_vae", "--data", small / "images", *SMALL_VAE, "--gan", 0, *VFM, "--mapper-mlp", 64,
+                   "--steps", 2)
+    sit_command = ("train_sit", "--latents", small / "latents", *SMALL_SIT, "--data", small / "images", *VFM,
+                   "--steps", 2)
+    for command, loss in ((vae_command, "align"), (sit_command, "repa")):
+        script = command[0]
+        for name, more in dict(plain=(), cached=("--cache-vfm", tmp_path / script / "tokens")).items():
+            do(*command, *more, "--out", tmp_path / script / name)
+        with monkeypatch.context() as m:
+            m.setattr(mapper.VFM, "forward", lambda *_: pytest.fail("the VFM was run"))
+            if script == "train_sit":
+                m.setattr(data, "read_image", lambda *_: pytest.fail("an image was read"))
+            do(*command, "--cache-vfm", tmp_path / script / "tokens", "--out", tmp_path / script / "again")
+        runs = [[r[loss] for r in metrics(tmp_path / script / k)[1]] for k in ("plain", "cached", "again")]
+        assert runs[0] == pytest.approx(runs[1], rel=1e-3) and runs[1] == runs[2]

@@ -1,11 +1,74 @@
+"""Slow tests: faults."""
+import contextlib
+import errno
+import io
+import multiprocessing.dummy
+import operator
+import os
+import resource
+import shutil
+import signal
+import socket
+import stat
+import struct
+import subprocess
+import time
+import warnings
+import zlib
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+
+import hypothesis
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from helpers import (
+    FP32,
+    HERE,
+    NAME,
+    SLOW,
+    VFM,
+    assert_refused,
+    assert_same_bits,
+    assert_same_losses,
+    call,
+    command_line,
+    do,
+    encode_command,
+    ended,
+    fork,
+    forked,
+    metrics,
+    on_two_ranks,
+    ramp,
+    run,
+    sit_command,
+    train_command,
+    truncate,
+    vae_command,
+    write_images,
+)
+from PIL import Image
+
+import common
+import data
+import fid
+import sample
+import sit
+import train_vae
+import vae
+from common import UserError
+from extras import convert, study
+
 """Kills, lost processes, full disks, exhausted memory, readers that hang, fuzzed files.
 
 `python tests/soak.py` runs the long version of the kills and the fuzzing."""
-import operator
 
-from helpers import *  # noqa: F403
 
-from extras import convert, study
+
 
 # ------------------------------------------------------------------------------------------------------------
 # Kills

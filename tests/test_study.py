@@ -1,67 +1,25 @@
+"""Slow tests: study."""
+import hashlib
+import json
+import re
+import sys
+from pathlib import Path
+
 import matplotlib.axes
+import numpy as np
+import pytest
+import scipy.linalg
+import scipy.stats
+import torch
+from helpers import (
+    assert_refused,
+    call,
+    do,
+)
+from PIL import Image
+
+import common
 import study
-from helpers import *  # noqa: F403
-
-
-def test_steps_to():
-    """The crossing of a curve is not linear between its points, or one that never gets there has one."""
-    curve = [(100, 50.0), (200, 30.0), (300, 32.0), (400, 20.0)]
-    found = [study.steps_to(curve, v) for v in (60, 50, 40, 30, 26, 20, 19)]
-    assert found == [100, 100, 150, 200, 350, 400, None] and study.steps_to([], 60) is None
-
-
-def curves_of(**arms):
-    """{arm: {seed: row}} of distances at 100, 200, 300, 400 steps, a list a seed."""
-    def row(values):
-        return dict(curve=list(zip((100, 200, 300, 400), values)))
-
-    return {arm: {f"seed{i}": row(v) for i, v in enumerate(seeds)} for arm, seeds in arms.items()}
-
-
-def test_speed_ups():
-    """An arm is called faster for chance: seeds in which it is slower do not count, or a control that was
-    there before its end is measured at its end."""
-    control = [50.0, 40.0, 30.0, 20.0]
-    rows = curves_of(control=[control, control], send=[[55.0, 50.0, 40.0, 30.0], [40.0, 20.0, 15.0, 10.0]])
-    assert study.speed_ups(rows, "send", "control") == ([0.75, 2.0], False)
-    assert study.speed_ups(rows, "control", "send") == ([4 / 3, 0.5], False)
-    text = study.speed_text(rows, "send")
-    assert text.startswith(f"{1.5 ** 0.5:.2f} [") and text.endswith("undecided")
-    early = curves_of(control=[[50.0, 20.0, 30.0, 25.0]], send=[[50.0, 20.0, 30.0, 25.0]])
-    assert study.speed_text(early, "send") == "1.00 (one seed)"  # both were there before their ends
-    below = curves_of(control=[control], send=[[19.0, 18.0, 17.0, 16.0]])
-    assert study.speed_text(below, "send") == "4.00 (a bound) (one seed)"
-    faster = curves_of(control=[control, control], send=[[44.0, 20.0, 15.0, 10.0], [40.0, 20.0, 15.0, 10.0]])
-    assert study.speed_text(faster, "send").endswith("faster")
-    assert study.speed_text(dict(control=faster["send"], send=faster["control"]), "send").endswith("slower")
-    rng, logs = np.random.default_rng(0), []  # arms that are the control but for noise
-    for _ in range(300):
-        noisy = np.array([1200, 1090, 1040, 1015]) + rng.normal(size=(2, 4)) * 8
-        ratios, _ = study.speed_ups(curves_of(control=noisy[:1], send=noisy[1:]), "send", "control")
-        logs.append(np.log(ratios[0]))
-    assert abs(np.mean(logs)) < 3 * np.std(logs) / len(logs) ** 0.5
-
-
-def test_study_statistics():
-    """Differences are not paired by seed, the interval is not Student's, or better and worse are turned
-    round."""
-    noise, rows = np.random.default_rng(0).normal(size=(2, 5)), {}
-    for k, arm in enumerate(("control", "send")):
-        rows[arm] = {f"seed{i}": dict(fd=100 + 50 * i + 10 * k + v, f1=0.5 + 0.1 * i + 0.05 * k + v / 1000)
-                     for i, v in enumerate(noise[k])}
-    d = study.differences(rows, "send", "fd")
-    ours, theirs = ([r["fd"] for r in rows[arm].values()] for arm in ("send", "control"))
-    expected = scipy.stats.ttest_rel(ours, theirs).confidence_interval(0.95)
-    assert study.interval(d) == pytest.approx((expected.low, expected.high)) and 8 < np.mean(d) < 12
-    assert study.compared(d, "fd") == "worse"
-    assert study.compared(study.differences(rows, "send", "f1"), "f1") == "better"
-    assert study.compared(study.differences(rows, "control", "fd", "send"), "fd") == "better"
-    del rows["send"]["seed0"]
-    assert study.differences(rows, "send", "fd") == d[1:] and study.differences(rows, "none", "fd") == []
-    rows["send"] = {"seed1": rows["send"]["seed1"]}
-    assert study.compared(study.differences(rows, "send", "fd"), "fd") == "undecided"
-    assert study.compared([], "fd") == "undecided"
-    assert study.mean_sd([1, 2, 4], 2) == "2.33 ± 1.53" and study.mean_sd([1], 1) == "1.0"
 
 
 def fake_hash(name):

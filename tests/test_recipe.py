@@ -1,6 +1,37 @@
-from helpers import *  # noqa: F403
-import skimage.data
+"""Slow tests: recipe."""
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
+import numpy as np
+import pytest
+import safetensors.torch
+import skimage.data
+import skimage.metrics
+import timm
+import torch
+from helpers import (
+    HERE,
+    LITE0,
+    VFM,
+    assert_refused,
+    call,
+    do,
+    metrics,
+    train_vae_args,
+    write_images,
+)
+from PIL import Image
+
+import common
+import data
+import vae
+from extras import study as extras_study
 
 # -----------------------------------------------------------------------------------------------------------
 # run.sh at tiny scale: what it runs, runs
@@ -218,3 +249,122 @@ def test_both_resolutions(size, tmp_path):
        "--steps", 1, "--out", sit_pt.parent)
     do("sample", "--sit", sit_pt, "--images", 1, "--steps", 2, "--out", tmp_path / "samples.npz")
     assert np.load(tmp_path / "samples.npz")["arr_0"].shape == (1, size, size, 3)
+
+
+
+
+@pytest.fixture
+def fake_python(tmp_path):
+    """The environment of a run.sh in which python prints its command line and does nothing; it fails where
+    that line holds $FAIL. Asked for a package's weights (-c) it names the package."""
+    fake = tmp_path / "bin/python"
+    fake.parent.mkdir()
+    fake.write_text("""#!/bin/sh
+case "$1" in -c) echo "$2" | grep -o 'lite[02]' | head -n 1; exit 0 ;; esac
+echo "COMMAND $@"
+case "$*" in *${FAIL:-nothing at all}*) exit 3 ;; esac
+""")
+    fake.chmod(0o755)
+    return dict(PATH=f"{fake.parent}:{os.environ['PATH']}", OUT=tmp_path)
+
+
+def test_demo_is_two_arms(fake_python, tmp_path):
+    """The demo's arms differ in more than the alignment, or a command is missing."""
+    lines = recipe(INIT="init.pt", **fake_python)[0].splitlines()
+    own = {arm: [line.removeprefix(f"{arm}: COMMAND ") for line in lines if line.startswith(f"{arm}: ")]
+           for arm in ("control", "send")}
+    scripts = ["train_vae.py", "vae.py", "train_sit.py", "sample.py", "fid.py", "fid.py", "probe.py"]
+    assert all([line.split()[0] for line in commands] == scripts for commands in own.values())
+    control, send = (vars(train_vae_args(f"python {own[arm][0]}")) for arm in own)
+    changed = {k for k in control if control[k] != send[k]}
+    assert changed <= {"align", "lambda_align", "vfm", "vfm_ckpt", "cache_vfm", "grid", "mapper_mlp", "out"}
+    assert (control["align"], send["align"], send["init"]) == ("none", "send", "init.pt")
+    as_control = [line.replace(f"{tmp_path}/send", f"{tmp_path}/control") for line in own["send"]]
+    assert own["control"][1:] == as_control[1:]
+    assert f"COMMAND extras/study.py demo {tmp_path} --arms control send" in lines[-2]
+
+
+def test_every_arm_of_the_study_is_a_command(fake_python):
+    """An arm of run.sh is mistyped, or changes something else than its name says."""
+    parsed = {}
+    for arm in extras_study.ARMS:
+        out, _ = recipe("study", 1, arm, **fake_python)
+        commands = {}
+        for line in out.splitlines():
+            line = line.removeprefix("COMMAND ")
+            judged = next((f" {k}" for k in ("fd2", "fd3", "recon") if f"{k}.json" in line), "")
+            commands[line.split()[0] + judged] = line
+        scripts = ["vae.py", "train_sit.py", "sample.py", "fid.py", "fid.py fd2", "fid.py fd3"]
+        if not arm.endswith(("-repa", "-long")):  # these take another arm's VAE
+            scripts = ["train_vae.py", *scripts, "fid.py recon", "probe.py"]
+        assert list(commands) == scripts
+        for judged, net, cache in (("fid.py", "lite0", "judge"), ("fid.py fd2", "lite2", "judge2"),
+                                   ("fid.py fd3", "vgg16", "judge3")):
+            line = commands[judged]
+            assert net in line and f"/{cache}.npz" in line and f"seed1/{arm}/samples.npz" in line
+        parsed[arm] = commands
+
+    tuned = {arm: vars(train_vae_args(f"python {commands['train_vae.py']}"))
+             for arm, commands in parsed.items() if "train_vae.py" in commands}
+    assert set(extras_study.ARMS) - set(tuned) == {f"{vae}-{sit}" for vae in ("control",
+                                                                              "send") for sit in ("repa",
+                                                                                                  "long")}
+    expected = {"control": dict(align="none", lambda_align=0.0),
+                "send": {},
+                "random": dict(vfm="resnet10t"),
+                "oracle": dict(vfm="resnet10t"),
+                "depth0-clean": dict(mapper_depth=0, noise=0),
+                "depth1-clean": dict(noise=0),
+                "random-matched": dict(vfm="resnet10t", lambda_align=8.0),
+                "vavae": dict(align="vavae", lambda_align=0.1),
+                "vfm2": dict(vfm="tf_efficientnet_lite2"),
+                "depth2": dict(mapper_depth=2),
+                "lambda0.5": dict(lambda_align=0.5),
+                "lambda8": dict(lambda_align=8.0),
+                "standardised": dict(vfm_standardise=1)}
+    assert tuned.keys() == expected.keys()
+    send = tuned["send"]
+    for arm, changes in expected.items():
+        ignored = {"out", "vfm_ckpt", "cache_vfm"}
+        if arm in ("control", "vavae"):
+            ignored |= {"vfm", "grid", "mapper_mlp"}
+        assert {k: v for k, v in tuned[arm].items() if v != send[k] and k not in ignored} == changes, arm
+    assert (send["lambda_align"], send["mapper_depth"], send["noise"], send["seed"]) == (2.0, 1, 1, 1)
+    weights = {arm: Path(args["vfm_ckpt"]).stem for arm, args in tuned.items() if args["vfm_ckpt"]}
+    others = {"random": "random", "random-matched": "random", "oracle": "oracle", "vfm2": "lite2"}
+    assert weights == {arm: others.get(arm, "lite0") for arm in tuned if arm != "control"}
+    for arm, name in weights.items():  # or tokens of one model are read as another's
+        assert tuned[arm]["cache_vfm"].endswith(f"/tokens-{name}")
+
+    sits = {arm: re.sub(r"--(out|latents) \S+", "", c["train_sit.py"]) for arm, c in parsed.items()}
+    assert len({flags for arm, flags in sits.items() if not arm.endswith(("-repa", "-long"))}) == 1
+    for kind, flag in (("repa", "--repa 0.5"), ("long", "--steps 10000")):
+        assert sits[f"control-{kind}"] == sits[f"send-{kind}"] and flag in sits[f"send-{kind}"]
+    assert "seed1/send/latents" in parsed["send-repa"]["train_sit.py"]
+    assert "seed1/send/vae.pt" in parsed["send-repa"]["sample.py"]
+
+
+def test_one_arm_that_fails(fake_python, tmp_path):
+    """A failing or mistyped arm of the study stops the others or passes for done, REPA comes before the VAE
+    that it needs, or a seed is left out."""
+    out, _ = recipe("study", status=1, **fake_python, STUDY_SEEDS=2, STUDY_ARMS="control depth-2",
+                    STUDY_MORE="send-repa send", STUDY_LONG="", FAIL="seed1/control/latents", JOBS=1)
+    assert f"COMMAND extras/study.py {tmp_path}" in out.splitlines()
+    done = [line.split(":")[0] for line in out.splitlines() if ": done" in line]
+    assert done[:11] == [f"- {part}" for part in (
+        "avatars", "vgg16", "random", "oracle", "judge", "judge2", "judge3",
+        "tokens-lite0", "tokens-lite2", "tokens-random", "tokens-oracle")]
+    assert done[11:] == ["0 control", "0 send", "1 send", "0 send-repa", "1 send-repa"]
+    failed = [line.split(":")[0] for line in out.splitlines() if "FAILED" in line]
+    assert failed == ["1 control", "0 depth-2", "1 depth-2"] and "no such arm" in out
+
+
+def test_jobs_are_cores(fake_python, tmp_path):
+    """A study runs one job at a time: nproc answers 1 because each command has one thread."""
+    nproc = tmp_path / "bin/nproc"
+    nproc.write_text('#!/bin/sh\necho "${OMP_NUM_THREADS:-7}"\n')
+    (tmp_path / "bin/xargs").write_text('#!/bin/sh\necho "XARGS $@"\nexit 1\n')
+    for script in (nproc, tmp_path / "bin/xargs"):
+        script.chmod(0o755)
+    out, _ = recipe("study", status=1, **fake_python)
+    assert out.split()[:4] == ["XARGS", "-r", "-P", "7"] or shutil.which("nvidia-smi")
