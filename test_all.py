@@ -1844,7 +1844,7 @@ def test_chain_latents(demo, avatars):
             for f in range(flips):
                 with torch.no_grad():
                     q = model.encode(x.flip(-1) if f else x)
-                stored = torch.from_numpy(latents.moments[row, f]).float()
+                stored = torch.from_numpy(latents.moments[row, f].copy()).float()
                 torch.testing.assert_close(stored, torch.cat([q.mean, q.std], 1)[0], rtol=2e-3, atol=1e-3)
 
 
@@ -2021,19 +2021,19 @@ def test_two_processes_sample_the_same_images(small, tmp_path):
 
 @pytest.mark.parametrize("script", NAME)
 def test_resume(script, small, tmp_path):
-    """3 steps, a restart and 3 more are not the same 6 steps, bit for bit; or the log has gaps or doubles; or
+    """2 steps, a restart and 2 more are not the same 4 steps, bit for bit; or the log has gaps or doubles; or
     a run goes on under other settings."""
     name = NAME[script]
-    do(script, *train_command(script, small, tmp_path / "whole"), "--steps", 6)
+    do(script, *train_command(script, small, tmp_path / "whole"), "--steps", 4)
     parts = script, *train_command(script, small, tmp_path / "parts")
-    do(*parts, "--steps", 3)
-    assert common.load_checkpoint(tmp_path / "parts" / name)["step"] == 3
-    do(*parts, "--steps", 6)
+    do(*parts, "--steps", 2)
+    assert common.load_checkpoint(tmp_path / "parts" / name)["step"] == 2
+    do(*parts, "--steps", 4)
     assert_same_bits(tmp_path / "whole" / name, tmp_path / "parts" / name)
     whole, again = (metrics(tmp_path / folder)[1] for folder in ("whole", "parts"))
     for r in (*whole, *again):
         del r["seconds"], r["images_per_s"]
-    assert whole == again and [r["step"] for r in whole] == [1, 2, 3, 4, 5, 6]
+    assert whole == again and [r["step"] for r in whole] == [1, 2, 3, 4]
     before = (tmp_path / "parts" / name).read_bytes()
     assert_refused(call(*parts, "--steps", 9, "--seed", 7), "--seed", "7")
     assert_refused(call(*parts, "--steps", 9, "--lr", 0.5), "--lr", "0.5")
@@ -2171,7 +2171,7 @@ train_vae --data IMAGES SMALL_VAE PLAIN --batch 41 --out O          | --batch 41
 train_vae --data IMAGES SMALL_VAE PLAIN --resolution 34 --out O     | 34 | multiple of 4
 train_vae --data IMAGES SMALL_VAE --init VAE --out O                | --init | --preset
 train_vae --data IMAGES SMALL_VAE --vfm dinov9 --out O              | dinov9
-train_vae --data IMAGES SMALL_VAE --out O                           | vit_base_patch14_dinov2 | --vfm-ckpt
+train_vae --data IMAGES SMALL_VAE --vfm test_vit --out O            | test_vit | --vfm-ckpt
 train_vae --data IMAGES SMALL_VAE VFM --grid 3 --out O              | 3 x 3
 train_vae --data IMAGES --init SIT --out O                          | sit.pt | train_vae.py
 train_vae --steps x                                                 | --steps | 'x'
@@ -2249,11 +2249,12 @@ def test_a_step_that_is_not_finite(script, small, tmp_path, monkeypatch):
     assert (tmp_path / NAME[script]).read_bytes() == before
 
 
-@pytest.mark.parametrize("legacy", [False, True])
-def test_no_file_runs_code(legacy, small, tmp_path):
+def test_no_file_runs_code(small, tmp_path):
     """A file given to any flag runs the code that it carries, or ends in a traceback."""
     ran, evil, images, sit_pt = tmp_path / "ran", tmp_path / "evil.pt", small / "images", small / "sit/sit.pt"
-    torch.save({"state_dict": ldm_state(), "x": Evil(ran)}, evil, _use_new_zipfile_serialization=not legacy)
+    content = {"state_dict": ldm_state(), "x": Evil(ran)}
+    torch.save(content, tmp_path / "legacy.pt", _use_new_zipfile_serialization=False)
+    torch.save(content, evil)
     fine, out = vae_command(images, tmp_path / "out"), ("--out", tmp_path / "a.npz")
     lite0 = "tf_efficientnet_lite0"
     score = "fid", "score", images, images, "--net-ckpt", evil
@@ -2266,6 +2267,7 @@ def test_no_file_runs_code(legacy, small, tmp_path):
             ("sample", "--sit", sit_pt, "--guide", evil, "--cfg", 2, *out),
             ("fid", "recon", "--vae", evil, "--data", images), ("probe", evil, "--data", images)]:
         assert_refused(call(*command), evil)
+    assert_refused(call("probe", tmp_path / "legacy.pt", "--data", images), "legacy.pt")
     do(*fine)
     shutil.copy(evil, tmp_path / "out/vae.pt")
     assert_refused(call(*fine, "--steps", 3), "out/vae.pt")  # the run's own checkpoint
@@ -2290,12 +2292,11 @@ def test_every_reader_is_a_safe_one():
     assert len(calls) > 8
 
 
-@pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("error,words", [
     (ZeroDivisionError("float division"), ["ZeroDivisionError in a reader"]),
     (OSError(errno.EMFILE, "Too many open files"), ["Too many", "ulimit -n"]),
     (MemoryError(), ["out of memory", "--micro-batch"])])
-def test_a_reader_that_raises(error, words, workers, small, tmp_path):
+def test_a_reader_that_raises(error, words, small, tmp_path):
     """An exception in a process that reads images hangs the run for ever, ends in a traceback, or makes good
     images count as unreadable."""
     def prepare():
@@ -2304,7 +2305,7 @@ def test_a_reader_that_raises(error, words, workers, small, tmp_path):
                 raise error
             return read(path, size)
         data.read_image = failing
-    command = vae_command(small / "images", tmp_path / "out", "--steps", 30, "--workers", workers)
+    command = vae_command(small / "images", tmp_path / "out", "--steps", 30, "--workers", 1)
     result = forked(*command, log=tmp_path / "log", prepare=prepare)
     assert "skipped" not in result[2]
     assert_refused(result, *words)

@@ -702,7 +702,10 @@ def fuzz_seeds(small, folder):
         data.read_attributes(tables)
 
     def read_checkpoint(path):
-        for read in (common.load_checkpoint, common.load_newest, vae.load_vae, sit.load_sit):
+        def read_sit(path):
+            return sample.read_sit(path, "ema")
+
+        for read in (common.load_checkpoint, common.load_newest, vae.load_vae, read_sit):
             with contextlib.suppress(UserError):
                 read(path)
         common.load_checkpoint(path)
@@ -711,8 +714,8 @@ def fuzz_seeds(small, folder):
         with contextlib.suppress(UserError):
             convert.read_stats(str(path), 4)
         source = fid.load_source(path)
-        if source.images is not None:
-            source.images([0])
+        if source.n:
+            source.read([0])
 
     def read_latents(path):
         shutil.copy(path, latents / path.name)
