@@ -6,14 +6,7 @@ from collections import Counter
 import numpy as np
 import pytest
 from helpers import (
-    assert_refused,
-    call,
-    do,
-    draw_avatars,
-    ramp,
-    truncate,
-    write_images,
-)
+    assert_refused, call, do, draw_avatars, ramp, truncate, write_images)
 from PIL import Image
 
 import data

@@ -1,4 +1,5 @@
 """Slow tests: faults."""
+import ast
 import contextlib
 import errno
 import io
@@ -26,38 +27,15 @@ import pytest
 import safetensors.torch
 import torch
 from helpers import (
-    FP32,
-    HERE,
-    NAME,
-    SLOW,
-    VFM,
-    assert_refused,
-    assert_same_bits,
-    assert_same_losses,
-    call,
-    command_line,
-    do,
-    encode_command,
-    ended,
-    fork,
-    forked,
-    metrics,
-    on_two_ranks,
-    ramp,
-    run,
-    sit_command,
-    train_command,
-    truncate,
-    vae_command,
-    write_images,
-)
+    FP32, HERE, NAME, SLOW, VFM, assert_refused, assert_same_bits, assert_same_losses, call, command_line,
+    do, encode_command, ended, fork, forked, metrics, on_two_ranks, ramp, run, sit_command, train_command,
+    truncate, vae_command, write_images)
 from PIL import Image
 
 import common
 import data
 import fid
 import sample
-import sit
 import train_vae
 import vae
 from common import UserError
@@ -66,8 +44,6 @@ from extras import convert, study
 """Kills, lost processes, full disks, exhausted memory, readers that hang, fuzzed files.
 
 `python tests/soak.py` runs the long version of the kills and the fuzzing."""
-
-
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -817,3 +793,17 @@ def test_fuzz(kind, small, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "cwd")
     counts = fuzz(seeds[kind], tmp_path / "read", 100)
     assert counts["refused"] > 5 and counts["read"] > 1, counts
+
+
+def test_every_reader_is_a_safe_one():
+    """A torch.load or np.load in the code leaves pickles to chance."""
+    calls, never = [], ("pickle.load", "pickle.loads", "eval", "exec", "os.system")
+    for path in [*HERE.glob("*.py"), *HERE.glob("extras/*.py")]:
+        for node in ast.walk(ast.parse("" if path.name.startswith("test_") else path.read_text())):
+            name = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+            assert name not in never, f"{path}:{node.lineno}"
+            if name in ("torch.load", "np.load", "torch.hub.load_state_dict_from_url"):
+                flags = [f"{k.arg}={ast.unparse(k.value)}" for k in node.keywords]
+                assert {"allow_pickle=False", "weights_only=True"} & {*flags}, f"{path}:{node.lineno}"
+                calls.append(name)
+    assert len(calls) > 8

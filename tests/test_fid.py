@@ -16,18 +16,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 from helpers import (
-    LITE0,
-    Colours,
-    assert_refused,
-    call,
-    do,
-    read_scores,
-    stats_of,
-    tiny_vae,
-    truncate,
-    write_images,
-    write_npz,
-)
+    LITE0, Colours, assert_refused, call, do, read_scores, stats_of, tiny_vae, truncate, write_images,
+    write_npz)
 from PIL import Image
 
 import data

@@ -7,15 +7,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from helpers import (
-    HERE,
-    SMALL_SIT,
-    SMALL_VAE,
-    VFM,
-    assert_same_losses,
-    do,
-    metrics,
-    run,
-)
+    HERE, SMALL_SIT, SMALL_VAE, VFM, assert_same_losses, do, metrics, run)
 
 import data
 import mapper

@@ -21,17 +21,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from helpers import (
-    LITE0,
-    assert_refused,
-    call,
-    do,
-    labelled,
-    planted,
-    sklearn_probe,
-    tiny_vae,
-    truncate,
-    write_images,
-)
+    LITE0, assert_refused, call, do, labelled, planted, sklearn_probe, tiny_vae, truncate, write_images)
 from PIL import Image
 
 import common
@@ -390,8 +380,6 @@ def test_probe_names_the_command_for_data_sets_of_others(tmp_path):
     common.save_checkpoint(tmp_path / "vae.pt", dict(config=tiny_vae().config, vae=state, ema=state))
     for folder in attribute_folders(tmp_path / "others"):
         assert_refused(call("probe", tmp_path / "vae.pt", "--data", folder), "python extras/datasets.py")
-
-
 
 
 def posterior_features(pair, images, order):

@@ -16,16 +16,7 @@ import skimage.metrics
 import timm
 import torch
 from helpers import (
-    HERE,
-    LITE0,
-    VFM,
-    assert_refused,
-    call,
-    do,
-    metrics,
-    train_vae_args,
-    write_images,
-)
+    SMALL_VAE, HERE, LITE0, VFM, assert_refused, call, do, metrics, train_vae_args, write_images)
 from PIL import Image
 
 import common
@@ -251,8 +242,6 @@ def test_both_resolutions(size, tmp_path):
     assert np.load(tmp_path / "samples.npz")["arr_0"].shape == (1, size, size, 3)
 
 
-
-
 @pytest.fixture
 def fake_python(tmp_path):
     """The environment of a run.sh in which python prints its command line and does nothing; it fails where
@@ -368,3 +357,33 @@ def test_jobs_are_cores(fake_python, tmp_path):
         script.chmod(0o755)
     out, _ = recipe("study", status=1, **fake_python)
     assert out.split()[:4] == ["XARGS", "-r", "-P", "7"] or shutil.which("nvidia-smi")
+
+
+def test_dry_run(small, tmp_path):
+    """--dry-run writes, needs weights, or leaves out a part of the plan."""
+    images, vae_pt, out = small / "images", small / "vae/vae.pt", tmp_path / "o"
+    probed = tmp_path / "images"
+    shutil.copytree(images, probed)
+    rows = zip(data.SPLITS * 20, data.find_images(images), strict=False)
+    table = "".join(f"{f},{s},{int(f[0] == 'a')}\n" for s, f in rows)
+    (probed / "attributes.csv").write_text("file,split,a\n" + table)
+    vit = "vit_small_patch14_dinov2.lvd142m"
+    losses = ("--lpips", 1, "--gan", 0.1, "--vfm", vit)
+    sit_flags = ("--latents", small / "latents", "--data", images, "--model", "SiT-demo/1", "--vfm", vit)
+    plans = [(("train_vae", "--data", images, *SMALL_VAE, *losses, "--out", out),
+              ["step 0 of", "VAE 0.61 M", vit, "discriminator 2.77 M", "disk"]),
+             (("vae", "--vae", vae_pt, "--data", images, "--flip", "--out", out),
+              ["40 images", "(40, 2, 8, 8, 8)", "disk"]),
+             (("train_sit", *sit_flags, "--batch", 8, "--out", out),
+              ["SiT-demo/1", "64 tokens", "REPA 0.5", vit, "disk"]),
+             (("sample", "--sit", small / "sit/sit.pt", "--out", out / "a.npz"),
+              ["50000 images of 32 x 32", "NFE 250", "disk"]),
+             (("fid", "score", images, images, "--net", vit, "--json", out / "b.json"),
+              [f"{vit}@518", "40 images"]),
+             (("fid", "recon", "--vae", vae_pt, "--data", images),
+              ["40 images", "32 x 32"]),
+             (("probe", vae_pt, "--data", probed, "--json", out / "a.json"), ["1 attributes"])]
+    for command, expected in plans:
+        plan = do(*command, "--dry-run")
+        assert all(word in plan for word in expected), (command, plan)
+    assert not out.exists()

@@ -9,27 +9,9 @@ import pytest
 import torch
 import torch.nn as nn
 from helpers import (
-    FP32,
-    LITE0,
-    NAME,
-    SLOW,
-    VFM,
-    Evil,
-    assert_refused,
-    assert_same_bits,
-    call,
-    do,
-    do_on_two,
-    encode_command,
-    ldm_state,
-    metrics,
-    sit_command,
-    train_command,
-    truncate,
-    vae_command,
-    write_images,
-    write_table,
-)
+    TRAIN, FP32, LITE0, NAME, SLOW, VFM, Evil, assert_refused, assert_same_bits, call, do, do_on_two,
+    encode_command, ldm_state, metrics, sit_command, train_command, truncate, vae_command, write_images,
+    write_table)
 from PIL import Image
 
 import common
@@ -170,8 +152,6 @@ def test_sampling_with_a_guide(small, tmp_path):
     for file, words in (("alone.pt", ["in_channels 3", "4"]), ("foreign/sit.pt", ["latents of VAE"])):
         result = call(*command, "--cfg", 2, "--guide", tmp_path / file, "--out", tmp_path / "x.npz")
         assert_refused(result, file, *words)
-
-
 
 
 def test_scores_during_training(small, net, tmp_path, monkeypatch):
@@ -372,3 +352,18 @@ def test_hostile_npz(small, net, tmp_path):
         np.save(latents / f"{name}.npy", evil)
         assert_refused(call(*command), latents, "damaged")
     assert not (tmp_path / "ran").exists()
+
+
+def test_finished_commands_do_nothing(demo, avatars):
+    """Running run.sh twice trains or encodes again."""
+    before = {p: p.stat().st_mtime_ns for p in demo.rglob("*") if p.is_file()}
+    out = do("train_vae", "--data", avatars, *TRAIN, "--lpips", 0, "--gan", 0, "--preset", "demo",
+             "--lambda-align", 0, "--out", demo / "pretrain")
+    assert "already at step 3" in out
+    do("vae", "--vae", demo / "send/vae.pt", "--data", avatars, "--split", "train", "--flip", *FP32,
+       "--out", demo / "send/latents")
+    do("train_sit", "--latents", demo / "send/latents", "--data", avatars, "--model", "SiT-demo/2",
+       "--steps", 3,
+       "--batch", 8, "--repa", 0.5, *VFM, *FP32, "--out", demo / "send/sit")
+    do("avatars", avatars, "--n", 200)
+    assert {p: p.stat().st_mtime_ns for p in demo.rglob("*") if p.is_file()} == before

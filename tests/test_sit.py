@@ -4,9 +4,7 @@ import argparse
 import pytest
 import torch
 from helpers import (
-    Gaussian,
-    peer_sit,
-)
+    Gaussian, peer_sit)
 
 import sit
 

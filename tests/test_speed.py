@@ -14,16 +14,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from helpers import (
-    FP32,
-    VFM,
-    assert_refused,
-    call,
-    do,
-    metrics,
-    run,
-    small_vae,
-    vae_batch,
-)
+    FP32, VFM, assert_refused, call, do, metrics, run, small_vae, vae_batch)
 
 import common
 import mapper
@@ -106,10 +97,6 @@ def test_compiled_steps(script, small, tmp_path):
     for a, b in zip(eager, found):
         parts = [k for k in a if k in {"velocity", "repa", "rec", "kl", "gan", "align", "disc"}]
         assert len(parts) >= 2 and [b[k] for k in parts] == pytest.approx([a[k] for k in parts], rel=1e-3)
-
-
-
-
 
 
 def test_plain_vae_step():

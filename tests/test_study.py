@@ -12,10 +12,7 @@ import scipy.linalg
 import scipy.stats
 import torch
 from helpers import (
-    assert_refused,
-    call,
-    do,
-)
+    assert_refused, call, do)
 from PIL import Image
 
 import common

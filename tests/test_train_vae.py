@@ -4,14 +4,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers import (
-    LITE0,
-    ONE_STEP,
-    VFM,
-    assert_refused,
-    call,
-    do,
-    metrics,
-)
+    LITE0, ONE_STEP, VFM, assert_refused, call, do, metrics)
 
 import common
 import data

@@ -6,12 +6,7 @@ import sys
 import pytest
 import torch
 from helpers import (
-    HERE,
-    assert_is_diffusers,
-    ldm_state,
-    peer_vae,
-    tiny_vae,
-)
+    HERE, assert_is_diffusers, ldm_state, peer_vae, tiny_vae)
 
 import vae
 from common import UserError
@@ -35,8 +30,6 @@ def test_scripts_run_from_anywhere(tmp_path):
     assert done.returncode == 0 and "from_pretrained('ours')" in done.stdout, done.stderr
     done = script("vae.py", "export", "--vae", "ours", "--out", "a.safetensors")
     assert done.returncode == 0 and "MiB" in done.stdout, done.stderr
-
-
 
 
 def test_foreign_vae_that_does_not_fit(tmp_path):
