@@ -4,7 +4,7 @@
 #                                latents, two SiTs, samples, scores, and a report
 #   bash run.sh test [all]       install and run the tests; all: the slow ones too
 #   bash run.sh study            the paper's claims put to the test on the avatars: matched arms, five seeds
-#                                (STUDY_SEEDS; hours: README says how many)
+#                                (STUDY_SEEDS; hours: docs/study.md says how many)
 #   bash run.sh study SEED ARM   one arm of it
 #   bash run.sh folder DIR       the demo on your own photographs: DIR/class/name.jpg, or DIR/name.jpg
 #   bash run.sh imagenet DIR [main|table1|...|table6|rival|all]
@@ -79,7 +79,7 @@ fi
 # -----------------------------------------------------------------------------------------------------------
 # ImageNet, the paper's settings
 #
-# INIT=weights is the folder of the VAEs to start from (README says where they come from). GPUS=8: as many.
+# INIT=weights is the folder of the VAEs to start from (docs/imagenet.md says where they come from). GPUS=8: as many.
 # SIT_TAG=-800 names another folder for the SiT. SHOW=1 prints the commands and runs none. VAE_FLAGS,
 # ENCODE_FLAGS, SIT_FLAGS, SAMPLE_FLAGS, SCORE_FLAGS, RECON_FLAGS, PROBE_FLAGS are added to the commands.
 # PROBE=DIR probes every VAE on the attributes of DIR (CelebA, ...); then
@@ -98,7 +98,7 @@ launch() {
 }
 
 need() {  # FILE WHAT SOURCE: a file that the recipe starts from
-    [ -e "$1" ] || [ -n "${SHOW:-}" ] || fail "$1$2 is not there; README says where the $3"
+    [ -e "$1" ] || [ -n "${SHOW:-}" ] || fail "$1$2 is not there; docs/imagenet.md says where the $3"
 }
 
 # NAME VAE RESOLUTION SIT [flags of train_vae.py]: fine-tune the VAE (NAME base-*: leave it as it is), encode,

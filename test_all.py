@@ -2349,7 +2349,7 @@ def test_wrong_words(tmp_path):
     for arguments in (["nothing"], ["test", "some"], *study, *folder, *imagenet):
         _, err = recipe(*arguments, status=2)
         assert err.startswith("error: ") and len(err.splitlines()) == 1, arguments
-    assert "weights/vavae.pt" in err and "README" in err  # the last one lacks the VAE to start from
+    assert "weights/vavae.pt" in err and "docs/imagenet.md" in err  # the last one lacks the VAE to start from
 
 
 def test_recipe_is_the_papers(tmp_path):
