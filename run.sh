@@ -79,8 +79,8 @@ fi
 # -----------------------------------------------------------------------------------------------------------
 # ImageNet, the paper's settings
 #
-# INIT=weights is the folder of the VAEs to start from (docs/imagenet.md says where they come from). GPUS=8: as many.
-# SIT_TAG=-800 names another folder for the SiT. SHOW=1 prints the commands and runs none. VAE_FLAGS,
+# INIT=weights is the folder of the VAEs to start from (docs/imagenet.md says where they come from). GPUS=8: as
+# many. SIT_TAG=-800 names another folder for the SiT. SHOW=1 prints the commands and runs none. VAE_FLAGS,
 # ENCODE_FLAGS, SIT_FLAGS, SAMPLE_FLAGS, SCORE_FLAGS, RECON_FLAGS, PROBE_FLAGS are added to the commands.
 # PROBE=DIR probes every VAE on the attributes of DIR (CelebA, ...); then
 # `python extras/correlate.py out/imagenet/*/SiT-B-1` compares.
