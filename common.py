@@ -4,12 +4,13 @@ precision, files, checkpoints, the training run.
 A training script is flat: its loop shows forward, losses, backward, clip, step and EMA, and everything else
 stands behind one object of this file:
 
-    run = common.Run(args, "vae.pt")               # processes, device, precision, lock
+    run = common.Run(args, "vae.pt", advice)               # processes, device, precision, lock
     ...models, optimisers...
-    run.resume(dict(vae=vae, ...), inputs)         # the newest checkpoint, if there is one
-    for step, batch in run.steps(batches):         # what is left of --steps
+    if not run.resume(dict(vae=vae, ...), inputs, record): # the newest checkpoint, if there is one
+        return                                             # nothing is left to do
+    for step, batch in run.steps(batches, name_images):    # what is left of --steps
         ...one optimiser step...
-        run.after_step(losses)                     # finite? log? save? stop?
+        run.after_step(losses)                             # finite? log? save? stop?
 """
 import argparse
 import contextlib
@@ -854,7 +855,8 @@ class Run:
     """A training run: processes, device, precision, one owner of --out, resume, log, checkpoints, signals.
 
     args: the script's flags, kept in the checkpoint. Raises UserError for a batch that the processes do not
-    divide, a folder in use, other settings than the checkpoint's. """
+    divide, a folder in use, other settings than the checkpoint's.
+    """
 
     def __init__(self, args, name, advice):
         """name: of the checkpoint in --out; advice: what to change after losses that are not finite."""
@@ -862,7 +864,7 @@ class Run:
         self.device, self.rank, self.world = setup(args.deterministic)
         args.precision = args.precision or fast_precision(self.device)
         self.local = args.batch // self.world  # images of a step on this process
-        self.micro = args.micro_batch or self.local
+        self.micro = args.micro_batch or max(1, self.local)
         if args.batch % (self.world * self.micro):
             raise UserError(f"--batch {args.batch}: expected a multiple of {self.world} process(es) times "
                             f"--micro-batch {self.micro}")
@@ -871,11 +873,6 @@ class Run:
             if self.rank == 0:
                 claim(Path(args.out) / ".lock")
         self.step, self.seconds, self.losses = 0, 0.0, Losses()
-
-    def places(self, step):
-        """This process's places of `step` in the endless stream of samples."""
-        first = step * self.args.batch + self.rank * self.local
-        return range(first, first + self.local)
 
     def resume(self, modules, inputs, record):
         """Go on from the newest checkpoint. modules: {name: what has a state_dict, or None}; inputs: {flag:

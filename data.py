@@ -3,7 +3,8 @@
     python data.py check images                             # read every image, count the bad ones
 
 Whatever is random depends on (seed, index) alone: the same batches come from any number of processes, and a
-checkpoint holds no generator state. """
+checkpoint holds no generator state.
+"""
 import contextlib
 import csv
 import errno
@@ -168,7 +169,8 @@ class ImageFolder(torch.utils.data.Dataset):
     mirror image of item i, so that flips need no random numbers. split ("train", "val", "test") keeps the
     files that attributes.csv puts there. `.files` and `.labels` have N entries; `.classes` are those of the
     whole folder. Raises UserError for a folder that cannot be used, UnreadableImage for an item that cannot
-    be decoded. """
+    be decoded.
+    """
 
     def __init__(self, root, size, flip=False, split=None):
         self.root, self.size, self.flip = Path(root), size, flip
@@ -335,6 +337,12 @@ def epoch_order(n, seed, epoch):
     return np.random.Generator(np.random.Philox(key=(seed << 64) + epoch)).permutation(n)
 
 
+def step_places(batch, rank, world, step):
+    """Places of a process's share of `step` in the endless stream of samples; batch is the global one."""
+    first = step * batch + rank * (batch // world)
+    return range(first, first + batch // world)
+
+
 def sample_order(n, seed, places):
     """Rows at these places in an endless stream of epochs, each a permutation of range(n) drawn from (seed,
     epoch): the data position is the step alone, whatever the number of processes."""
@@ -346,7 +354,8 @@ def draw_noise(seed, rows, uniforms, *shapes):
     *shape) a shape.
 
     A counter-based generator (Philox, key = seed and row) makes them equal for any number of processes or
-    batch size, and leaves no generator state to store in a checkpoint. """
+    batch size, and leaves no generator state to store in a checkpoint.
+    """
     generators = [np.random.Generator(np.random.Philox(key=(seed << 64) + int(r))) for r in rows]
     drawn = [torch.from_numpy(np.stack([g.random(uniforms, dtype=np.float32) for g in generators]))]
     for shape in shapes:

@@ -81,7 +81,8 @@ class Mapper(nn.Module):
 
     depth 1 is the paper's best (Table 2); depth 0 is the plain MLP alignment of earlier work. No time
     conditioning. width defaults to vfm_dim, heads to width / 64 (12 for 768, 16 for 1024). Raises UserError
-    if grid does not divide h. """
+    if grid does not divide h.
+    """
 
     def __init__(self, z_channels, latent_size, grid, vfm_dim, depth=1, width=None, heads=None,
                  mlp_width=2048):
@@ -132,17 +133,19 @@ def vavae_loss(pred, target, cos_margin=0.5, distance_margin=0.25):
 
 
 class VFM(nn.Module):
-    """A frozen vision foundation model from timm. x (B, 3, H, W) in [-1, 1] -> tokens (B, grid*grid, dim),
-    float32.
+    """A frozen vision foundation model from timm.
+    x (B, 3, H, W) in [-1, 1] -> tokens (B, grid*grid, dim), float32.
 
     name   any timm model with intermediate features. ViT: patch tokens after the final norm, without class
-    and
-           register tokens. CNN: a feature map as a grid of tokens.
-    layer  ViT: block (negative counts from the end; default: the last). CNN: feature stage (default: stride
-    16). ckpt   local .pth/.pt/.bin/.safetensors instead of timm's download. The input is resized (bicubic) to
-    grid * patch or grid * stride pixels, which gives grid x grid tokens, and normalised with the model's own
-    mean and std. Raises UserError for an unknown name, a missing file, weights that do not fit, or a failed
-    download. Never falls back to another model. weights=False: random weights, for a plan. """
+           and register tokens. CNN: a feature map as a grid of tokens.
+    layer  ViT: block (negative counts from the end; default: the last). CNN: stage (default: stride 16).
+    ckpt   local .pth, .pt, .bin or .safetensors instead of timm's download.
+
+    The input is resized (bicubic) to grid * patch or grid * stride pixels, which gives grid x grid tokens,
+    and normalised with the model's own mean and std. Never falls back to another model. Raises UserError for
+    an unknown name, a missing file, weights that do not fit, or a failed download. weights=False: random
+    weights, for a plan.
+    """
 
     def __init__(self, name, image_size, grid, ckpt=None, layer=None, weights=True):
         super().__init__()
@@ -163,7 +166,7 @@ class VFM(nn.Module):
         try:
             net = empty_model(self.name, **fixed).eval()
             found = tuple(self.tokens(net, torch.empty(1, 3, self.size, self.size, device="meta")).shape[1:])
-        # of one size, of whole windows, or without img_size
+        # models of one input size, of whole windows (Swin), or without img_size raise here
         except (AssertionError, RuntimeError, TypeError) as e:
             raise UserError(f"--vfm {self.name}: gives no {self.grid} x {self.grid} tokens at {self.size} x "
                             f"{self.size} pixels ({common.brief(e, 100)})") from None
@@ -243,6 +246,7 @@ def pretrained(name, ckpt=None, flag="--vfm", weights=True, **kwargs):
         else:
             model = timm.create_model(name, pretrained=False, **kwargs)
             model.load_state_dict(in_order)
+            print(f"{ckpt}: no name matches, but all {len(in_order)} shapes do, in order: loaded by position")
         model.reset_classifier(0)
         return model
     except (OSError, RuntimeError, ValueError, KeyError) as e:
@@ -260,7 +264,6 @@ def state_in_order(model, ckpt):
     shapes = [tuple(getattr(v, "shape", ())) for v in theirs.values()]
     if set(theirs) & set(ours) or shapes != [tuple(v.shape) for v in ours.values()]:
         return None
-    print(f"{ckpt}: no name matches, but all {len(ours)} shapes do, in order: loaded by position")
     return dict(zip(ours, theirs.values()))
 
 
@@ -280,7 +283,8 @@ def cache_tokens(folder, vfm, weights, images, run):
     Row i < N is image i; of a folder with flips row N + i is its mirror image. folder: tokens.npy, done.npy
     (which rows are there; a stopped run goes on) and meta.json. weights: the VFM's hash before it was cast;
     images are known by name and size of the file. Raises UserError for a folder of other tokens, and for a
-    disk that is too small. """
+    disk that is too small.
+    """
     folder, shape = Path(folder), (len(images), vfm.grid ** 2, vfm.dim)
     files = {folder / "tokens.npy": (np.float16, shape), folder / "done.npy": (np.uint8, shape[:1])}
     if run.rank == 0:

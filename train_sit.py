@@ -7,7 +7,8 @@
 
 Rerunning a command goes on where it stopped. Random numbers depend on (seed, step, place in the global batch)
 alone. The latents are normalised with the mean and std that vae.py stored; the checkpoint carries both for
-sample.py. """
+sample.py.
+"""
 import copy
 from functools import partial
 
@@ -141,11 +142,11 @@ def pair_images(latents, root, check):
     return images, np.array([at[f] for f in latents.files])
 
 
-def read_step(latents, pair, cached, run, step):
+def read_step(latents, pair, cached, args, rank, world, step):
     """What this process needs of `step` from the CPU: (x, y, t, eps): normalised latents (B, c, h, w),
     labels, times (B,), noise like x; raw images or cached tokens (one of the two for REPA, else None);
     unreadable files."""
-    args, places = run.args, run.places(step)
+    places = data.step_places(args.batch, rank, world, step)
     n, flips, c2, *side = latents.moments.shape
     shape = (c2 // 2, *side)
     u, normal, eps_posterior, eps = data.draw_noise(args.seed, places, 3, (1,), shape, shape)
@@ -175,7 +176,7 @@ def read_step(latents, pair, cached, run, step):
 
 def read_steps(latents, pair, cached, run):
     """Yield (latents, labels, times, noise), raw images, VFM tokens of every step that is left."""
-    read = partial(read_step, latents, pair, cached, run)
+    read = partial(read_step, latents, pair, cached, run.args, run.rank, run.world)
     for batch, pixels, tokens, unreadable in data.load(read, range(run.step, run.args.steps),
                                                        run.args.workers):
         if unreadable:
@@ -215,8 +216,8 @@ class Evaluation:
             with torch.backends.cudnn.flags(allow_tf32=False):
                 features[list(rows)] = self.net(images).cpu()
         features = common.all_reduce(features)
-        known = self.stats["mu"], self.stats["sigma"]
-        return {self.name: 0.0 if run.rank else frechet_distance(*known, *statistics(features))}
+        reference = self.stats["mu"], self.stats["sigma"]
+        return {self.name: 0.0 if run.rank else frechet_distance(*reference, *statistics(features))}
 
 
 def print_plan(args, run, latents, model, vfm, pair):
@@ -287,7 +288,7 @@ def main():
     cached = None
     if args.cache_vfm:
         cached = cache_tokens(args.cache_vfm, vfm, inputs["vfm"], pair[0], run)
-        vfm.to("meta")  # out of memory
+        vfm.to("meta")  # frees its memory
     evaluate = Evaluation(run, latents) if args.eval_every else None
     if run.rank == 0:
         print_plan(args, run, latents, model, vfm, pair)

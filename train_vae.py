@@ -11,7 +11,7 @@ Rerunning a command goes on where it stopped. Random numbers depend on (seed, st
 batch), so the checkpoint needs no generator state, and the number of processes and --micro-batch change
 memory and speed only (but see --disc-ckpt: its batch norm sees the split).
 
-Which loss moves what (the VFM and LPIPS are frozen; before --mapper-warmup L_align moves the mapper alone;
+Which loss moves what (the VFM and LPIPS are frozen; during --mapper-warmup L_align moves the mapper alone;
 L_align is Send-VAE's or VA-VAE's):
 
     loss            encoder   decoder   mapper   discriminator
@@ -57,8 +57,10 @@ def parse_args():
     p.add_argument("--micro-batch", type=common.positive,
                    help="images per forward pass and process (default: all); memory only, divides its share")
     p.add_argument("--lr", type=float, default=3e-4, help="AdamW, betas 0.9 0.999, no weight decay")
-    p.add_argument("--lr-warmup", type=common.natural, default=0, help="steps of linear warm-up")
-    p.add_argument("--lr-decay", **switch, default=0, help="1: half a cosine down to zero at --steps")
+    p.add_argument("--lr-warmup", type=common.natural, default=0,
+                   help="steps of linear warm-up (not of the discriminator)")
+    p.add_argument("--lr-decay", **switch, default=0,
+                   help="1: half a cosine down to zero at --steps (likewise)")
     p.add_argument("--clip", type=float, default=1.0, help="largest gradient norm")
     p.add_argument("--ema", type=float, default=0.9999, help="decay of the averaged weights")
     # L_VAE: REPA-E's weights
@@ -170,7 +172,8 @@ class PatchGAN(nn.Module):
     (B, 3, H, W) -> logits (B, 1, H/8-2, W/8-2).
 
     norm "batch" is the release's (statistics of the images passed in, so the result depends on the split of
-    the batch); "group" sees one image at a time. """
+    the batch); "group" sees one image at a time.
+    """
 
     def __init__(self, ch=64, norm="batch"):
         super().__init__()
@@ -219,7 +222,8 @@ class LatentStats(nn.Module):
 
     Its gradient is a choice of this project: that of batch norm in training mode, (g - mean(g) - z_n mean(g
     z_n)) / std, with running means too. Without these two terms the encoder escapes the noise of eq. (1) by
-    scaling z up. """
+    scaling z up.
+    """
 
     def __init__(self, channels, device, world=1):
         super().__init__()
@@ -260,18 +264,21 @@ class LatentStats(nn.Module):
         self.sums.zero_()
 
 
-def vavae_ratio(loss, micro_batches, run, stats, judge, lpips):
+def vavae_ratio(loss, micro_batches, run, stats, lpips):
     """VA-VAE's adaptive weight (LDM's, Esser et al. 2021, eq. 7): the norm of the likelihood's gradient over
     the alignment's, by the encoder's last layer, from the whole global batch, in a forward pass of its
     own."""
     layer, sums = loss.vae.encoder.conv_out.weight, [0, 0]
-    for x, noise, tokens in micro_batches:
+
+    def gradients(x, noise, tokens):  # a function, so that only one graph is alive
         with common.autocast(run.device, run.args.precision):
-            parts, _, _ = loss.losses(x, noise, tokens, stats, True, judge, lpips)
+            parts, _, _ = loss.losses(x, noise, tokens, stats, True, None, lpips)
         likelihood = sum(loss.weights[k] * parts[k] for k in ("rec", "lpips") if k in parts)
-        for i, part in enumerate((likelihood, parts["align"])):
-            (gradient,) = torch.autograd.grad(part, layer, retain_graph=True)
-            sums[i] = sums[i] + gradient.float() * run.micro / run.local
+        pair = likelihood, parts["align"]
+        return [torch.autograd.grad(v, layer, retain_graph=True)[0].float() for v in pair]
+
+    for micro_batch in micro_batches:
+        sums = [s + g * run.micro / run.local for s, g in zip(sums, gradients(*micro_batch))]
     reference, align = (common.all_reduce(g / run.world).norm() for g in sums)
     return (reference / (align + 1e-4)).clamp(max=1e8)
 
@@ -311,21 +318,21 @@ def build_alignment(args, size, latent_shape):
                        mlp_width=args.mapper_mlp)
 
 
-def read_step(images, cached, run, latent_shape, step):
+def read_step(images, cached, args, rank, world, latent_shape, step):
     """What this process needs of `step` from the CPU: images (B, 3, S, S) uint8; noise: a (B,) of eq. (1) or
     None, eps of the posterior and of eq. (1), (B, c, h, w) each; tokens (B, N, D) of --cache-vfm or None;
     unreadable files."""
-    places = run.places(step)
-    rows = data.sample_order(len(images), run.args.seed, places)
+    places = data.step_places(args.batch, rank, world, step)
+    rows = data.sample_order(len(images), args.seed, places)
     pixels, _, rows, bad = data.read_rows(images, rows, replace=True)
-    a, eps_posterior, eps_align = data.draw_noise(run.args.seed, places, 1, latent_shape, latent_shape)
+    a, eps_posterior, eps_align = data.draw_noise(args.seed, places, 1, latent_shape, latent_shape)
     tokens = None if cached is None else torch.from_numpy(cached[rows]).float()
-    return pixels, (a[:, 0] if run.args.noise else None, eps_posterior, eps_align), tokens, bad
+    return pixels, (a[:, 0] if args.noise else None, eps_posterior, eps_align), tokens, bad
 
 
 def read_steps(images, cached, run, latent_shape):
     """Yield (images, noise, tokens) of every step that is left."""
-    read = partial(read_step, images, cached, run, latent_shape)
+    read = partial(read_step, images, cached, run.args, run.rank, run.world, latent_shape)
     for pixels, noise, tokens, bad in data.load(read, range(run.step, run.args.steps), run.args.workers):
         images.note_bad(bad)
         yield pixels, noise, tokens
@@ -391,8 +398,8 @@ def main():
         return print_plan(args, run, images, vae, latent_shape, vfm, mapper, discriminator)
 
     # What files hold, so that a resumed run notices a change
-    frozen = dict(vfm=vfm, lpips=lpips, disc_ckpt=discriminator if args.disc_ckpt else None)
-    inputs = {k: common.weights_hash(m.state_dict()) for k, m in frozen.items() if m is not None}
+    loaded = dict(vfm=vfm, lpips=lpips, disc_ckpt=discriminator if args.disc_ckpt else None)
+    inputs = {k: common.weights_hash(m.state_dict()) for k, m in loaded.items() if m is not None}
     inputs |= dict(init=init_hash, data=images.hash if run.rank == 0 else None)
 
     # Optimisers: AdamW for the VAE and the mapper, another for the discriminator
@@ -437,7 +444,7 @@ def main():
     cached = token_mean = token_std = None
     if args.cache_vfm:
         cached = cache_tokens(args.cache_vfm, vfm, inputs["vfm"], images, run)
-        vfm.to("meta")  # out of memory
+        vfm.to("meta")  # frees its memory
     if args.vfm_standardise:
         token_mean, token_std = token_statistics(vfm, cached, images, run)
     if run.rank == 0:
@@ -486,7 +493,7 @@ def main():
         step_judge = judge if with_gan else None
         parts, fakes, ratio = {}, [], 1.0
         if args.align == "vavae" and encoder_aligns:
-            ratio = parts["align_ratio"] = vavae_ratio(loss, micro_batches, run, stats, step_judge, lpips)
+            ratio = parts["align_ratio"] = vavae_ratio(loss, micro_batches, run, stats, lpips)
         for i, (x, noise_part, tokens) in enumerate(micro_batches):
             last = i == len(micro_batches) - 1
             with common.autocast(device, args.precision), common.sync_if(forward, last):

@@ -6,7 +6,8 @@
 
 The CPU's numbers are made by the same commands with the GPU hidden. OUT/checks.jsonl gets a line a check; the
 exit status is the number of failures. Needs torch, torchvision, timm, lpips, tqdm, scipy and Pillow; all
-weights are random, all images made here. """
+weights are random, all images made here.
+"""
 import argparse
 import contextlib
 import json
