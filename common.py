@@ -32,6 +32,7 @@ import struct
 import subprocess
 import sys
 import time
+import tokenize
 import zipfile
 import zlib
 from datetime import timedelta
@@ -74,8 +75,8 @@ class DamagedFile(UserError):
 
 # What readers raise on torn, flipped, foreign or code-carrying content, and what they raise in all
 BROKEN = (EOFError, LookupError, ValueError, TypeError, AttributeError, AssertionError, ArithmeticError,
-          SyntaxError, RecursionError, struct.error, pickle.UnpicklingError, safetensors.SafetensorError,
-          zipfile.BadZipFile, zlib.error)
+          SyntaxError, RecursionError, tokenize.TokenError, struct.error, pickle.UnpicklingError,
+          safetensors.SafetensorError, zipfile.BadZipFile, zlib.error)
 DAMAGED = (*BROKEN, OSError, RuntimeError, MemoryError)
 # errors of the system that tell of a file
 OF_A_FILE = (None, errno.ENOENT, errno.EINVAL, errno.EISDIR, errno.ENOTDIR)

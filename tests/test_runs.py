@@ -347,6 +347,11 @@ def test_hostile_npz(small, net, tmp_path):
             convert.read_stats(str(path), 4)
         shutil.copy(path, latents / "stats.npz")
         assert_refused(call(*command), latents, "damaged", *words)
+    damaged = (small / "latents/labels.npy").read_bytes()
+    shutil.copytree(small / "latents", latents, dirs_exist_ok=True)
+    # the header is no Python any more
+    (latents / "labels.npy").write_bytes(damaged[:45] + b"\0" + damaged[61:])
+    assert_refused(call(*command), latents, "damaged")
     for name in ("labels", "moments"):
         shutil.copytree(small / "latents", latents, dirs_exist_ok=True)
         np.save(latents / f"{name}.npy", evil)
