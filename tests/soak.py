@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "extras"), str(ROOT / "tests")]
 
 import helpers  # noqa: E402
-import slow_faults  # noqa: E402
+import test_faults  # noqa: E402
 
 KILLS, TERMS, EXAMPLES = 20, 5, 4000
 
@@ -24,8 +24,8 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         small = helpers.make_small(folder / "small")
-        for script, moments in slow_faults.BAD_MOMENTS.items():
-            rounds = slow_faults.kill_rounds(script, small, folder / script, KILLS, TERMS, moments)
+        for script, moments in test_faults.BAD_MOMENTS.items():
+            rounds = test_faults.kill_rounds(script, small, folder / script, KILLS, TERMS, moments)
             count = len(moments) + KILLS + TERMS
             for k in range(count):
                 try:
@@ -37,9 +37,9 @@ def main():
                     break
         os.chdir(folder)
         (folder / "read").mkdir()
-        for kind, seeds in slow_faults.fuzz_seeds(small, folder / "seeds").items():
+        for kind, seeds in test_faults.fuzz_seeds(small, folder / "seeds").items():
             try:
-                counts = slow_faults.fuzz(seeds, folder / "read", EXAMPLES)
+                counts = test_faults.fuzz(seeds, folder / "read", EXAMPLES)
                 read += counts
                 passed += 1
                 print(f"fuzz {kind}: {dict(counts)}", flush=True)
