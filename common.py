@@ -95,7 +95,7 @@ def of_the_machine(error, of_a_file=OF_A_FILE):
 def damage(error, text):
     """What to raise for an error in reading content: UserError with this text, or an error of the machine as
     it is."""
-    return error if isinstance(error, OSError) and of_the_machine(error) else UserError(text)
+    return error if of_the_machine(error) else UserError(text)
 
 
 def brief(error, most=120):
@@ -118,7 +118,7 @@ def explain(error):
     if isinstance(error, KeyboardInterrupt):
         return f"stopped by {text or 'SIGINT'}; what was written before is intact; {again}"
     no_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-    if no_memory or "allocate memory" in text or "bad_alloc" in text:
+    if no_memory or any(w in text for w in ("allocate memory", "bad_alloc", "out of memory")):
         kind = "GPU memory" if isinstance(error, torch.OutOfMemoryError) else "memory"
         return (f"out of {kind} ({text[:200]}); use a smaller --micro-batch where the script has it: "
                 "the result stays the same (except with --disc-ckpt)")
@@ -176,8 +176,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
 
     def error(self, message):
-        moved = "; speed is measured by: python extras/bench.py" if "--bench" in message else ""
-        raise UserError(f"{self.prog}: {message} (--help lists the flags){moved}")
+        raise UserError(f"{self.prog}: {message} (--help lists the flags)")
 
 
 def positive(text):
@@ -421,17 +420,23 @@ def sync(path):
         os.close(handle)
 
 
-def write_text(path, text):
-    """Whole or not at all."""
+@contextlib.contextmanager
+def whole_file(path):
+    """`path` appears whole or not at all: yields another name, to write to."""
     temporary = Path(f"{path}.tmp")
     try:
-        temporary.write_text(text, "utf-8")
+        yield temporary
         sync(temporary)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)  # it may fill the disk
         raise
     os.replace(temporary, path)
     sync(temporary.parent)
+
+
+def write_text(path, text):
+    with whole_file(path) as temporary:
+        temporary.write_text(text, "utf-8")
 
 
 def write_json(path, record):
@@ -530,6 +535,22 @@ def begin_rows(mark, settings, files):
     return False
 
 
+def open_rows(name, mark, lock, settings, files, rank, spare=0):
+    """RowFiles of begin_rows(), new or of a stopped run. Called by all ranks; the first one makes them, and
+    holds the lock from then on. name: of the output, for messages; spare: bytes that the disk must have
+    beside."""
+    if rank == 0:
+        size = sum(np.dtype(dtype).itemsize * math.prod(shape) for dtype, shape in files.values())
+        there = sum(os.stat(p).st_blocks * 512 for p in files if os.path.exists(p))
+        open_out(Path(mark).parent, need_bytes=size + spare - there)
+        claim(lock)
+        if begin_rows(mark, settings, files):
+            done = np.load(list(files)[-1], allow_pickle=False)
+            print(f"{name}: going on, {np.count_nonzero(done == 1)} of {len(done)} images are there")
+    barrier()
+    return RowFiles(*files)
+
+
 class RowFiles:
     """Arrays on disk that processes fill in row by row, in any order; a stopped run goes on. Made by
     begin_rows()."""
@@ -546,20 +567,19 @@ class RowFiles:
         barrier()
         return rows[split_rows(len(rows), rank, world)].tolist()
 
-    def put(self, rows, *values, done=1):
+    def put(self, rows, *values):
         """Store the values of these rows; every few seconds mark what is then safe on disk (a kill in between
         repeats it)."""
         for array, value in zip(self.arrays, values):
             array[rows] = value
-        self.pending.append((rows, done))
+        self.pending += rows
         if time.time() > self.flushed + self.EVERY:
             self.flush()
 
     def flush(self):
         for array in self.arrays:
             array.flush()
-        for rows, done in self.pending:
-            self.done[rows] = done
+        self.done[self.pending] = 1
         self.done.flush()
         self.pending, self.flushed = [], time.time()
 

@@ -14,10 +14,9 @@ import json
 import os
 import signal
 import stat
-import struct
 import sys
+import traceback
 import warnings
-import zlib
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,8 +36,7 @@ MAX_PIXELS = Image.MAX_IMAGE_PIXELS
 WORKER_TIMEOUT = 600  # seconds that a batch of images may take
 SPLITS = ("train", "val", "test")
 # What Pillow raises on damaged files. An error of the system among them is no image's fault, but for these
-DAMAGED_IMAGE = (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, AttributeError,
-                 AssertionError, ArithmeticError, struct.error, zlib.error, Image.DecompressionBombError)
+DAMAGED_IMAGE = (*common.BROKEN, OSError, Image.DecompressionBombError)
 OF_A_FILE = (*common.OF_A_FILE, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG)
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # open_image refuses these
 
@@ -96,8 +94,9 @@ def open_image(path, size=1):
             yield image
     except DAMAGED_IMAGE as e:
         if common.of_the_machine(e, OF_A_FILE):
-            hint = common.HINTS.get(e.errno, "see to the disk or the network")
-            raise UserError(f"{path}: cannot be read now ({e.strerror}); {hint}, then run the same command "
+            hint = common.HINTS.get(getattr(e, "errno", None), "see to the disk or the network")
+            reason = getattr(e, "strerror", None) or common.brief(e)
+            raise UserError(f"{path}: cannot be read now ({reason}); {hint}, then run the same command "
                             "again") from None
         reason = " ".join(str(e).split()) or type(e).__name__
         raise UnreadableImage(f"{path}: cannot be read as an image ({reason})") from None
@@ -293,7 +292,9 @@ class Guarded(torch.utils.data.Dataset):
         except (UserError, OSError, MemoryError) as e:
             return None, e
         except Exception as e:  # of a reader's library, or of this code: told in one line too
-            return None, UserError(f"{type(e).__name__} in a reader: {common.brief(e)}")
+            last = traceback.extract_tb(e.__traceback__)[-1]
+            where = f"{Path(last.filename).name}, line {last.lineno}"
+            return None, UserError(f"{type(e).__name__} in a reader ({where}): {common.brief(e)}")
 
 
 def ignore_signals(_):

@@ -20,7 +20,7 @@ from tqdm import tqdm
 import common
 import data
 from common import UserError, load_checkpoint
-from vae import attention
+from sit import attention, sincos_2d
 
 
 def add_noise(z, generator=None, a=None, eps=None):
@@ -56,14 +56,6 @@ class Block(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, N, d) each
         x = x + self.proj(attention(q, k, v).transpose(1, 2).reshape(B, N, dim))
         return x + self.mlp(self.norm2(x))
-
-
-def sincos_2d(dim, grid):
-    """Fixed 2-D sine-cosine positions (grid * grid, dim), rows first; dim must be a multiple of 4."""
-    omega = 10000 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
-    angle = torch.arange(grid, dtype=torch.float64)[:, None] * omega  # (grid, dim/4)
-    one = torch.cat([angle.sin(), angle.cos()], 1).float()  # (grid, dim/2)
-    return torch.cat([one.repeat(grid, 1), one.repeat_interleave(grid, 0)], 1)  # (grid*grid, dim)
 
 
 def patch_side(latent_size, grid):

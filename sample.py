@@ -10,6 +10,7 @@ A stopped run goes on with the same command, on any number of processes of one n
 Guidance acts on all channels: v = v_u + s (v_c - v_u) for t within --interval; s = 1 is off. With --guide
 CKPT (AutoGuidance) v_u is the velocity of that weaker SiT, which knows the class.
 """
+import math
 import os
 import time
 import zipfile
@@ -198,31 +199,17 @@ def finished(out, settings):
 def open_store(out, settings, shape, rank):
     """The arrays to fill in, new or of a stopped run: images of `shape` uint8, and which are there."""
     files = {f"{out}.part": (np.uint8, shape), f"{out}.done": (np.uint8, shape[:1])}
-    there = sum(os.stat(p).st_blocks * 512 for p in files if os.path.exists(p))
-    common.open_out(out.parent, need_bytes=2 * int(np.prod(shape)) - there)  # and once more in the .npz
-    if rank == 0:
-        common.claim(f"{out}.lock")
-        if common.begin_rows(f"{out}.run", {k: v for k, v in settings.items() if k not in PATHS}, files):
-            done = np.load(f"{out}.done", allow_pickle=False)
-            print(f"{out}: going on, {np.count_nonzero(done)} of {shape[0]} images are there")
-    common.barrier()
-    return common.RowFiles(*files)
+    kept = {k: v for k, v in settings.items() if k not in PATHS}
+    once_more = math.prod(shape)  # in the .npz
+    return common.open_rows(out, f"{out}.run", f"{out}.lock", kept, files, rank, spare=once_more)
 
 
 def write_npz(path, arrays):
-    """An uncompressed .npz, streamed from memory maps: no second copy in memory; whole or not at all."""
-    temporary = Path(f"{path}.tmp")
-    try:
-        with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED, allowZip64=True) as z:
-            for name, array in arrays.items():
-                with z.open(f"{name}.npy", "w", force_zip64=True) as f:
-                    np.lib.format.write_array(f, array, allow_pickle=False)
-        common.sync(temporary)
-    except OSError:
-        temporary.unlink(missing_ok=True)  # it may fill the disk
-        raise
-    os.replace(temporary, path)
-    common.sync(Path(path).parent)
+    """An uncompressed .npz, streamed from memory maps: no second copy in memory."""
+    with common.whole_file(path) as part, zipfile.ZipFile(part, "w", zipfile.ZIP_STORED) as z:
+        for name, array in arrays.items():
+            with z.open(f"{name}.npy", "w", force_zip64=True) as f:
+                np.lib.format.write_array(f, array, allow_pickle=False)
 
 
 def remove_unfinished(out):
@@ -252,7 +239,9 @@ def main():
     # Where it goes
     if finished(out, settings):
         if rank == 0:
-            remove_unfinished(out)
+            if os.path.exists(f"{out}.part"):  # left by a kill at the end, if nobody is at work there
+                common.claim(f"{out}.lock")
+                remove_unfinished(out)
             print(f"{out}: already there")
         return
     store = open_store(out, settings, shape, rank)

@@ -10,7 +10,6 @@ parameter names of its release, so one class is SD-VAE (f8d4), VA-VAE and IN-VAE
 small models. Checkpoints of other projects are read by extras/convert.py.
 """
 import json
-import os
 import re
 import time
 from dataclasses import dataclass
@@ -29,7 +28,6 @@ from common import UserError
 from sit import attention
 
 # Name -> constructor arguments of AutoencoderKL. The factor f is 2 ** (len(ch_mult) - 1), d is z_channels
-F16 = dict(ch=128, ch_mult=(1, 1, 2, 2, 4), num_res_blocks=2, attn_resolutions=(16,), resolution=256)
 F4 = dict(ch=16, ch_mult=(1, 2, 8), num_res_blocks=1, attn_resolutions=(), resolution=32)
 F8 = dict(ch=128, ch_mult=(1, 2, 4, 4), num_res_blocks=2, attn_resolutions=(), resolution=256)
 F16 = dict(ch=128, ch_mult=(1, 1, 2, 2, 4), num_res_blocks=2, attn_resolutions=(16,), resolution=256)
@@ -330,8 +328,8 @@ def export(vae, path, source):
     before = common.load_checkpoint(source).get("made") if Path(source).suffix == ".pt" else str(source)
     made = json.dumps(dict(common.made(), source=before))
     made = re.sub(r"(?<![\w.])/(?:[^\s/\"]+/)+", "", made)  # names of files, without this machine's folders
-    safetensors.torch.save_file(state, f"{path}.part", dict(config=json.dumps(vae.config), made=made))
-    os.replace(f"{path}.part", path)
+    with common.whole_file(path) as part:
+        safetensors.torch.save_file(state, part, dict(config=json.dumps(vae.config), made=made))
     print(f"{path}: {Path(path).stat().st_size / 2 ** 20:.1f} MiB")
 
 
@@ -389,15 +387,7 @@ def open_store(out, settings, shape, rank):
     n, channels = shape[0], shape[2] // 2
     files = {out / "moments.npy": (np.float16, shape), out / "sums.npy": (np.float64, (n, 2, channels)),
              out / "done.npy": (np.uint8, (n,))}
-    there = sum(p.stat().st_blocks * 512 for p in files if p.exists())
-    common.open_out(out, need_bytes=2 * int(np.prod(shape)) + 16 * n * channels + n - there)
-    if rank == 0:
-        common.claim(out / ".lock")
-        if common.begin_rows(out / "unfinished.json", settings, files):
-            done = np.load(out / "done.npy", allow_pickle=False)
-            print(f"{out}: going on, {np.count_nonzero(done)} of {n} images are there")
-    common.barrier()
-    return common.RowFiles(*files)
+    return common.open_rows(out, out / "unfinished.json", out / ".lock", settings, files, rank)
 
 
 @torch.no_grad()
@@ -425,17 +415,13 @@ def store_moments(store, rows, moments, images, vae_path):
 
 def keep_rows(path, kept):
     """Leave the rows `kept` of the array at `path`: those of the images that could be read."""
-    old, part = np.load(path, mmap_mode="r", allow_pickle=False), Path(f"{path}.part")
-    try:
+    old = np.load(path, mmap_mode="r", allow_pickle=False)
+    with common.whole_file(path) as part:
         common.new_array(part, old.dtype, (len(kept), *old.shape[1:]))
-    except OSError:
-        part.unlink(missing_ok=True)  # it may fill the disk
-        raise
-    new = np.load(part, mmap_mode="r+", allow_pickle=False)
-    for i in range(0, len(kept), 1024):
-        new[i:i + 1024] = old[kept[i:i + 1024]]
-    new.flush()
-    os.replace(part, path)
+        new = np.load(part, mmap_mode="r+", allow_pickle=False)
+        for i in range(0, len(kept), 1024):
+            new[i:i + 1024] = old[kept[i:i + 1024]]
+        new.flush()
 
 
 def finish(out, images, store, settings, seconds):

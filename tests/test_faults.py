@@ -603,11 +603,11 @@ def test_rows_are_marked_after_they_are_on_disk(tmp_path, monkeypatch):
     store, marks, flush = common.RowFiles(*files), [], np.memmap.flush
     monkeypatch.setattr(common.RowFiles, "EVERY", 1000)
     store.put([1, 2], np.ones((2, 2)))
-    store.put([4], done=2)
+    store.put([4])
     assert not store.done.any() and store.arrays[0][1:3].all()
     monkeypatch.setattr(np.memmap, "flush", lambda self: marks.append(store.done.tolist()) or flush(self))
     store.flush()
-    assert marks == [[0, 0, 0, 0, 0], [0, 1, 1, 0, 2]]  # at the flush of the rows, at that of the marks
+    assert marks == [[0, 0, 0, 0, 0], [0, 1, 1, 0, 1]]  # at the flush of the rows, at that of the marks
     assert store.missing(0, 1) == [0, 3] and common.begin_rows(tmp_path / "mark", {}, files)
     assert not common.begin_rows(tmp_path / "mark", {"x": 1}, files)
 
