@@ -116,9 +116,9 @@ class LinearMapper(nn.Module):
 
 
 def vavae_loss(pred, target, cos_margin=0.5, distance_margin=0.25):
-    """VA-VAE's marginal cosine and marginal distance-matrix losses, summed: pred, target (B, N, D) -> scalar,
-    in float32. A token counts while its cosine is below 1 - cos_margin, a pair while its two similarities
-    differ by distance_margin."""
+    """VA-VAE's marginal cosine and marginal distance-matrix losses, summed: pred, target (B, N, D) -> scalar
+    (under autocast its products are bf16). A token counts while its cosine is below 1 - cos_margin, a pair
+    while its two similarities differ by distance_margin."""
     pred, target = (F.normalize(v.float(), dim=-1) for v in (pred, target))
     cosine = F.relu(1 - cos_margin - (pred * target).sum(-1)).mean()
     return cosine + F.relu((pred @ pred.mT - target @ target.mT).abs() - distance_margin).mean()  # (B, N, N)
