@@ -18,7 +18,6 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import common  # noqa: E402
 from common import UserError, read_json  # noqa: E402
-from probe import check_outputs, interval  # noqa: E402
 
 # Tables 7 and 8 of the paper; the distance is the gFID of SiT-B/1 + REPA
 PAPER = [dict(name="IN-VAE", psnr=28.59, celeba_f1=.6222, deepfashion_f1=.0786, awa_f1=.5567, fd=17.43),
@@ -74,8 +73,8 @@ def read_run(path):
     except UserError:
         raise
     except (KeyError, TypeError, ValueError, AttributeError) as e:
-        raise UserError(f"{path}: no runs in what is written there ({type(e).__name__}: {e}); expected "
-                        "report.json of fid.py, or rows with name, psnr, fd and scores") from None
+        raise UserError(f"{path}: no runs in what is written there ({type(e).__name__}: {e}); expected the "
+                        "report.json of study.py demo, or rows with name, psnr, fd and scores") from None
     if not rows:
         raise UserError(f"{path}: neither report.json nor samples.npz.json nor SiT-*/samples.npz.json; "
                         "expected a folder of run.sh")
@@ -162,7 +161,9 @@ def correlate(rows, draws=2000):
             drawn = np.array([statistic(*(c[i] for c in columns)) for i in picks])
             drawn = drawn[np.isfinite(drawn)]
             out[name][k] = value if np.isfinite(value) else None
-            out[name][f"{k}_interval"] = interval(drawn) if len(drawn) > 0.9 * draws else None
+            out[name][f"{k}_interval"] = None
+            if len(drawn) > 0.9 * draws:
+                out[name][f"{k}_interval"] = tuple(np.quantile(drawn, (0.025, 0.975)).tolist())
     return out
 
 
@@ -269,7 +270,8 @@ def main():
     rows = [dict(r, run=r["name"], measure="") for r in PAPER] if args.paper else \
         [r for path in args.runs for r in read_run(path)]
     check_rows(rows)
-    check_outputs(args.png, args.json)
+    for path in filter(None, (args.png, args.json)):
+        common.open_out(Path(path).parent)
     result = correlate(rows)
     lost = {k for r in rows for k in numbers(r)} - {"fd", *result}
     if lost:
