@@ -130,9 +130,9 @@ def inception_weights(ckpt):
 def tensors_of(ckpt, prefix=""):
     """The tensors in a checkpoint whose names begin with the prefix, without it."""
     state = common.load_checkpoint(ckpt)
-    found = [(k, v) for k, v in state.items() if isinstance(k, str)] if isinstance(state, dict) else []
-    return {k.removeprefix(prefix): v for k, v in found
-            if k.startswith(prefix) and isinstance(v, torch.Tensor)}
+    named = state.items() if isinstance(state, dict) else ()
+    named = [(k, v) for k, v in named if isinstance(k, str) and isinstance(v, torch.Tensor)]
+    return {k.removeprefix(prefix): v for k, v in named if k.startswith(prefix)}
 
 
 class FeatureNet(nn.Module):

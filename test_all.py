@@ -1473,7 +1473,7 @@ def test_score_is_adms(inception, tmp_path, monkeypatch):
         assert json.loads((tmp_path / "a.json").read_text())["n_reference"] == n
     assert np.array_equal(fid.load_stats(tmp_path / "stats.npz")[1]["sigma"], saved["sigma"])
     monkeypatch.setattr(net, "label", "another")
-    with pytest.raises(UserError, match="statistics of inception"):
+    with pytest.raises(UserError, match="--eval-stats .*stats.npz: statistics of inception"):
         fid.load_stats(tmp_path / "stats.npz")
     with pytest.raises(UserError, match="--save-stats"):
         fid.load_stats(tmp_path / "adm.npz")
