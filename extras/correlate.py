@@ -81,11 +81,15 @@ def read_run(path):
     return rows
 
 
+def is_number(v):
+    return isinstance(v, (int, float)) and np.isfinite(v)
+
+
 def check_rows(rows):
     """Raise UserError for rows that cannot be compared."""
     for r in rows:
         for k in ("psnr", "fd"):
-            if not isinstance(r.get(k), (int, float)) or not np.isfinite(r[k]):
+            if not is_number(r.get(k)):
                 raise UserError(f"{r.get('name', r)} has no {k}; every row needs finite numbers psnr and fd")
     measures = {str(r["measure"]): r.get("name") for r in rows}
     if len(measures) > 1:
@@ -107,10 +111,6 @@ def kind_of(row):
 def shared_scores(rows):
     """Names of the scores of a VAE that every row has; those of samples are what is predicted."""
     others = ("name", "run", "arm", "kind", "seed", "measure", "psnr", *SAMPLE_SCORES)
-
-    def is_number(v):
-        return isinstance(v, (int, float)) and np.isfinite(v)
-
     return [k for k in rows[0] if k not in others and all(is_number(r.get(k)) for r in rows)]
 
 
@@ -210,22 +210,18 @@ def kind_colours(kinds):
     return {"control": "black", "send": "crimson", **colours}
 
 
-def scatter(axis, rows, score, colours):
-    """Score across, distance up: a dot a row, a disc for the mean of each kind of VAE."""
-    for kind in dict.fromkeys(map(kind_of, rows)):
-        x, y = np.array([(r[score], r["fd"]) for r in rows if kind_of(r) == kind], float).T
-        axis.plot(x, y, ".", color=colours[kind], markersize=5, alpha=0.5)
-        axis.plot(x.mean(), y.mean(), "o", color=colours[kind], markersize=8, label=kind)
-    axis.set(xlabel=score, ylabel="Fréchet distance")
-
-
 def scatter_figure(rows, result):
-    """One panel a score, and one for the legend. result: of correlate()."""
+    """Score across, distance up: a dot a row, a disc for the mean of each kind of VAE. One panel a score, and
+    one for the legend. result: of correlate()."""
     across, down = 4, len(result) // 4 + 1
     figure, colours = new_figure(4 * across, 3.4 * down), kind_colours(map(kind_of, rows))
     axes = list(figure.subplots(down, across, squeeze=False).flat)
     for axis, (name, r) in zip(axes, result.items(), strict=False):
-        scatter(axis, rows, name, colours)
+        for kind in dict.fromkeys(map(kind_of, rows)):
+            x, y = np.array([(r[name], r["fd"]) for r in rows if kind_of(r) == kind], float).T
+            axis.plot(x, y, ".", color=colours[kind], markersize=5, alpha=0.5)
+            axis.plot(x.mean(), y.mean(), "o", color=colours[kind], markersize=8, label=kind)
+        axis.set(xlabel=name, ylabel="Fréchet distance")
         pearson = "undefined" if r["pearson"] is None else f"{r['pearson']:+.2f}"
         partial = "" if r.get("partial") is None else f", given PSNR {r['partial']:+.2f}"
         axis.set_title(f"r {pearson}{partial}, n = {r['n']}", fontsize=10)
