@@ -126,7 +126,7 @@ def assign_splits(rows, seed):
         rows[i]["split"] = "val" if rank < n // 12 else "test" if rank < 2 * (n // 12) else "train"
 
 
-def render_avatars(out, n=12000, size=64, seed=0):
+def render_avatars(out, n, size, seed):
     """Render n cartoon faces, size x size pixels, into folder `out`: <style>/<index>.png, attributes.csv
     (0/1, empty = the style has no such attribute) and avatars.json (settings and licences).
 
