@@ -130,8 +130,9 @@ def inception_weights(ckpt):
 def tensors_of(ckpt, prefix=""):
     """The tensors in a checkpoint whose names begin with the prefix, without it."""
     state = common.load_checkpoint(ckpt)
-    found = [(k, v) for k, v in state.items() if k.startswith(prefix)] if isinstance(state, dict) else []
-    return {k.removeprefix(prefix): v for k, v in found if isinstance(v, torch.Tensor)}
+    named = state.items() if isinstance(state, dict) else ()
+    named = [(k, v) for k, v in named if isinstance(k, str) and isinstance(v, torch.Tensor)]
+    return {k.removeprefix(prefix): v for k, v in named if k.startswith(prefix)}
 
 
 class FeatureNet(nn.Module):
@@ -290,7 +291,7 @@ def precision_recall(ref, sample, k=3):
     return precise.float().mean().item(), recalled.float().mean().item()
 
 
-def class_agreement(ref, ref_labels, sample, sample_labels, ridge=1e-2):
+def class_agreement(ref, ref_labels, sample, sample_labels):
     """Do samples show their class? A linear classifier (least squares to one-hot labels, with a ridge) of
     reference features (N, D) is fitted on four fifths of them -> (share of samples that it puts in their
     class, the same share of the last fifth)."""
@@ -298,7 +299,7 @@ def class_agreement(ref, ref_labels, sample, sample_labels, ridge=1e-2):
     centre, scale = x.mean(0), x.std(0) + 1e-6
     x, s = (torch.cat([(v - centre) / scale, torch.ones(len(v), 1)], 1) for v in (x, s))
     y, n = torch.as_tensor(ref_labels).long(), len(x) * 4 // 5
-    gram = x[:n].T @ x[:n] + ridge * n * torch.eye(x.shape[1], dtype=torch.float64)
+    gram = x[:n].T @ x[:n] + 1e-2 * n * torch.eye(x.shape[1], dtype=torch.float64)
     weight = torch.linalg.solve(gram, x[:n].T @ F.one_hot(y[:n]).double())
     right = lambda v, label: ((v @ weight).argmax(1) == torch.as_tensor(label)).double().mean().item()
     return right(s, sample_labels), right(x[n:], y[n:])
@@ -370,7 +371,8 @@ def load_npz(path):
             array = map_array(path, "arr_0") if "arr_0" in z.files or stats is None else None
             labels = z["arr_1"] if "arr_1" in z.files else None
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file; make it: python sample.py --sit SIT --out {path}") from None
+        raise UserError(f"{path}: no such file; make it: python sample.py --sit SIT --out {path} (samples), "
+                        f"python fid.py score REFERENCE none --save-stats {path} (statistics)") from None
     except common.DAMAGED as e:
         raise common.damage(e, f"{path}: expected an .npz with arr_0 (images), or mu and sigma (statistics) "
                                f"({type(e).__name__}: {e})") from None
@@ -694,11 +696,14 @@ def save_stats(args, reference, result):
 
 def load_stats(path):
     """A file of --save-stats -> (its network with weights, its statistics), for train_sit.py --eval-stats."""
-    source = load_source(path)
-    if source.stats is None or not {"net", "net_ckpt", "net_size", "weights"} <= source.stats.keys():
-        raise UserError(f"{path}: expected a file of: python fid.py score REFERENCE none --save-stats {path}")
-    net = load_net(*(source.stats[k].item() or None for k in ("net", "net_ckpt", "net_size")))
-    check_statistics(source, net, common.weights_hash(net.state_dict()))
+    try:
+        source = load_source(path)
+        if source.stats is None or not {"net", "net_ckpt", "net_size", "weights"} <= source.stats.keys():
+            raise UserError(f"expected a file of: python fid.py score REFERENCE none --save-stats {path}")
+        net = load_net(*(source.stats[k].item() or None for k in ("net", "net_ckpt", "net_size")))
+        check_statistics(source, net, common.weights_hash(net.state_dict()))
+    except UserError as e:
+        raise UserError(f"--eval-stats {path}: {str(e).removeprefix(f'{path}: ')}") from None
     return net, source.stats
 
 
@@ -750,22 +755,25 @@ def recon(args):
     rows, most = common.chunks(range(len(images)), 64), min(16, len(images) // 8 * 8 or len(images))
     shown = set(np.linspace(0, len(images) - 1, most).astype(int).tolist())  # in the picture: of all classes
     values, originals, copies, features = [], [], [], ([], [])
-    for pixels, _, kept in tqdm(data.load_batches(images, rows), "reconstruct", len(rows), disable=None):
+    loaded = data.load_batches(images, rows, 4 * (device.type == "cuda"))
+    for pixels, _, kept in tqdm(loaded, "reconstruct", len(rows), disable=None):
         if not kept:
             continue
-        x = data.to_float(pixels.to(device)).contiguous(memory_format=torch.channels_last)
+        moved = pixels.to(device)
+        x = data.to_float(moved).contiguous(memory_format=torch.channels_last)
         with common.autocast(device, args.precision):
             y = data.to_uint8(vae.decode(vae.encode(x).mean))
-        each = [psnr(pixels, y.cpu()), ssim(pixels, y.cpu())]
+        copy = y.cpu()
+        each = [psnr(pixels, copy), ssim(pixels, copy)]
         if lpips is not None:
             each.append(lpips(x, data.to_float(y)).flatten().double().cpu())
         values.append(torch.stack(each))
         if net is not None:
-            features[0].append(net(pixels.to(device)).cpu())
+            features[0].append(net(moved).cpu())
             features[1].append(net(y).cpu())
         at = [i for i, row in enumerate(kept) if row in shown]
         originals.append(pixels[at])
-        copies.append(y.cpu()[at])
+        copies.append(copy[at])
 
     values = torch.cat(values, 1)  # (2 or 3 scores, N)
     scores = dict(zip(("psnr", "ssim", "lpips"), values.mean(1).tolist()))
@@ -789,7 +797,12 @@ def recon(args):
 
 # -----------------------------------------------------------------------------------------------------------
 
-MOVED = {"report": "extras/study.py demo", "--bench": "extras/bench.py fid"}  # what other scripts do now
+
+def two_or_more(text):
+    """argparse type of --bootstrap: 0 (off), or draws enough for a standard deviation."""
+    if int(text) < 0 or int(text) == 1:
+        raise ValueError
+    return int(text)
 
 
 def parse_args():
@@ -799,8 +812,8 @@ def parse_args():
     s.add_argument("reference", help="image folder, .npz of images, or .npz of statistics")
     s.add_argument("samples", nargs="+", help="the same, or the word none: the reference's floors alone")
     s.add_argument("--vae", help="the samples' VAE: rFD, and the samples against its reconstructions")
-    s.add_argument("--bootstrap", type=int, default=0, metavar="B", help="resample the samples B times: "
-                   "+- 1.96 standard deviations of the distance")
+    s.add_argument("--bootstrap", type=two_or_more, default=0, metavar="B", help="resample the samples B "
+                   "times: +- 1.96 standard deviations of the distance (0: do not)")
     s.add_argument("--cache", metavar="FILE", help="keep the features of the reference's images in this .npz")
     s.add_argument("--save-stats", metavar="FILE", help="write the reference's statistics to this .npz")
     r = commands.add_parser("recon", help="rFID, PSNR, SSIM and LPIPS of a VAE")
@@ -815,7 +828,8 @@ def parse_args():
                        "the VAE's; score: the samples' side, else the reference's median short side)")
         c.add_argument("--net", default="inception", help="inception (FID), any timm model; recon: or none")
         c.add_argument("--net-ckpt", help="local weights of the network")
-        c.add_argument("--net-size", type=int, help="input size of a timm model in pixels (default: its own)")
+        c.add_argument("--net-size", type=common.positive, help="input size of a timm model in pixels "
+                       "(default: its own)")
         c.add_argument("--precision", choices=("bf16", "fp32"), default="fp32")
         c.add_argument("--json", metavar="FILE", help="write the scores here")
         c.add_argument("--dry-run", action="store_true", help="print what would be scored, and end")
@@ -823,8 +837,8 @@ def parse_args():
 
 
 def main():
-    for word in set(sys.argv[1:2]) & MOVED.keys():
-        raise UserError(f"fid.py {word} is now: python {MOVED[word]} {' '.join(sys.argv[2:])}")
+    if sys.argv[1:2] == ["report"]:
+        raise UserError(f"report has moved: python extras/study.py demo {' '.join(sys.argv[2:])}")
     args = parse_args()
     for flag in () if args.dry_run else ("json", "png", "cache", "save_stats"):
         if getattr(args, flag, None):

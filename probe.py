@@ -216,18 +216,16 @@ def tune_thresholds(Y, logits):
     return out
 
 
-def scores(Y, logits, thresholds=None):
-    """Y (N, A) in {0, 1, nan}, logits (N, A) -> dict: f1 (macro, at probability 0.5), f1_micro,
-    average_precision and balanced_accuracy (macro), top5_recall (for more than 5 attributes), f1_tuned when
-    thresholds (A,) are given, and per_attribute (lists of A)."""
+def scores(Y, logits, thresholds):
+    """Y (N, A) in {0, 1, nan}, logits (N, A), thresholds (A,) of them -> dict: f1 (macro, at probability
+    0.5), f1_tuned (at the thresholds), f1_micro, average_precision and balanced_accuracy (macro), top5_recall
+    (for more than 5 attributes), and per_attribute (lists of A)."""
     predicted, positive, negative = logits > 0, Y == 1, Y == 0
     hit, false = (positive & predicted).sum(), (negative & predicted).sum()
     recall = (positive & predicted).sum(0) / positive.sum(0).clamp_min(1)
     specificity = (negative & ~predicted).sum(0) / negative.sum(0).clamp_min(1)
     each = dict(f1=f1(Y, predicted), average_precision=average_precision(Y, logits),
-                balanced_accuracy=(recall + specificity) / 2)
-    if thresholds is not None:
-        each["f1_tuned"] = f1(Y, logits > thresholds)
+                balanced_accuracy=(recall + specificity) / 2, f1_tuned=f1(Y, logits > thresholds))
     found = {k: v.mean().item() for k, v in each.items()}
     found["f1_micro"] = (2 * hit / (hit + false + positive.sum()).clamp_min(1)).item()
     if Y.shape[1] > 5:
@@ -516,13 +514,7 @@ def check_args(args):
         raise UserError(f"{max(args.vae, key=args.vae.count)} is given twice; expected different checkpoints")
     if args.rivals and not importlib.util.find_spec("sklearn"):
         raise UserError("--rivals needs scikit-learn: pip install scikit-learn")
-    if not args.dry_run:
-        check_outputs(args.png, args.json, args.csv)
-
-
-def check_outputs(*paths):
-    """Raise UserError, before the work, for a path that cannot be written at its end."""
-    for path in filter(None, paths):
+    for path in () if args.dry_run else filter(None, (args.png, args.json, args.csv)):
         common.open_out(Path(path).parent)
         if Path(path).is_dir():
             raise UserError(f"{path}: is a folder; expected the name of a file")

@@ -126,20 +126,7 @@ def assign_splits(rows, seed):
         rows[i]["split"] = "val" if rank < n // 12 else "test" if rank < 2 * (n // 12) else "train"
 
 
-def write_table(path, names, rows):
-    with open(path, "w", newline="", encoding="utf-8") as f:
-        writer = csv.DictWriter(f, ["file", "split", *names], restval="", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def licences():
-    """{style: licence, creator and source} as its package says."""
-    metas = {style: read_style(style)["meta"] for style in STYLES}
-    return {style: {k: meta[k] for k in ("license", "creator", "source")} for style, meta in metas.items()}
-
-
-def render_avatars(out, n=12000, size=64, seed=0):
+def render_avatars(out, n, size, seed):
     """Render n cartoon faces, size x size pixels, into folder `out`: <style>/<index>.png, attributes.csv
     (0/1, empty = the style has no such attribute) and avatars.json (settings and licences).
 
@@ -175,8 +162,13 @@ def render_avatars(out, n=12000, size=64, seed=0):
         rows = list(tqdm(drawn, "avatars", n, unit="image", disable=None))
     assign_splits(rows, seed)
     names = list(dict.fromkeys(name for style in STYLES for name in vocabulary(style)))
-    write_table(part / "attributes.csv", names, rows)
-    text = json.dumps({**settings, "styles": licences()}, indent=2, ensure_ascii=False)
+    with open(part / "attributes.csv", "w", newline="", encoding="utf-8") as f:
+        writer = csv.DictWriter(f, ["file", "split", *names], restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    metas = {style: read_style(style)["meta"] for style in STYLES}
+    licences = {s: {k: meta[k] for k in ("license", "creator", "source")} for s, meta in metas.items()}
+    text = json.dumps({**settings, "styles": licences}, indent=2, ensure_ascii=False)
     (part / "avatars.json").write_text(text + "\n", "utf-8")
     part.rename(out)
     print(f"{out}: {n} images, {len(names)} attributes, {time.time() - begin:.0f} s")

@@ -73,7 +73,11 @@ def read_diffusers(folder):
     folder = folder / "vae" if (folder / "vae").is_dir() else folder
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder}: holds no VAE; expected a checkpoint file, or a folder of diffusers")
-    config = common.read_json(folder / "config.json")
+    try:
+        config = dict(json.loads((folder / "config.json").read_text("utf-8")))
+    except (ValueError, TypeError, RecursionError) as e:
+        raise UserError(f"{folder / 'config.json'}: not a configuration of diffusers ({common.brief(e)}); "
+                        "copy the folder again") from None
     for key, value in (("_class_name", "AutoencoderKL"), ("act_fn", "silu"), ("norm_num_groups", 32)):
         if config.get(key, value) != value:  # the weights would not show it
             raise UserError(f"{folder / 'config.json'}: {key} is {config[key]}, expected {value}")
@@ -104,8 +108,8 @@ def infer_config(state, path):
     def size(pattern):
         sizes = [len(v) for k, v in state.items() if v.ndim and re.fullmatch(pattern, k)]
         if not sizes:
-            raise UserError(f"{path}: not a VAE ({pattern}); expected a checkpoint of train_vae.py, "
-                            "LDM, LightningDiT, REPA-E or diffusers")
+            raise UserError(f"{path}: not a VAE (layers of an encoder are missing); expected a checkpoint of "
+                            "train_vae.py, LDM, LightningDiT, REPA-E or diffusers")
         return statistics.mode(sizes)
 
     found = [re.match(r"encoder\.down\.(\d+)\.(block|attn)\.(\d+)", k) for k in state]

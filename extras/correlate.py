@@ -18,7 +18,6 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import common  # noqa: E402
 from common import UserError, read_json  # noqa: E402
-from probe import check_outputs, interval  # noqa: E402
 
 # Tables 7 and 8 of the paper; the distance is the gFID of SiT-B/1 + REPA
 PAPER = [dict(name="IN-VAE", psnr=28.59, celeba_f1=.6222, deepfashion_f1=.0786, awa_f1=.5567, fd=17.43),
@@ -74,19 +73,23 @@ def read_run(path):
     except UserError:
         raise
     except (KeyError, TypeError, ValueError, AttributeError) as e:
-        raise UserError(f"{path}: no runs in what is written there ({type(e).__name__}: {e}); expected "
-                        "report.json of fid.py, or rows with name, psnr, fd and scores") from None
+        raise UserError(f"{path}: no runs in what is written there ({type(e).__name__}: {e}); expected the "
+                        "report.json of study.py demo, or rows with name, psnr, fd and scores") from None
     if not rows:
         raise UserError(f"{path}: neither report.json nor samples.npz.json nor SiT-*/samples.npz.json; "
                         "expected a folder of run.sh")
     return rows
 
 
+def is_number(v):
+    return isinstance(v, (int, float)) and np.isfinite(v)
+
+
 def check_rows(rows):
     """Raise UserError for rows that cannot be compared."""
     for r in rows:
         for k in ("psnr", "fd"):
-            if not isinstance(r.get(k), (int, float)) or not np.isfinite(r[k]):
+            if not is_number(r.get(k)):
                 raise UserError(f"{r.get('name', r)} has no {k}; every row needs finite numbers psnr and fd")
     measures = {str(r["measure"]): r.get("name") for r in rows}
     if len(measures) > 1:
@@ -108,10 +111,6 @@ def kind_of(row):
 def shared_scores(rows):
     """Names of the scores of a VAE that every row has; those of samples are what is predicted."""
     others = ("name", "run", "arm", "kind", "seed", "measure", "psnr", *SAMPLE_SCORES)
-
-    def is_number(v):
-        return isinstance(v, (int, float)) and np.isfinite(v)
-
     return [k for k in rows[0] if k not in others and all(is_number(r.get(k)) for r in rows)]
 
 
@@ -162,7 +161,9 @@ def correlate(rows, draws=2000):
             drawn = np.array([statistic(*(c[i] for c in columns)) for i in picks])
             drawn = drawn[np.isfinite(drawn)]
             out[name][k] = value if np.isfinite(value) else None
-            out[name][f"{k}_interval"] = interval(drawn) if len(drawn) > 0.9 * draws else None
+            out[name][f"{k}_interval"] = None
+            if len(drawn) > 0.9 * draws:
+                out[name][f"{k}_interval"] = tuple(np.quantile(drawn, (0.025, 0.975)).tolist())
     return out
 
 
@@ -209,22 +210,18 @@ def kind_colours(kinds):
     return {"control": "black", "send": "crimson", **colours}
 
 
-def scatter(axis, rows, score, colours):
-    """Score across, distance up: a dot a row, a disc for the mean of each kind of VAE."""
-    for kind in dict.fromkeys(map(kind_of, rows)):
-        x, y = np.array([(r[score], r["fd"]) for r in rows if kind_of(r) == kind], float).T
-        axis.plot(x, y, ".", color=colours[kind], markersize=5, alpha=0.5)
-        axis.plot(x.mean(), y.mean(), "o", color=colours[kind], markersize=8, label=kind)
-    axis.set(xlabel=score, ylabel="Fréchet distance")
-
-
 def scatter_figure(rows, result):
-    """One panel a score, and one for the legend. result: of correlate()."""
+    """Score across, distance up: a dot a row, a disc for the mean of each kind of VAE. One panel a score, and
+    one for the legend. result: of correlate()."""
     across, down = 4, len(result) // 4 + 1
     figure, colours = new_figure(4 * across, 3.4 * down), kind_colours(map(kind_of, rows))
     axes = list(figure.subplots(down, across, squeeze=False).flat)
     for axis, (name, r) in zip(axes, result.items(), strict=False):
-        scatter(axis, rows, name, colours)
+        for kind in dict.fromkeys(map(kind_of, rows)):
+            x, y = np.array([(r[name], r["fd"]) for r in rows if kind_of(r) == kind], float).T
+            axis.plot(x, y, ".", color=colours[kind], markersize=5, alpha=0.5)
+            axis.plot(x.mean(), y.mean(), "o", color=colours[kind], markersize=8, label=kind)
+        axis.set(xlabel=name, ylabel="Fréchet distance")
         pearson = "undefined" if r["pearson"] is None else f"{r['pearson']:+.2f}"
         partial = "" if r.get("partial") is None else f", given PSNR {r['partial']:+.2f}"
         axis.set_title(f"r {pearson}{partial}, n = {r['n']}", fontsize=10)
@@ -269,7 +266,8 @@ def main():
     rows = [dict(r, run=r["name"], measure="") for r in PAPER] if args.paper else \
         [r for path in args.runs for r in read_run(path)]
     check_rows(rows)
-    check_outputs(args.png, args.json)
+    for path in filter(None, (args.png, args.json)):
+        common.open_out(Path(path).parent)
     result = correlate(rows)
     lost = {k for r in rows for k in numbers(r)} - {"fd", *result}
     if lost:

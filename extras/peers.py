@@ -44,14 +44,14 @@ class Block(nn.Module):
         return x + gate2.unsqueeze(1) * self.mlp(sit.modulate(self.norm2(x), shift2, scale2))
 
 
-def update(model, ema, optimizer, decay=0.9999):
+def update(model, ema, optimizer):
     """The end of a step as SiT's and REPA's releases write it."""
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     with torch.no_grad():
         for a, b in zip(ema.parameters(), model.parameters()):
-            a.mul_(decay).add_(b.data, alpha=1 - decay)
+            a.mul_(0.9999).add_(b.data, alpha=1 - 0.9999)
 
 
 def sit_step(model, args, precision, compiled=False):

@@ -97,9 +97,8 @@ def checked(path, again):
 
 
 def read_log(path):
-    """The records of a metrics.jsonl."""
-    with checked(path, "run that arm again"):
-        return [dict(json.loads(line)) for line in path.read_text("utf-8").splitlines()]
+    """The records of a metrics.jsonl; to be called within checked()."""
+    return [dict(json.loads(line)) for line in path.read_text("utf-8").splitlines()]
 
 
 def read_curve(path):
@@ -516,18 +515,18 @@ def draw_convergence(rows, long, path):
     save_figure(figure, path)
 
 
-def draw_samples(root, rows, path, count=8):
-    """A row an arm of the control's first seed: the first samples of its samples.png."""
+def draw_samples(root, rows, path):
+    """A row an arm of the control's first seed: the first line of its samples.png."""
     first = next(iter(rows["control"]))
     files = {arm: root / first / arm / "samples.png" for arm, of in rows.items() if first in of}
     files = {arm: file for arm, file in files.items() if file.is_file()}
     if not files:
         return
-    figure = new_figure(count * 0.75 + 1.6, len(files) * 0.8)
+    figure = new_figure(7.6, len(files) * 0.8)
     for i, (arm, file) in enumerate(files.items()):
         with Image.open(file) as sheet:
             size = sheet.width // 8  # sample.py's columns
-        show(figure.add_subplot(len(files), 1, i + 1), sheet_images(file, size)[:count], count, name=arm)
+        show(figure.add_subplot(len(files), 1, i + 1), sheet_images(file, size)[:8], 8, name=arm)
     save_figure(figure, path)
 
 

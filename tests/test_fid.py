@@ -234,7 +234,7 @@ def test_flags_of_the_score(tmp_vae, judge, tmp_path):
     assert not (tmp_path / "dry.json").exists()
     assert_refused(score(root, tmp_path / "gone.npz"), "gone.npz", "sample.py")
     assert_refused(call("fid", "report", "out/demo"), "extras/study.py demo out/demo")
-    assert_refused(call("fid", "--bench", "5"), "extras/bench.py")
+    assert_refused(score(root, a, "--bootstrap", 1), "--bootstrap", "two_or_more")
 
 
 def test_feature_net():
@@ -251,7 +251,7 @@ def test_feature_net():
     assert (fid.count_name(50000), fid.count_name(1500)) == ("50k", "1500")
 
 
-def test_vgg_features(vgg):
+def test_vgg_features(vgg, tmp_path):
     """The judge VGG16 is not the mean of its last convolutions, or takes a file without them."""
     layers, path = vgg
     net, images = fid.load_net("vgg16", path, 64), torch.randint(0, 256, (2, 3, 40, 40), dtype=torch.uint8)
@@ -263,3 +263,6 @@ def test_vgg_features(vgg):
     assert (net.label, net.dim) == ("vgg16-conv@64", 512)
     with pytest.raises(UserError, match="0.weight is missing"):
         fid.load_net("vgg16", LITE0, 64)
+    torch.save({0: torch.zeros(3)}, tmp_path / "numbered.pt")  # as Caffe's conversions
+    with pytest.raises(UserError, match="0.weight is missing"):
+        fid.load_net("vgg16", tmp_path / "numbered.pt", 64)

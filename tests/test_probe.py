@@ -201,7 +201,7 @@ def test_bad_correlate_commands(tmp_path):
     for words, found in (
             ((tmp_path / "bad.json",), ["a has no psnr"]), ((tmp_path / "nan.json",), ["a has no fd"]),
             ((tmp_path / "text.json",), ["text.json"]), ((tmp_path / "none",), ["none"]), ((), ["--paper"]),
-            (("--paper", runs[0]), ["--paper"]), ((*runs, "--json", tmp_path), ["is a folder"]),
+            (("--paper", runs[0]), ["--paper"]), ((*runs, "--json", tmp_path), [str(tmp_path)]),
             ((*runs, other), ["do not mix", "inception", "net@96"]), ((arm,), ["do not mix", "SiT-XL-1"]),
             ((runs[0],), ["2 rows"]), ((runs[0], *runs), ["twice"]), ((tmp_path,), ["report.json"])):
         assert_refused(call("correlate", *words), *found)

@@ -61,6 +61,9 @@ def test_foreign_vae_that_does_not_fit(tmp_path):
         (tmp_path / "d/config.json").write_text(json.dumps({**config, key: value}))
         with pytest.raises(UserError, match=f"{key} is {value}, expected"):
             vae.load_vae(tmp_path / "d")
+    (tmp_path / "d/config.json").write_text("{")
+    with pytest.raises(UserError, match="not a configuration of diffusers"):
+        vae.load_vae(tmp_path / "d")
     (tmp_path / "d/config.json").unlink()
     with pytest.raises(UserError, match="holds no VAE"):
         vae.load_vae(tmp_path / "d")
