@@ -872,6 +872,21 @@ class Stop:
         return int(all_reduce(self.flag.clone(), dist.ReduceOp.MAX))
 
 
+def run_flags(p, save_every):
+    """The flags of Run, for an argument parser."""
+    on_gpu = torch.cuda.is_available()
+    p.add_argument("--seed", type=natural, default=0)
+    p.add_argument("--precision", choices=("bf16", "fp32"), help="default: bf16 where it is fast")
+    p.add_argument("--deterministic", action="store_true",
+                   help="equal bits in each run on CUDA too, slower (a CPU needs no flag)")
+    p.add_argument("--compile", type=int, default=int(on_gpu), choices=(0, 1))
+    p.add_argument("--workers", type=natural, default=4 if on_gpu else 0, help="processes that read batches")
+    p.add_argument("--save-every", type=positive, default=save_every, help="steps between checkpoints")
+    p.add_argument("--log-every", type=positive, default=50, help="steps between lines of metrics.jsonl")
+    p.add_argument("--dry-run", action="store_true",
+                   help="print the plan (parameters, tokens, steps, disk), and end; needs no frozen weights")
+
+
 class Run:
     """A training run: processes, device, precision, one owner of --out, resume, log, checkpoints, signals.
 

@@ -291,7 +291,7 @@ class Guarded(torch.utils.data.Dataset):
             return self.read(i), None
         except (UserError, OSError, MemoryError) as e:
             return None, e
-        except Exception as e:  # of a reader's library, or of this code: told in one line too
+        except Exception as e:  # any fault at all: uncaught in a worker it would hang the main process's exit
             last = traceback.extract_tb(e.__traceback__)[-1]
             where = f"{Path(last.filename).name}, line {last.lineno}"
             return None, UserError(f"{type(e).__name__} in a reader ({where}): {common.brief(e)}")

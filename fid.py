@@ -539,9 +539,8 @@ def measure_once(path, key, source, run):
 
 
 def save_npz(path, **arrays):
-    """Whole or not at all."""
-    np.savez(f"{path}.part.npz", **arrays)
-    os.replace(f"{path}.part.npz", path)
+    with common.whole_file(path) as part, open(part, "wb") as f:
+        np.savez(f, **arrays)
 
 
 # -----------------------------------------------------------------------------------------------------------

@@ -184,6 +184,16 @@ class VFM(nn.Module):
         return self.tokens(self.net, x).flatten(2).transpose(1, 2).float()  # (B, grid*grid, dim)
 
 
+def vfm_flags(p):
+    """The flags of a VFM, for an argument parser."""
+    p.add_argument("--vfm", default="vit_base_patch14_dinov2.lvd142m", help="any timm model")
+    p.add_argument("--vfm-ckpt", help="local weights of the VFM")
+    p.add_argument("--vfm-layer", type=int,
+                   help="block (ViT, default the last) or stage (CNN, default stride 16)")
+    p.add_argument("--cache-vfm", metavar="DIR",
+                   help="compute the VFM's tokens once, into this folder, instead of in each step")
+
+
 def choose_layer(name, layer=None):
     """A block or stage of a timm model -> (its index, pixels a token and side, width, whether it is a ViT).
     Raises UserError."""

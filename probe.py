@@ -91,76 +91,86 @@ def bce(logits, Y):
     return loss.sum(0) / known.sum(0).clamp_min(1)
 
 
-def fit_probe(X, Y, X_val, Y_val, steps=200, tolerance=1e-3, device="cpu", progress=None):
-    """Multi-label logistic regression: X (N, D), Y (N, A) in {0, 1, nan} -> Probe (on the CPU).
+class Objective:
+    """What fit_probe() minimises: X (N, D), Y (N, A) -> each attribute's mean cross-entropy over its known
+    labels plus strength / 2 |w|^2, on features standardised with X's mean and std (bias free of penalty)."""
 
-    Minimises, for each attribute, mean cross-entropy + strength / 2 |w|^2 on features standardised with the
-    training set's mean and std (bias free of penalty), and keeps the strength with the least cross-entropy on
-    the validation set. Full-batch L-BFGS, until no gradient exceeds `tolerance` (or `steps`, and then it says
-    so), in coordinates along the features' principal axes, scaled by the Hessian's diagonal there: in raw
-    coordinates hundreds of steps do not get that far, here tens do. Features may lie in a file: they are read
-    in pieces. progress: the label of a bar. Raises UserError for an attribute without both values in the
-    training set.
-    """
-    constant = Y.nan_to_num(1).amin(0) >= Y.nan_to_num(0).amax(0)
-    if constant.any():
-        raise UserError(f"attribute {int(constant.nonzero()[0])} is constant in the training split; drop it")
-    mean, std, power, axes = principal_axes(X, device)
-    share = (1 / (~Y.isnan()).sum(0)).to(device)  # of one known label in its attribute's mean
+    def __init__(self, X, Y, device):
+        self.X, self.Y, self.device = X, Y, device
+        self.mean, self.std, self.power, self.axes = principal_axes(X, device)
+        self.share = (1 / (~Y.isnan()).sum(0)).to(device)  # of one known label in its attribute's mean
+        small = X.numel() <= 8 * PIECE  # half a GiB spares the subtraction
+        self.kept = list(self.centred()) if small else None
 
-    def centred():
-        return ((rows, x - mean) for rows, x in pieces(X, device))
+    def centred(self):
+        return ((rows, x - self.mean) for rows, x in pieces(self.X, self.device))
 
-    kept = list(centred()) if X.numel() <= 8 * PIECE else None  # half a GiB spares the subtraction
-
-    def rotate(axes, W):
-        return (axes @ W.view(len(axes), -1, W.shape[1])).view(W.shape)  # blocks of (D, A)
-
-    def evaluate(W, b):
+    def evaluate(self, W, b):
         """Summed cross-entropy; its gradients (D, A) and (A,); each attribute's mean p (1 - p)."""
         loss, dW, db, curvature = 0, torch.zeros_like(W), torch.zeros_like(b), torch.zeros_like(b)
-        weight = W / std[:, None]
-        for rows, x in kept or centred():
-            y, logits = Y[rows].to(device), x @ weight + b
-            each, y, p = share * ~y.isnan(), y.nan_to_num(), torch.sigmoid(logits)
+        weight = W / self.std[:, None]
+        for rows, x in self.kept or self.centred():
+            y, logits = self.Y[rows].to(self.device), x @ weight + b
+            each, y, p = self.share * ~y.isnan(), y.nan_to_num(), torch.sigmoid(logits)
             terms = F.binary_cross_entropy_with_logits(logits, y, each, reduction="none")
             loss += terms.sum(dtype=torch.float64)
             g = (p - y) * each
             dW += x.T @ g
             db += g.sum(0)
             curvature += (p * (1 - p) * each).sum(0)
-        return loss, dW / std[:, None], db, curvature.clamp_min(1e-6)
+        return loss, dW / self.std[:, None], db, curvature.clamp_min(1e-6)
 
-    def minimise(strength, W, b):
-        curvature = evaluate(W, b)[3]
-        scale_W, scale_b = (curvature * power + strength).rsqrt(), curvature.rsqrt()
-        U, u = rotate(axes.mT, W) / scale_W, b / scale_b
+    def minimise(self, strength, W, b, steps, tolerance):
+        """Full-batch L-BFGS from W (D, A), b (A,) -> the minimum's, and the largest gradient that is left.
+
+        In coordinates along the features' principal axes, scaled by the Hessian's diagonal there: in raw
+        coordinates hundreds of steps do not get that far, here tens do."""
+        curvature = self.evaluate(W, b)[3]
+        scale_W, scale_b = (curvature * self.power + strength).rsqrt(), curvature.rsqrt()
+        U, u = rotate(self.axes.mT, W) / scale_W, b / scale_b
         solver = torch.optim.LBFGS([U, u], max_iter=steps, max_eval=2 * steps, history_size=10,
                                    tolerance_change=0, tolerance_grad=tolerance,
                                    line_search_fn="strong_wolfe")
 
         @torch.no_grad()
         def objective():
-            W = rotate(axes, scale_W * U)
-            loss, dW, db, _ = evaluate(W, scale_b * u)
-            U.grad, u.grad = scale_W * rotate(axes.mT, dW + strength * W), scale_b * db
+            W = rotate(self.axes, scale_W * U)
+            loss, dW, db, _ = self.evaluate(W, scale_b * u)
+            U.grad, u.grad = scale_W * rotate(self.axes.mT, dW + strength * W), scale_b * db
             return loss + 0.5 * strength * W.square().sum()
 
         solver.step(objective)
         objective()  # a line search may leave the gradient of another point
         left = max(U.grad.abs().max().item(), u.grad.abs().max().item())
+        return rotate(self.axes, scale_W * U), scale_b * u, left
+
+
+def rotate(axes, W):
+    """Blocks (B, D/B, D/B) of axes times W (D, A) -> (D, A)."""
+    return (axes @ W.view(len(axes), -1, W.shape[1])).view(W.shape)
+
+
+def fit_probe(X, Y, X_val, Y_val, steps=200, tolerance=1e-3, device="cpu", progress=None):
+    """Multi-label logistic regression: X (N, D), Y (N, A) in {0, 1, nan} -> Probe (on the CPU).
+
+    Minimises Objective for each of STRENGTHS, until no gradient exceeds `tolerance` (or for `steps`, and then
+    it says so), and keeps for each attribute the strength with the least cross-entropy on the validation set.
+    Features may lie in a file: they are read in pieces. progress: the label of a bar. Raises UserError for an
+    attribute without both values in the training set.
+    """
+    constant = Y.nan_to_num(1).amin(0) >= Y.nan_to_num(0).amax(0)
+    if constant.any():
+        raise UserError(f"attribute {int(constant.nonzero()[0])} is constant in the training split; drop it")
+    problem, (D, A) = Objective(X, Y, device), (X.shape[1], Y.shape[1])
+    W, b = torch.zeros(D, A, device=device), torch.logit(Y.nanmean(0)).to(device)
+    least = torch.full((A,), torch.inf)
+    best = Probe(torch.zeros(D, A), torch.zeros(A), torch.zeros(A), problem.mean.cpu())
+    for strength in tqdm(STRENGTHS, progress, disable=None if progress else True):
+        W, b, left = problem.minimise(strength, W, b, steps, tolerance)
         if left > 3 * tolerance:
             print(f"{progress or 'probe'}: strength {strength:g} stopped at gradient {left:.1e}, expected "
                   f"{tolerance:.1e}: its weights are not the minimum's")
-        return rotate(axes, scale_W * U), scale_b * u
-
-    D, A = X.shape[1], Y.shape[1]
-    W, b = torch.zeros(D, A, device=device), torch.logit(Y.nanmean(0)).to(device)
-    least = torch.full((A,), torch.inf)
-    best = Probe(torch.zeros(D, A), torch.zeros(A), torch.zeros(A), mean.cpu())
-    for strength in tqdm(STRENGTHS, progress, disable=None if progress else True):
-        W, b = minimise(strength, W, b)
-        found = Probe((W / std[:, None]).cpu(), b.cpu(), best.strength, best.mean)
+        found = Probe((W / problem.std[:, None]).cpu(), b.cpu(), best.strength, best.mean)
         loss = bce(found(X_val), Y_val)
         better = loss < least
         least[better], best.strength[better] = loss[better], strength

@@ -10,6 +10,8 @@ reads the releases' checkpoints).
 """
 import argparse
 import math
+import pickle
+import struct
 from functools import partial
 
 import torch
@@ -204,6 +206,11 @@ SIZES = {"XL": dict(depth=28, hidden_size=1152, num_heads=16),
 SIT_MODELS = {f"SiT-{s}/{p}": partial(SiT, patch_size=p, **SIZES[s]) for s in SIZES for p in (1, 2)}
 
 
+# What torch.load raises on torn, flipped or foreign files, and on code in a pickle
+UNREADABLE = (OSError, RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError,
+              AssertionError, ArithmeticError, struct.error, pickle.UnpicklingError)
+
+
 def load_sit(path, weights="ema"):
     """Checkpoint of train_sit.py, REPA, REPA-E or SiT -> (model in evaluation mode, checkpoint).
 
@@ -217,7 +224,7 @@ def load_sit(path, weights="ema"):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such checkpoint") from None
-    except Exception as e:  # torn, flipped or foreign files, code in a pickle
+    except UNREADABLE as e:
         text = " ".join(str(e).split())
         text = text[max(0, text.find("GLOBAL")):][:120]
         raise ValueError(f"{path}: not a readable checkpoint ({type(e).__name__}: {text})") from None

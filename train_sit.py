@@ -21,14 +21,13 @@ import common
 import data
 from common import UserError
 from fid import frechet_distance, load_stats, statistics
-from mapper import VFM, cache_size, cache_tokens
+from mapper import VFM, cache_size, cache_tokens, vfm_flags
 from sit import SIT_MODELS, draw_time, interpolate, repa_loss, sample_ode, velocity_loss
 from vae import load_vae
 
 
 def parse_args():
     p = common.Parser(description=__doc__)
-    on_gpu = torch.cuda.is_available()
     switch = dict(type=int, choices=(0, 1))
     p.add_argument("--latents", required=True, help="folder written by vae.py")
     p.add_argument("--out", required=True, help="folder for sit.pt and metrics.jsonl")
@@ -55,12 +54,7 @@ def parse_args():
     # REPA
     p.add_argument("--repa", type=float, default=0.5, help="weight of the REPA loss; 0: off")
     p.add_argument("--data", help="image folder of the latents (for REPA)")
-    p.add_argument("--vfm", default="vit_base_patch14_dinov2.lvd142m", help="any timm model")
-    p.add_argument("--vfm-ckpt", help="local weights of the VFM")
-    p.add_argument("--vfm-layer", type=int,
-                   help="block (ViT, default the last) or stage (CNN, default stride 16)")
-    p.add_argument("--cache-vfm", metavar="DIR",
-                   help="compute the VFM's tokens once, into this folder, instead of in each step")
+    vfm_flags(p)
     # Scores during training: one convergence curve out of one run (the paper's Figure 4)
     p.add_argument("--eval-every", type=common.positive,
                    help="steps between scores of averaged samples (default: none)")
@@ -68,21 +62,9 @@ def parse_args():
                    help="reference: a file of fid.py score ... --save-stats FILE; it names the network too")
     p.add_argument("--eval-images", type=common.positive, default=2000)
     p.add_argument("--eval-steps", type=common.positive, default=25, help="Heun steps of those samples")
-    # The run
-    p.add_argument("--seed", type=common.natural, default=0)
-    p.add_argument("--precision", choices=("bf16", "fp32"), help="default: bf16 where it is fast")
-    p.add_argument("--deterministic", action="store_true",
-                   help="equal bits in each run on CUDA too, slower (a CPU needs no flag)")
-    p.add_argument("--compile", **switch, default=int(on_gpu))
     p.add_argument("--grad-checkpointing", **switch, default=0,
                    help="1: less memory for about a third more time; the result stays the same")
-    p.add_argument("--workers", type=common.natural, default=4 if on_gpu else 0,
-                   help="processes that read batches")
-    p.add_argument("--save-every", type=common.positive, default=5000, help="steps between checkpoints")
-    p.add_argument("--log-every", type=common.positive, default=50,
-                   help="steps between lines of metrics.jsonl")
-    p.add_argument("--dry-run", action="store_true",
-                   help="print the plan (parameters, tokens, steps, disk), and end; needs no VFM weights")
+    common.run_flags(p, save_every=5000)
     args = p.parse_args()
     if args.cache_vfm and not args.repa:
         p.error("--cache-vfm: has no effect with --repa 0")
@@ -263,8 +245,8 @@ def main():
     if args.dry_run:
         return print_plan(args, run, latents, model, vfm, pair)
     model = model.to(device)
-    model.checkpointing = bool(args.grad_checkpointing)
     ema = copy.deepcopy(model).requires_grad_(False)
+    model.checkpointing = bool(args.grad_checkpointing)
     loss = SiTLoss(model, args.path, args.repa)
     fused = device.type in ("cpu", "cuda")
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=0.0, fused=fused)

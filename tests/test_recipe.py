@@ -4,8 +4,6 @@ import os
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +14,7 @@ import skimage.metrics
 import timm
 import torch
 from helpers import (
-    SMALL_VAE, HERE, LITE0, VFM, assert_refused, call, do, metrics, train_vae_args, write_images)
+    SMALL_VAE, LITE0, VFM, assert_refused, call, do, metrics, recipe, train_vae_args, write_images)
 from PIL import Image
 
 import common
@@ -26,17 +24,6 @@ from extras import study as extras_study
 
 # -----------------------------------------------------------------------------------------------------------
 # run.sh at tiny scale: what it runs, runs
-
-
-def recipe(*arguments, status=0, folder=HERE, **env):
-    """bash run.sh ARGUMENTS in this environment, with nothing installed -> (stdout, stderr)."""
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    environment = {**os.environ, "SKIP_INSTALL": "1", "VIRTUAL_ENV": sys.prefix, "PATH": path}
-    environment |= {k: str(v) for k, v in env.items()}
-    command = ["bash", str(HERE / "run.sh"), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, timeout=600)
-    assert done.returncode == status, f"{done.stdout}\n{done.stderr}"
-    return done.stdout, done.stderr
 
 
 TINY = dict(VAE_FLAGS="--steps 2 --batch 4",
