@@ -474,20 +474,24 @@ def directions(vae, probe, pixels, spread, shown=()):
 
 def draw_directions(path, blocks):
     """blocks {VAE: (title of each attribute, pictures (n, 3, 3, S, S) of each)}: under the VAE's name a row
-    an attribute, in it three pictures an image: attribute down, as it is, up."""
+    an attribute, in it three pictures an image: attribute down, as it is, up. Small ones are enlarged."""
     titles, pictures = next(iter(blocks.values()))
-    n, _, _, s, _ = pictures[0].shape
+    n, _, _, side, _ = pictures[0].shape
+    zoom = max(1, 64 // side)  # three lines of text stand beside a picture
+    s = zoom * side
     gap, left, head = 6, 150, 18
     size = left + n * (3 * s + gap), len(blocks) * (head + len(titles) * (s + gap))
     sheet = Image.new("RGB", size, "white")
     draw, top = ImageDraw.Draw(sheet), 0
     for name, (titles, pictures) in blocks.items():
-        draw.text((4, top + 3), f"{name}: down, as it is, up", fill="black")
+        text = "down, as it is, up; reached: share of the change asked for; leak: change of the others"
+        draw.text((4, top + 3), f"{name}: {text}", fill="black")
         top += head
         for title, row in zip(titles, pictures, strict=True):
             draw.text((4, top + s // 2 - 20), title, fill="black")
             for i, three in enumerate(row):
-                strip = three.permute(2, 0, 3, 1).reshape(s, 3 * s, 3)  # (3, 3, S, S) -> side by side
+                strip = three.permute(2, 0, 3, 1).reshape(side, 3 * side, 3)  # (3, 3, S, S) -> side by side
+                strip = strip.repeat_interleave(zoom, 0).repeat_interleave(zoom, 1)
                 sheet.paste(Image.fromarray(strip.numpy()), (left + i * (3 * s + gap), top))
             top += s + gap
     common.save_png(sheet, path)

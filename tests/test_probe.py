@@ -633,10 +633,12 @@ def test_what_the_probe_saw_is_drawn(vae_pair, tmp_path):
     negatives, titles = [255 - p for p in pictures], ["x", "y"]
     probe.draw_directions(tmp_path / "s.png", {"a": (titles, pictures), "b": (titles, negatives)})
     sheet = np.array(Image.open(tmp_path / "s.png"))
-    assert sheet.shape == (2 * (18 + 2 * 38), 150 + 4 * 102, 3)
-    for top, left, picture in ((18, 150 + 64, pictures[0][0, 2]), (18 + 38, 150 + 102, pictures[1][1, 0]),
-                               (94 + 18, 150, 255 - pictures[0][0, 0])):
-        assert np.array_equal(sheet[top:top + 32, left:left + 32], picture.permute(1, 2, 0).numpy())
+    assert sheet.shape == (2 * (18 + 2 * 70), 150 + 4 * 198, 3)  # 32 pixels are shown as 64
+    for top, left, picture in ((18, 150 + 128, pictures[0][0, 2]), (18 + 70, 150 + 198, pictures[1][1, 0]),
+                               (158 + 18, 150, 255 - pictures[0][0, 0])):
+        shown = sheet[top:top + 64, left:left + 64]
+        assert np.array_equal(shown[::2, ::2], picture.permute(1, 2, 0).numpy())
+        assert np.array_equal(shown[::2, ::2], shown[1::2, 1::2])
 
 
 def test_probe_with_everything(vae_pair, tmp_path):
@@ -651,7 +653,7 @@ def test_probe_with_everything(vae_pair, tmp_path):
     assert {"f1", "class_accuracy", "kde_gini", "high_frequency_share", "shift_error", "scale_error", "psnr",
             "f1_interval", "reached", "leak"} <= scores.keys()
     assert "minus" in out and ("within chance" in out or "beyond" in out)
-    assert Image.open(tmp_path / "a.png").size == (150 + 4 * 102, 2 * (18 + 38))
+    assert Image.open(tmp_path / "a.png").size == (150 + 4 * 198, 2 * (18 + 70))
     rows = list(csv.DictReader(open(tmp_path / "a.csv")))
     assert [r["attribute"] for r in rows] == ["a", "b"]
     assert [float(r[f"{first} f1"]) for r in rows] == pytest.approx(scores["per_attribute"]["f1"], abs=1e-4)
