@@ -188,8 +188,8 @@ def build_lpips(ckpt, device, weights=True):
     Raises UserError when VGG16 cannot be had."""
     import lpips
     try:
-        with warnings.catch_warnings():  # lpips asks torchvision in an old way
-            warnings.simplefilter("ignore", UserWarning)
+        with common.rank_zero_first(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # lpips asks torchvision in an old way
             net = lpips.LPIPS(net="vgg", pnet_rand=ckpt is not None or not weights, verbose=False)
     except OSError as e:
         raise UserError(f"LPIPS: torchvision's VGG16 weights cannot be fetched ({e}); give a local file with "

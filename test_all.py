@@ -584,6 +584,9 @@ def test_align_loss():
     half = torch.tensor([[[1.0, 0.0], [0.0, -1.0]]])
     for target, loss in ((7 * x, 0), (x.flip(-1), 1), (-x, 2), (half, 1)):  # the last: mean of 0 and 2
         assert mapper.align_loss(x, target).item() == pytest.approx(loss, abs=1e-6)
+    pred, target = torch.randn(2, 2, 3, 5, dtype=torch.float64)  # the cosine is over the last axis
+    cosines = [float(p @ t / p.norm() / t.norm()) for p, t in zip(pred.flatten(0, 1), target.flatten(0, 1))]
+    assert mapper.align_loss(pred, target).item() == pytest.approx(1 - np.mean(cosines), rel=1e-5)
 
 
 def test_vavae_loss_by_hand():

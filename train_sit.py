@@ -243,7 +243,9 @@ def main():
     model = make(input_size=side, in_channels=c2 // 2, num_classes=len(latents.meta["classes"]),
                  qk_norm=bool(args.qk_norm), z_dim=vfm.dim if args.repa else 0)
     if args.dry_run:
-        return print_plan(args, run, latents, model, vfm, pair)
+        if run.rank == 0:
+            print_plan(args, run, latents, model, vfm, pair)
+        return
     model = model.to(device)
     ema = copy.deepcopy(model).requires_grad_(False)
     model.checkpointing = bool(args.grad_checkpointing)

@@ -418,7 +418,9 @@ def main():
     images = data.ImageFolder(args.data, size, flip=bool(args.flip), split=args.split)
     data.check_folder(images, args.batch)
     if args.dry_run:
-        return print_plan(args, run, images, vae, latent_shape, vfm, mapper, discriminator)
+        if run.rank == 0:
+            print_plan(args, run, images, vae, latent_shape, vfm, mapper, discriminator)
+        return
 
     # What files hold, so that a resumed run notices a change
     loaded = dict(vfm=vfm, lpips=lpips, disc_ckpt=discriminator if args.disc_ckpt else None)
