@@ -616,6 +616,8 @@ def test_mapper_shapes(depth):
         # the first token sees all of its image where there is a block, else its own patch
         tokens[0, 0].sum().backward()
         assert (z.grad[0].abs().sum(0) > 0).sum() == (size ** 2 if depth else (size // grid) ** 2)
+        flat = m(torch.ones(1, 16, size, size))[0]  # where all patches are equal, positions tell tokens apart
+        assert torch.pdist(flat).min() > 1e-4
     heads = [mapper.Mapper(4, 4, 4, dim, mlp_width=8).config["heads"] for dim in (768, 1024)]
     assert heads == [12, 16]
     for kind in (mapper.Mapper, mapper.LinearMapper):
