@@ -7,6 +7,7 @@
     python extras/bench.py fid                                     # beside torch-fidelity and scipy
     python extras/bench.py probe
     python extras/bench.py peers sit                               # training beside plain code; or: vae
+    python extras/bench.py gpu --json out/gpu.json                 # all that speed.md has of one GPU
     torchrun --nproc_per_node=2 extras/bench.py train_sit ...      # the first four
 
 Flags that are not listed below go to the script. Its own main() runs in this process, on random data of the
@@ -18,8 +19,10 @@ import contextlib
 import functools
 import io
 import os
+import re
 import resource
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -431,6 +434,66 @@ def time_peers(bench):
                         **bench.record)
 
 
+# What `gpu` measures, the most important first. The number after --batch or --micro-batch is tried first, then
+# its halves until one fits in memory
+GPU = ("train_sit --model SiT-XL/1 --cache-vfm given --batch 256",
+       "train_vae --preset f16d32 --batch 32",
+       "train_sit --model SiT-B/1 --cache-vfm given --batch 1024",
+       "peers sit --model SiT-B/1 --compile 1 --batch 256",
+       "peers vae --preset f16d32 --compile 1 --batch 16",
+       "encode --vae f16d32 --micro-batch 128",
+       "sample --sit SiT-XL/1 --sampler sde --sampler-steps 250 --cfg 1.8 --steps 1 --micro-batch 32",
+       "fid",
+       # the mapper's share of a step, by size: with it and without
+       *(f"train_vae --preset f16d32 --resolution {size} --lpips 0 {align} --batch {batch}"
+         for size, batch in ((256, 16), (512, 4), (1024, 1))
+         for align in ("--cache-vfm given", "--align none")))
+PEAK = 989e12  # FLOP/s in bf16 that NVIDIA names for the H100 and the H200 (SXM, dense)
+
+
+def measure_gpu(file):
+    """Every line of GPU in a process of its own; the list of what was found is written after each. Without a
+    GPU: a rehearsal of the same lines with the demo's networks."""
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for line in GPU:
+            if not torch.cuda.is_available():
+                line = rehearsal(line)
+            row = largest_batch(line.split(), Path(folder) / "row.json")
+            if "images_per_s" in row:
+                row["mfu"] = row["flops_per_image"] * row["images_per_s"] / PEAK
+            rows.append(row)
+            print(f"\n{line}")
+            print_record(row)
+            sys.stdout.flush()
+            if file:
+                common.write_json(file, dict(rows=rows))
+
+
+def largest_batch(words, path):
+    """The record of a bench command with the largest batch that fits; if none does, the error."""
+    batch = next((i + 1 for i, word in enumerate(words) if word.endswith("-batch")), None)
+    while True:
+        done = subprocess.run([sys.executable, __file__, *words, "--json", str(path)], capture_output=True,
+                              text=True)
+        if done.returncode == 0:
+            record = common.read_json(path)
+            del record["made"]  # the list says it once
+            return record
+        no_memory = "out of GPU memory" in done.stderr and batch and int(words[batch]) > 1
+        if not no_memory:
+            return dict(command=" ".join(words), error=done.stderr[-2000:])
+        words[batch] = str(int(words[batch]) // 2)
+
+
+def rehearsal(line):
+    """The same command, small enough for a CPU."""
+    for name, small in (("SiT-XL/1", "SiT-demo/1"), ("SiT-B/1", "SiT-demo/1"), ("f16d32", "demo"),
+                        ("--sampler-steps 250", "--sampler-steps 2")):
+        line = line.replace(name, small)
+    return re.sub(r"batch \d+", "batch 2", line) + " --steps 1"
+
+
 def print_record(record):
     for key, value in record.items():
         if isinstance(value, dict):
@@ -447,7 +510,7 @@ STAGES = dict(train_sit=functools.partial(time_training, module=train_sit),
 
 def main():
     p = common.Parser(description=__doc__, allow_abbrev=False)
-    p.add_argument("stage", choices=STAGES)
+    p.add_argument("stage", choices=(*STAGES, "gpu"))
     p.add_argument("--steps", type=common.positive, default=5, help="steps (batches, fits) that are timed")
     p.add_argument("--json", help="write the numbers here too")
     p.add_argument("--sampler-steps", type=common.positive, default=5, help="sample: --steps of sample.py")
@@ -455,6 +518,8 @@ def main():
     args, flags = p.parse_known_args()
     if args.json:
         common.open_out(Path(args.json).parent, flag="--json")
+    if args.stage == "gpu":
+        return measure_gpu(args.json)
     with contextlib.ExitStack() as stack:
         bench = Bench(args, flags, stack)
         stack.callback(shutil.rmtree, bench.folder, ignore_errors=True)
