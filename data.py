@@ -10,6 +10,7 @@ import csv
 import errno
 import functools
 import hashlib
+import io
 import json
 import os
 import signal
@@ -23,13 +24,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+import torch.distributed as dist
+from PIL import Image, ImageCms, ImageOps, features
 from tqdm import tqdm
 
 import common
 from common import UserError
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+IMAGE_SUFFIXES += (".avif",) if "avif" in features.modules and features.check("avif") else ()
+# how the names of folders begin that systems and network disks make: hidden ones, wastebaskets, thumbnails
+NOT_OURS = (".", "__MACOSX", "lost+found", "$RECYCLE.BIN", "System Volume Information", "@eaDir",
+            "@Recycle", "@Recently-Snapshot", "#recycle", "#snapshot")
 MAX_BAD = 0.01  # a data set with a larger share of unreadable images stops the run
 # of an image, as it is and at the crop's scale: 89 million, where Pillow warns
 MAX_PIXELS = Image.MAX_IMAGE_PIXELS
@@ -49,21 +55,65 @@ class UnreadableImage(UserError):
 # Images
 
 
+def scale_grey(image, tags):
+    """A grey image of more than 8 bits -> L. tags: its TIFF's, or {}. White is the largest number of 12, 15
+    (signed) or 16 bits, and 1 in floats up to 1. 32 bits do not say what is white: 65535 where values reach
+    half of it. Raises ValueError for others, and for 16 bits of which 12 or fewer are used."""
+    bits, kind = tags.get(258, (16,))[0], tags.get(339, (1,))[0]  # BitsPerSample, SampleFormat
+    grey = np.asarray(image).astype(np.float64)
+    low, high = grey.min(), grey.max()
+    if not np.isfinite(low + high):
+        raise ValueError("NaN or infinite pixels")
+    white = 2 ** min(bits, 15 if bits == 16 and kind == 2 else 16) - 1
+    dark = white / (16 if bits <= 16 else 2)
+    if image.mode == "F" and high <= 1:
+        white, dark = 1, 0
+    if low < 0 or high > white or 0 < high < dark:
+        raise ValueError(f"greys from {low:g} to {high:g} in {bits} bits do not say what is white; save it "
+                         "in 8 bits, or in 16 with 65535 as white")
+    if tags.get(262) == 0:  # PhotometricInterpretation: WhiteIsZero
+        grey = white - grey
+    return Image.fromarray((grey / (white / 255)).round().astype(np.uint8))
+
+
 def to_rgb(image):
-    """Any PIL mode -> RGB, 8 bit. 16-bit greys are scaled, transparency is laid on white, EXIF rotation is
-    applied."""
+    """Any PIL mode -> RGB, 8 bit. Greys of more bits are scaled, transparency is laid on white, EXIF rotation
+    is applied; an ICC profile only to CMYK."""
+    tags = getattr(image, "tag_v2", {})
     image = ImageOps.exif_transpose(image)
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        grey = np.asarray(image).astype(np.float64)
-        if not np.isfinite(grey).all():
-            raise ValueError("NaN or infinite pixels")
-        grey = (grey / 257).clip(0, 255).round().astype(np.uint8)  # 65535 -> 255
-        return Image.fromarray(grey).convert("RGB")
+        image = scale_grey(image, tags)
+    if image.mode == "CMYK":
+        return to_srgb(image, image.info.get("icc_profile"))
     if image.mode in ("LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
     if image.mode == "RGBA":
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
+
+
+@functools.lru_cache(maxsize=32)
+def srgb_transform(profile, mode):
+    """The bytes of an ICC profile, mode L, RGB or CMYK -> transform to sRGB. None for a broken profile, one
+    of other channels, and sRGB itself, whatever its name."""
+    bands = Image.getmodebands(mode)
+    levels = 17 * np.indices((16,) * bands, np.uint8).reshape(bands, -1).T
+    colours = Image.frombytes(mode, (1, len(levels)), levels.tobytes())
+    try:
+        transform = ImageCms.buildTransform(io.BytesIO(profile), ImageCms.createProfile("sRGB"), mode, "RGB")
+        found = np.array(ImageCms.applyTransform(colours, transform), np.int16)[:, 0]
+    except (ImageCms.PyCMSError, *common.BROKEN, OSError):
+        return None
+    moved = np.abs(found - np.array(colours.convert("RGB"))[:, 0]).max()
+    black, white = sorted((found[0], found[-1]), key=sum)
+    # sRGB's own profiles differ by rounding; a broken one makes anything of black and white
+    return transform if moved > 3 and black.max() < 96 and white.min() > 192 else None
+
+
+def to_srgb(image, profile):
+    """An image of mode L, RGB or CMYK and the bytes of its ICC profile (or None) -> sRGB."""
+    transform = srgb_transform(profile, image.mode) if profile else None
+    return ImageCms.applyTransform(image, transform) if transform else image.convert("RGB")
 
 
 def center_crop(image, size):
@@ -103,10 +153,13 @@ def open_image(path, size=1):
 
 
 def read_image(path, size):
-    """Image file -> uint8 (3, size, size) RGB, ADM centre crop. Raises UnreadableImage, or UserError when the
-    machine is at fault."""
+    """Image file -> uint8 (3, size, size) sRGB, ADM centre crop. Raises UnreadableImage, or UserError when
+    the machine is at fault."""
     with open_image(path, size) as image:
         crop = center_crop(to_rgb(image), size)
+        if image.getbands()[0] in "1LIF":  # grey, so is its profile
+            crop = crop.convert("L")
+        crop = to_srgb(crop, image.info.get("icc_profile"))  # of few pixels: it is slow
     return torch.from_numpy(np.array(crop)).permute(2, 0, 1).contiguous()
 
 
@@ -126,8 +179,9 @@ def identity(folder):
     return found.st_dev, found.st_ino
 
 
-def find_images(root):
-    """Sorted posix paths of the images below `root`, relative to it. Raises UserError when there are none."""
+def find_images(root, left_out=None):
+    """Sorted posix paths of the images below `root`, relative to it. left_out: a Counter, which is told of
+    everything else, by suffix. Raises UserError when there are none."""
     root = Path(root)
     if root.is_file():
         raise UserError(f"{root}: a file; expected a folder of images")
@@ -138,31 +192,46 @@ def find_images(root):
     def fail(error):  # a folder that cannot be listed is not an empty one
         raise error
 
-    def is_ours(name):
-        return not name.startswith((".", "__MACOSX", "lost+found", "$RECYCLE.BIN",
-                                    "System Volume Information"))
-
+    left_out = Counter() if left_out is None else left_out
     files, above = [], {str(root): {identity(root)}}
     for folder, dirs, names in os.walk(str(root), followlinks=True, onerror=fail):
-        inside = {d: identity(Path(folder, d)) for d in dirs if is_ours(d)}
+        left_out.update(f"{d}/" for d in dirs if d.startswith(NOT_OURS))
+        inside = {d: identity(Path(folder, d)) for d in dirs if not d.startswith(NOT_OURS)}
         # a link to a folder that holds it is no end
         dirs[:] = [d for d, key in inside.items() if key not in above[folder]]
         above.update((os.path.join(folder, d), above[folder] | {inside[d]}) for d in dirs)
-        files += [Path(folder, n).relative_to(root).as_posix() for n in names
-                  if n.lower().endswith(IMAGE_SUFFIXES) and not n.startswith(".")]
+        images = [n for n in names if n.lower().endswith(IMAGE_SUFFIXES) and not n.startswith(".")]
+        files += [Path(folder, n).relative_to(root).as_posix() for n in images]
+        left_out.update("hidden" if n.startswith(".") else Path(n).suffix.lower() or "without a suffix"
+                        for n in {*names}.difference(images, ("attributes.csv", "avatars.json")))
     strange = [f for f in files if f.splitlines() != [f] or f.encode(errors="ignore").decode() != f]
     if strange:
         raise UserError(f"{root}: the name {strange[0]!a} holds a line break or is not UTF-8; rename that "
                         "file")
     if not files:
         raise UserError(f"{root}: no images found; expected {' '.join(IMAGE_SUFFIXES)} in it or in class "
-                        "folders below it")
+                        f"folders below it, found {in_words(left_out) or 'nothing'}")
     return sorted(files)
+
+
+def in_words(counts):
+    return ", ".join(f"{n} {kind}" for kind, n in sorted(counts.items()))
+
+
+def say_what_was_taken(root, classes, left_out):
+    """Once for all processes: what of the folder is no image, and class names that are no classes."""
+    if dist.is_initialized() and dist.get_rank():
+        return
+    if left_out:
+        print(common.one_line(f"{root}: left out {in_words(left_out)}"), file=sys.stderr)
+    if {c.lower() for c in classes} <= {*SPLITS, "training", "valid", "validation", "testing"}:
+        print(f"warning: {root}: the classes are named {', '.join(classes)}; if these are splits, give one "
+              "of them as the folder, or put the splits into attributes.csv", file=sys.stderr)
 
 
 class ImageFolder(torch.utils.data.Dataset):
     """Images below `root`; the class is the first folder's name, or "all" when the images lie in `root`
-    itself.
+    itself. Classes are numbered in the order of their names as text ("10" before "2").
 
     Item i: (image uint8 (3, size, size), label int). With flip=True there are 2N items: item N + i is the
     mirror image of item i, so that flips need no random numbers. split ("train", "val", "test") keeps the
@@ -173,12 +242,14 @@ class ImageFolder(torch.utils.data.Dataset):
 
     def __init__(self, root, size, flip=False, split=None):
         self.root, self.size, self.flip = Path(root), size, flip
-        files = find_images(root)
+        left_out = Counter()
+        files = find_images(root, left_out)
         top = [f.split("/")[0] if "/" in f else "" for f in files]
         if "" in top and any(top):
             raise UserError(f"{root}: {files[top.index('')]} lies beside the class folders ({max(top)}/...); "
                             "put every image into a class folder, or none")
         self.classes = sorted(set(top)) if any(top) else ["all"]
+        say_what_was_taken(root, self.classes, left_out)
         if split:
             table = read_attributes(root)
             chosen = {f for f, s in zip(table.files, table.splits) if s == split}
@@ -405,7 +476,8 @@ def read_attributes(root):
         raise UserError(f"{path}: the column '{max(header, key=header.count)}' stands in the header twice")
     file_at, split_at = header.index("file"), header.index("split")
     attribute_at = [i for i in range(len(header)) if i not in (file_at, split_at)]
-    known, codes = set(find_images(root)), {"0": 0.0, "1": 1.0, "": np.nan}
+    known = set(find_images(root))
+    codes = {"0": 0.0, "1": 1.0, "": np.nan, "0.0": 0.0, "1.0": 1.0}  # 1.0: pandas, in columns with gaps
     files, splits, values = [], [], []
     for n, row in enumerate(rows):
         where = f"{path}, line {n + 2}"
@@ -503,10 +575,15 @@ def main():
     images = ImageFolder(args.dir, args.size)
     images.max_bad = 1.0  # read them all; judged below
     rows = common.chunks(range(len(images)), 64)
-    for _ in tqdm(load_batches(images, rows, workers=os.cpu_count()), total=len(rows), disable=None):
-        pass
+    flat = []
+    batches = load_batches(images, rows, workers=os.cpu_count())
+    for pixels, _, kept in tqdm(batches, total=len(rows), disable=None):
+        spans = (pixels.amax((2, 3)) - pixels.amin((2, 3))).amax(1)
+        flat += [images.files[row] for row, span in zip(kept, spans) if span < 8]
     print(f"{args.dir}: {len(images) - len(images.bad)} images in {len(images.classes)} classes, "
           f"{len(images.bad)} unreadable")
+    if flat:
+        print(f"warning: {len(flat)} images are of one colour (within 8 levels of 256), as {flat[0]}")
     if (images.root / "attributes.csv").exists():
         print(f"attributes.csv: {len(read_attributes(args.dir).names)} attributes")
     images.max_bad = MAX_BAD

@@ -429,7 +429,7 @@ def load_sources(args):
         if Path(name).is_dir():
             source.labels = None  # it has a numbering of its own
             suffixes = {Path(f).suffix.lower() for f in data.find_images(name)[:100]}
-            if name != args.reference and suffixes & {".jpg", ".jpeg"}:
+            if name != args.reference and suffixes & {".jpg", ".jpeg", ".jfif"}:
                 print(f"warning: {name} holds JPEG files; their artefacts change every score; write PNG")
         size = size or source.size
         samples.append(source)

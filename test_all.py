@@ -4,6 +4,7 @@ import ast
 import copy
 import errno
 import hashlib
+import io
 import json
 import math
 import os
@@ -39,7 +40,7 @@ from helpers import (
     labelled, ldm_state, metrics, peer_sit, peer_vae, planted, ramp, read_scores, recipe, sit_command,
     sklearn_probe, small_vae, stats_of, tensors, tiny_sit, tiny_vae, train_command, train_vae_args,
     truncate, vae_batch, vae_command, write_images, write_npz, write_table)
-from PIL import Image
+from PIL import Image, ImageCms
 
 import common
 import data
@@ -102,6 +103,39 @@ def test_greys(tmp_path):
     assert np.array_equal(as_read(tmp_path / "b.png", one_bit), 255 * (three > 99))
     for name in ("c.png", "c.tif"):
         assert np.array_equal(as_read(tmp_path / name, Image.fromarray(grey.astype(np.uint16) * 257)), three)
+
+
+def test_greys_of_other_ranges(tmp_path):
+    """Greys of 12 or 32 bits come out black or inverted, or are read though nothing says what is white."""
+    grey = np.arange(256.0).reshape(16, 16)
+    spans = ((grey / 255, "f4", {}), (grey * 257, "f4", {}), (grey * 257, "i4", {}), (grey * 0, "u2", {}),
+             (grey * (32767 / 255), "u2", {339: 2}), ((255 - grey) * 257, "u2", {262: 0}))
+    for values, kind, tags in spans:
+        read = as_read(tmp_path / "a.tif", Image.fromarray(values.round(3).astype(kind)), tiffinfo=tags)
+        assert np.array_equal(read[:, :, 1], grey if values.any() else values)
+    twelve = Image.fromarray((grey * 16).astype("u2"))  # as Pillow reads 12 bits, which it never writes
+    assert np.array_equal(data.scale_grey(twelve, {258: (12,)}), (grey * 16 / (4095 / 255)).round())
+    for values, kind in ((grey, "f4"), (-grey, "f4"), (grey, "i4"), (grey * 999, "i4"), (grey * 16, "u2")):
+        with pytest.raises(data.UnreadableImage, match="what is white"):
+            as_read(tmp_path / "b.tif", Image.fromarray(values.astype(kind)))
+
+
+def test_icc_profiles(tmp_path, monkeypatch):
+    """A profile does not count, that of sRGB moves a bit, or a broken one costs the image."""
+    files = [Path(skimage.data.__file__).with_name(f) for f in ("astronaut.png", "rocket.jpg", "page.png")]
+    srgb, adobe, dots = (Image.open(file).info["icc_profile"] for file in files)
+    no_red = adobe[:508] + bytes(12) + adobe[520:]  # white is cyan
+    image, grey = Image.fromarray(ramp()), Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16))
+    for profile in (srgb, dots, adobe[:300], no_red, b"no profile"):
+        assert np.array_equal(as_read(tmp_path / "a.png", image, icc_profile=profile), ramp())
+    for plain, picture, profile in ((image, image, adobe), (grey, grey.convert("LA"), dots)):
+        expected = ImageCms.profileToProfile(plain, io.BytesIO(profile), ImageCms.createProfile("sRGB"),
+                                             outputMode="RGB")
+        assert np.array_equal(as_read(tmp_path / "a.png", picture, icc_profile=profile), np.array(expected))
+    seen = []
+    monkeypatch.setattr(data, "to_srgb", lambda image, _: seen.append(image.mode) or image.convert("RGB"))
+    as_read(tmp_path / "a.tif", Image.new("CMYK", (16, 16)))
+    assert seen == ["CMYK", "RGB"]
 
 
 def test_cmyk(tmp_path):
@@ -177,6 +211,24 @@ def test_image_folder(tmp_path):
     shutil.copy(root / "a/001.png", root / "stray.png")
     with pytest.raises(UserError, match="stray.png"):
         data.ImageFolder(root, 32)
+
+
+def test_what_a_folder_leaves_out(tmp_path, capsys):
+    """Files are left out without a word, thumbnails of a network disk are images, splits pass as classes."""
+    root = write_images(tmp_path, 4, classes=("train", "val"))
+    last = data.IMAGE_SUFFIXES[-1]  # .avif where Pillow has it
+    for name in ("train/@eaDir/2.png", "train/._2.png", "a.HEIC", "none/b.heic", "val/c", "attributes.csv"):
+        (root / name).parent.mkdir(exist_ok=True)
+        shutil.copy(root / "train/002.png", root / name)
+    (root / "train/000.png").rename(root / "train/000.JFIF")
+    (root / "val/001.png").rename(root / f"val/001{last}")
+    assert data.ImageFolder(root, 32).files == [
+        "train/000.JFIF", "train/002.png", f"val/001{last}", "val/003.png"]
+    said, warning = capsys.readouterr().err.splitlines()
+    assert said == f"{root}: left out 2 .heic, 1 @eaDir/, 1 hidden, 1 without a suffix"
+    assert "warning" in warning and "train, val" in warning
+    with pytest.raises(UserError, match="no images found.* 1 .heic"):
+        data.find_images(root / "none")
 
 
 def test_unreadable_files(tmp_path, capsys):
@@ -256,7 +308,7 @@ def test_bad_attribute_tables(tmp_path, text, word):
 def test_attribute_table(tmp_path):
     """Values land in another row or column, or an empty field is not unknown."""
     root = write_images(tmp_path, 2)
-    (root / "attributes.csv").write_text("hat,file,split,red\n1,b/001.png,val,0\n,a/000.png,train,1\n")
+    (root / "attributes.csv").write_text("hat,file,split,red\n1,b/001.png,val,0.0\n,a/000.png,train,1.0\n")
     table = data.read_attributes(root)
     assert table.files == ["b/001.png", "a/000.png"] and table.splits == ["val", "train"]
     assert table.names == ["hat", "red"]
@@ -461,7 +513,8 @@ def with_lightning(state, monkeypatch):
             "hyper_parameters": settings, "state_dict": state}
 
 
-KINDS = "ldm", "sd", "vavae", "repae", "joint", "safetensors", "diffusers", "diffusers bin", "ours"
+KINDS = ("ldm", "sd", "vavae", "repae", "joint", "safetensors", "diffusers", "diffusers bin",
+         "diffusers fp16", "ours")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -483,6 +536,9 @@ def test_vae_formats(kind, tmp_path, monkeypatch):
                 theirs = {k.replace(new, old): v for k, v in theirs.items()}
             torch.save(theirs, path / "vae/diffusion_pytorch_model.bin")
             os.remove(path / "vae/diffusion_pytorch_model.safetensors")
+        if kind == "diffusers fp16":
+            (weights,) = path.glob("vae/*.safetensors")
+            weights.rename(weights.with_suffix(".fp16.safetensors"))
     else:
         inside = {f"first_stage_model.{k}": v for k, v in state.items()}
         files = {"ldm": with_lightning({**state, **extra}, monkeypatch), "repae": state,

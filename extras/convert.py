@@ -81,8 +81,9 @@ def read_diffusers(folder):
     for key, value in (("_class_name", "AutoencoderKL"), ("act_fn", "silu"), ("norm_num_groups", 32)):
         if config.get(key, value) != value:  # the weights would not show it
             raise UserError(f"{folder / 'config.json'}: {key} is {config[key]}, expected {value}")
-    safe, older = (folder / f"diffusion_pytorch_model.{suffix}" for suffix in ("safetensors", "bin"))
-    return common.load_checkpoint(older if older.exists() and not safe.exists() else safe)
+    suffixes = ("safetensors", "bin", "*.safetensors", "*.bin")  # *: variants, as fp16
+    found = [p for s in suffixes for p in sorted(folder.glob(f"diffusion_pytorch_model.{s}"))]
+    return common.load_checkpoint((found or [folder / "diffusion_pytorch_model.safetensors"])[0])
 
 
 def bare_weights(state):

@@ -7,7 +7,7 @@
 
 What lies in DIR:
     celeba       list_attr_celeba.txt, list_eval_partition.txt and img_align_celeba/, or Anno/, Eval/ and Img/
-                 with them
+                 with them; or Kaggle's .csv of both; or img_align_celeba_png/
     deepfashion  Anno_coarse (1,000 attributes) or Anno_fine (26) of the "Category and Attribute Prediction
                  Benchmark", beside Img/img/ and Eval/
     awa2         predicate-matrix-binary.txt, the other tables, and JPEGImages/; 85 attributes of the class
@@ -44,10 +44,12 @@ GARMENTS = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt"
 
 
 def split_lines(path):
-    """Yield the non-empty lines of a text table, split at blanks. Raises UserError for a missing file."""
+    """Yield the non-empty lines of a text table, split at blanks, or a .csv at commas. Raises UserError for a
+    missing file."""
+    at = "," if path.suffix == ".csv" else None
     try:
         with open(path, encoding="utf-8") as f:
-            yield from (line.split() for line in f if line.strip())
+            yield from (line.strip().split(at) for line in f if line.strip())
     except (OSError, UnicodeDecodeError) as e:
         reason = getattr(e, "strerror", None) or e
         raise UserError(f"{path}: cannot be read ({reason}); --help names the files of a data set") from None
@@ -77,10 +79,12 @@ def read_listing(path):
 
 def read_labels(path, width=None):
     """A listing with the rows `file -1 1 0 ...` -> (header, files, int8 (N, width) in {0, 1, -1 = unknown});
-    width: the header's unless given. Line by line: as words DeepFashion's 289 million labels would be 20 GiB.
-    Raises UserError for another width or value."""
-    lines = split_lines(path)
-    head, header, files, labels = next(lines, []), next(lines, []), [], []
+    width: the header's unless given. A .csv has no count above its header, which names the file's column too.
+    Line by line: as words DeepFashion's 289 million labels would be 20 GiB. Raises UserError for another
+    width or value."""
+    lines, is_csv = split_lines(path), path.suffix == ".csv"
+    head = [] if is_csv else next(lines, [])
+    header, files, labels = next(lines, [])[is_csv:], [], []
     for file, *row in lines:
         if len(row) != (width or len(header)):
             raise UserError(f"{path}: {file} has {len(row)} labels; expected {width or len(header)}")
@@ -89,7 +93,7 @@ def read_labels(path, width=None):
             raise UserError(f"{path}: {file} has the label '{min(strange)}'; expected -1, 1, or 0 (unknown)")
         files.append(file)
         labels.append(np.array(row, np.int8))
-    check_count(path, head, len(files))
+    check_count(path, [str(len(files))] if is_csv else head, len(files))
     return header, files, np.array([-1, 1, 0], np.int8)[np.array(labels)]  # at 0, 1, and -1, the last
 
 
@@ -121,14 +125,22 @@ def binary(path, rows, names):
 
 
 def read_celeba(root):
-    """CelebA, aligned images: 40 attributes, official partition (Liu et al. 2015)."""
-    def find(name, folder):
-        return root / name if (root / name).exists() else root / folder / name
+    """CelebA, aligned images: 40 attributes, official partition (Liu et al. 2015). The tables say .jpg of
+    PNGs too; Kaggle's images lie in a folder within a folder of the same name."""
+    def find(folder, *names):
+        places = [place / name for name in names for place in (root, root / folder)]
+        return next((place for place in places if place.exists()), places[1])
 
-    table, parts = find("list_attr_celeba.txt", "Anno"), find("list_eval_partition.txt", "Eval")
+    table = find("Anno", "list_attr_celeba.txt", "list_attr_celeba.csv")
+    parts = find("Eval", "list_eval_partition.txt", "list_eval_partition.csv")
+    images = find("Img", "img_align_celeba", "img_align_celeba_png")
+    images = images / images.name if (images / images.name).is_dir() else images
     names, files, labels = read_labels(table)
-    splits = find_splits(parts, files, read_rows(parts, len(files)), dict(zip("012", SPLITS, strict=True)))
-    return find("img_align_celeba", "Img"), files, splits, names, labels
+    is_csv = parts.suffix == ".csv"  # with a header
+    rows = read_rows(parts, len(files) + is_csv)[is_csv:]
+    splits = find_splits(parts, files, rows, dict(zip("012", SPLITS, strict=True)))
+    png = [str(Path(f).with_suffix(".png")) for f in files]
+    return images, png if (images / png[0]).exists() else files, splits, names, labels
 
 
 def read_deepfashion(root):

@@ -57,7 +57,9 @@ def test_check(tmp_path):
     files = data.find_images(root)
     (root / "attributes.csv").write_text("file,split,hat\n" + "".join(f"{f},train,1\n" for f in files))
     truncate(root / "a/010.png")
+    Image.new("RGB", (8, 8), "gray").save(root / "b/001.png")
     status, out, err = call("data", "check", root, "--size", 8)
+    assert "1 images are of one colour" in out and "b/001.png" in out
     assert status == 0 and "100 images in 2 classes, 1 unreadable" in out and "1 attributes" in out
     assert "a/010.png" in err
     truncate(root / "b/011.png")

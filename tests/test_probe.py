@@ -282,6 +282,21 @@ def test_attribute_tables_of_others(tmp_path):
     assert len(antelopes) == 12 and (antelopes == [0, 1]).all()
 
 
+def test_celeba_as_png_and_from_kaggle(tmp_path):
+    """CelebA's PNGs, which its tables call .jpg, or Kaggle's .csv tables and doubled folder are not found."""
+    celeba, *_ = attribute_folders(tmp_path)
+    expected = converted("celeba", celeba, tmp_path / "a")
+    folder = celeba / "Img/img_align_celeba_png"
+    folder.mkdir(parents=True)
+    (celeba / "img_align_celeba").rename(folder / folder.name)
+    for name, header in dict(list_attr_celeba="Smiling,Young", list_eval_partition="partition").items():
+        text = (celeba / f"{name}.txt").read_text().replace(".png", ".jpg")
+        rows = [",".join(line.split()) for line in text.splitlines()[-12:]]
+        (celeba / f"{name}.csv").write_text("\n".join([f"image_id,{header}", *rows]))
+        (celeba / f"{name}.txt").unlink()
+    assert repr(converted("celeba", celeba, tmp_path / "b")) == repr(expected)
+
+
 def test_folders_of_celeba_and_of_file_systems_without_links(tmp_path, monkeypatch):
     """CelebA's own folders are not found, images are not copied where links fail, or a second run spoils the
     first."""
