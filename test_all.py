@@ -1329,9 +1329,7 @@ def test_one_sit_step_is_the_peers(tmp_path, monkeypatch):
     v = peer((1 - t.view(-1, 1, 1, 1)) * x + t.view(-1, 1, 1, 1) * eps, t, y)
     cosine = F.cosine_similarity(peer.projectors[0](hidden[0]), tokens, dim=-1).mean()
     expected = (v - (eps - x)).square().mean() - 0.5 * cosine
-    x_t, target = sit.interpolate(x, eps, t)
-    v, projection = model(x_t, t, y, features=True)
-    total = sit.velocity_loss(v, target).mean() + 0.5 * sit.repa_loss(projection, tokens)
+    total, _, _ = train_sit.SiTLoss(model, "linear", 0.5)(x, y, t, eps, tokens)
     assert total.item() == pytest.approx(expected.item(), rel=1e-5)
     theirs = {k: p for k, p in peer.named_parameters() if k != "pos_embed"}
     for loss, parameters in ((expected, list(theirs.values())), (total, list(model.parameters()))):
@@ -1847,7 +1845,8 @@ def test_chain_latents(demo, avatars):
 
 
 def test_chain_sit(demo):
-    """sit.pt lacks the latents' statistics or their VAE, or REPA is trained where it is off."""
+    """sit.pt lacks the latents' statistics or their VAE, REPA is trained where it is off, or labels are never
+    dropped."""
     for arm, repa in (("control", False), ("send", True)):
         model, checkpoint = sit.load_sit(demo / arm / "sit/sit.pt")
         latents = data.load_latents(demo / arm / "latents")
@@ -1860,6 +1859,9 @@ def test_chain_sit(demo):
         assert [r["step"] for r in records] == [1, 2, 3] and all(("repa" in r) == repa for r in records)
         # E |eps - x|^2 of normalised latents, at zero output
         assert records[0]["velocity"] == pytest.approx(2, rel=0.3)
+    args = SimpleNamespace(batch=500, seed=0, label_dropout=0.1, time="uniform", path="linear")
+    _, y, *_ = train_sit.read_step(latents, None, None, args, 0, 1, 0)[0]
+    assert 30 < (y == 5).sum() < 70 and set(y.tolist()) == {0, 1, 2, 3, 4, 5}
 
 
 def test_chain_samples(demo):
