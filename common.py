@@ -24,6 +24,7 @@ import math
 import os
 import pickle
 import platform
+import re
 import shlex
 import shutil
 import signal
@@ -335,6 +336,11 @@ def made():
     packages = {p: metadata.version(p) for p in ("torch", "numpy", "pillow", "timm")}
     versions = dict(python=platform.python_version(), **packages)
     return dict(command=command(), commit=commit(), versions=versions)
+
+
+def without_folders(text):
+    """A text to publish: names of files, without this machine's folders."""
+    return re.sub(r"(?<![\w.])/(?:[^\s/\"]+/)+", "", text)
 
 
 def cpu_name():

@@ -1,4 +1,5 @@
-"""Checkpoints of other projects: what vae.load_vae and sit.load_sit call for a file that is not ours.
+"""Checkpoints of other projects: what vae.load_vae and sit.load_sit call for a file that is not ours, and for
+a name on huggingface's hub.
 
     python extras/convert.py to-diffusers --vae out/send/vae.pt --out folder
 
@@ -21,6 +22,77 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common  # noqa: E402
 from common import UserError  # noqa: E402
 from sit import SIZES, sincos_2d  # noqa: E402
+
+# ------------------------------------------------------------------------------------------------------------
+# Weights by name: a repository of huggingface's hub in the place of a path
+
+WEIGHTS = ".safetensors", ".ckpt", ".pt", ".pth", ".bin"
+
+
+def local_path(text):
+    """A path as it is; of a hub id, `org/name` or `org/name:file`, that is no path here, the path of its
+    weights in huggingface's cache, to which the first process downloads what is missing. Raises UserError for
+    what cannot be had."""
+    repo, _, file = str(text).partition(":")
+    if Path(text).exists() or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repo) or repo.endswith(WEIGHTS):
+        return Path(text)
+    import huggingface_hub as hub  # here, since it takes a second and few runs need it
+    from huggingface_hub import constants, errors
+    no_answer = OSError, errors.HfHubHTTPError.__bases__[0]  # httpx's errors are no OSErrors
+    cache = Path(constants.HF_HUB_CACHE, f"models--{repo.replace('/', '--')}")
+    try:
+        with common.rank_zero_first():
+            names = [file] if file else choose_weights(list_files(hub, cache, no_answer, repo))
+            paths = [Path(hub.hf_hub_download(repo, name)) for name in names]
+    except UserError as e:
+        raise UserError(f"{text}: {e}") from None
+    except (*no_answer, ValueError, errors.EntryNotFoundError) as e:
+        raise UserError(f"{text}: {why_not(e, errors, cache, repo, file)}") from None
+    return paths[0] if len(paths) == 1 else paths[0].parent
+
+
+def list_files(hub, cache, no_answer, repo):
+    """Names of a repository's files; where the hub gives no answer, of those that its cache has."""
+    try:
+        return [file.rfilename for file in hub.model_info(repo).siblings]
+    except no_answer:
+        cached = [path for path in cache.glob("snapshots/*/**/*") if path.is_file()]
+        if not cached:
+            raise
+        return ["/".join(path.relative_to(cache).parts[2:]) for path in cached]
+
+
+def choose_weights(names):
+    """What is loaded of a repository: [configuration, weights] of diffusers' VAE, else [its one checkpoint,
+    beside REPA-E's statistics and discriminator]. Raises UserError where there is none, or are several."""
+    for folder, suffix in (("", "safetensors"), ("", "bin"), ("vae/", "safetensors"), ("vae/", "bin")):
+        pair = [f"{folder}config.json", f"{folder}diffusion_pytorch_model.{suffix}"]
+        if {*pair} <= {*names}:
+            return pair
+    weights = sorted({name for name in names if name.endswith(WEIGHTS)})
+    found = [name for name in weights if not re.search("stats|discriminator", name)]
+    if len(found) != 1:
+        raise UserError(f"holds {', '.join(weights[:20]) or 'no weights'}; expected a VAE of diffusers or a "
+                        "single checkpoint; ORG/NAME:FILE chooses one")
+    return found
+
+
+def why_not(error, errors, cache, repo, file):
+    """What to do about an error of huggingface_hub."""
+    page = f"https://huggingface.co/{repo}"
+    if isinstance(error, errors.GatedRepoError):
+        return f"needs a login; accept the terms on {page}, then run: hf auth login"
+    if isinstance(error, (errors.RepositoryNotFoundError, errors.HFValidationError)):
+        return f"no such path, and no repository {page} (or a private one: hf auth login)"
+    if isinstance(error, errors.EntryNotFoundError) and not isinstance(error, errors.LocalEntryNotFoundError):
+        return f"no such file; {page}/tree/main lists them"
+    if isinstance(error, OSError) and error.errno:
+        return f"{cache} cannot be written ({error.strerror}); name another folder with HF_HOME"
+    files = file or "config.json and diffusion_pytorch_model.safetensors, or the checkpoint,"
+    return (f"no such path, and the hub gives no answer ({common.brief(error, 80)}); put {files} of "
+            f"{page}/tree/main anywhere and give that path; or copy {cache} from where 'hf download {repo}' "
+            "ran")
+
 
 # ------------------------------------------------------------------------------------------------------------
 # Autoencoders: names and layout of latent diffusion's release, which are ours, and those of diffusers
@@ -56,33 +128,37 @@ def diffusers_name(name, levels):
 
 def read_vae(path, checkpoint):
     """A file's content, or (checkpoint None) a diffusers folder -> (constructor's arguments of AutoencoderKL,
-    state dict under our names). Raises UserError for what is no autoencoder of latent diffusion."""
-    state = bare_weights(checkpoint if checkpoint is not None else read_diffusers(path))
+    state dict under our names, mean and std (c,) of its latents or None). Raises UserError for what is no
+    autoencoder of latent diffusion."""
+    checkpoint, stats = (checkpoint, []) if checkpoint is not None else read_diffusers(path)
+    state = bare_weights(checkpoint)
     is_diffusers = any("_blocks." in k for k in state)
     to_ours = [(theirs, ours) for ours, theirs in (*NAMES, *OLD_NAMES)]
     state = {rename(k, to_ours): v for k, v in state.items()}
     config = infer_config(state, path)
     if is_diffusers:
         state = {levels_reversed(k, len(config["ch_mult"])): v for k, v in state.items()}
-    return config, state
+    return config, state, check_stats(*stats, config["z_channels"], path) if len(stats) == 2 else None
 
 
 def read_diffusers(folder):
-    """Weights in a folder of diffusers' AutoencoderKL, or of a pipeline that has one. Raises UserError for
-    one whose configuration says something else than latent diffusion's."""
+    """A folder of diffusers' AutoencoderKL, or of a pipeline that has one -> its weights, [latents_mean,
+    latents_std] as far as it says them. Raises UserError for one whose configuration says something else than
+    latent diffusion's."""
     folder = folder / "vae" if (folder / "vae").is_dir() else folder
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder}: holds no VAE; expected a checkpoint file, or a folder of diffusers")
     try:
         config = dict(json.loads((folder / "config.json").read_text("utf-8")))
-    except (ValueError, TypeError, RecursionError) as e:
+        stats = [torch.tensor(config[k]).float() for k in ("latents_mean", "latents_std") if config.get(k)]
+    except (ValueError, TypeError, RuntimeError, RecursionError) as e:
         raise UserError(f"{folder / 'config.json'}: not a configuration of diffusers ({common.brief(e)}); "
                         "copy the folder again") from None
     for key, value in (("_class_name", "AutoencoderKL"), ("act_fn", "silu"), ("norm_num_groups", 32)):
         if config.get(key, value) != value:  # the weights would not show it
             raise UserError(f"{folder / 'config.json'}: {key} is {config[key]}, expected {value}")
     safe, older = (folder / f"diffusion_pytorch_model.{suffix}" for suffix in ("safetensors", "bin"))
-    return common.load_checkpoint(older if older.exists() and not safe.exists() else safe)
+    return common.load_checkpoint(older if older.exists() and not safe.exists() else safe), stats
 
 
 def bare_weights(state):
@@ -127,9 +203,9 @@ def infer_config(state, path):
                 attn_resolutions=[256 // 2 ** level for level in attended])
 
 
-def export_diffusers(vae, folder):
-    """Write a folder that diffusers' AutoencoderKL.from_pretrained opens. Raises UserError for a model that
-    it cannot express."""
+def export_diffusers(vae, folder, card=""):
+    """Write a folder that diffusers' AutoencoderKL.from_pretrained opens, with a model card. Raises UserError
+    for a model that it cannot express."""
     c, levels = vae.config, len(vae.encoder.down)
     if c["ch"] < 128:
         raise UserError(f"--vae: first width {c['ch']}; diffusers' 32 groups need 128 or more")
@@ -149,7 +225,38 @@ def export_diffusers(vae, folder):
     folder = common.open_out(folder, need_bytes=4 * sum(v.numel() for v in state.values()))
     safetensors.torch.save_file(state, folder / "diffusion_pytorch_model.safetensors")
     common.write_text(folder / "config.json", json.dumps(config, indent=1) + "\n")
+    common.write_text(folder / "README.md", card)
     common.write_json(folder / "made.json", dict(vae_hash=common.weights_hash(vae.state_dict())))
+
+
+def model_card(vae, source):
+    """README.md of an export: what it is, how `source` was made, and what `fid.py recon` found, where the
+    recon.json beside `source` is of these weights."""
+    path, d, side, f = local_path(source), vae.config["z_channels"], vae.config["resolution"], vae.factor
+    checkpoint = common.load_checkpoint(path) if path.suffix == ".pt" else {}
+    made, scores = f"Converted from `{source}`.", "not measured"
+    if "made" in checkpoint:  # of train_vae.py
+        made = (f"Trained on `{Path(checkpoint['args']['data']).name}`, {checkpoint['step']} steps, at "
+                f"commit {checkpoint['made']['commit']}:\n\n    python {checkpoint['made']['command']}")
+    recon = path.parent / "recon.json"
+    recon = common.read_json(recon) if recon.exists() else {}
+    if recon.get("inputs", {}).get("vae") == common.weights_hash(vae.state_dict()):
+        names = dict(psnr="PSNR", ssim="SSIM", lpips="LPIPS", fd=recon.get("metric"))
+        scores = ", ".join(f"{names[k]} {recon[k]:.4g}" for k in names if k in recon)
+        scores += f" over {recon['n']} images of `{Path(recon['data']).name}`"
+    return common.without_folders(f"""---
+library_name: diffusers
+tags: [vae, send-vae]
+---
+# VAE f{f}d{d}
+
+For `diffusers.AutoencoderKL.from_pretrained`: images of {side} x {side} pixels in [-1, 1] -> latents of {d} x
+{side // f} x {side // f}, not normalised. By a reproduction of Send-VAE (arXiv 2601.05823).
+
+{made}
+
+Scores: {scores}.
+""")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -240,11 +347,16 @@ def read_stats(text, channels):
     except common.DAMAGED as e:
         raise common.damage(e, f"--latent-stats {text}: expected mean and std, latents_scale and "
                                f"latents_bias, or a number ({type(e).__name__}: {e})") from None
+    return check_stats(mean, std, channels, f"--latent-stats {text}")
+
+
+def check_stats(mean, std, channels, source):
+    """Mean and std of latents as they are, (c,) each. Raises UserError for what is none."""
     shapes = tuple(mean.shape), tuple(std.shape)
     finite = mean.isfinite().all() and std.isfinite().all() and (std > 0).all()
     if shapes != ((channels,), (channels,)) or not finite:
-        raise UserError(f"--latent-stats {text}: statistics of shapes {shapes}; expected {channels} finite "
-                        f"means and {channels} positive stds")
+        raise UserError(f"{source}: statistics of shapes {shapes}; expected {channels} finite means and "
+                        f"{channels} positive stds")
     return mean, std
 
 
@@ -258,9 +370,10 @@ def main():
     p.add_argument("--out", required=True, help="new folder")
     args = p.parse_args()
     from vae import load_vae  # which imports this file
-    export_diffusers(load_vae(args.vae), args.out)
+    vae = load_vae(args.vae)
+    export_diffusers(vae, args.out, model_card(vae, args.vae))
     print(f"{args.out}: open it with diffusers.AutoencoderKL.from_pretrained('{args.out}'); its latents are "
-          "not normalised (scaling_factor 1)")
+          f"not normalised (scaling_factor 1). To publish it: hf upload ORG/NAME {args.out}")
 
 
 if __name__ == "__main__":
