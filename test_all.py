@@ -508,6 +508,7 @@ ANSWER = dict(response=SimpleNamespace(headers={}, request=None))
     (errors.GatedRepoError("?", **ANSWER), "accept the terms on https://huggingface.co/org/f2, then"),
     (errors.EntryNotFoundError("?"), "no such file; https://huggingface.co/org/f2/tree/main"),
     (errors.LocalEntryNotFoundError("?"), NO_NETWORK), (None, NO_NETWORK),
+    (errors.HfHubHTTPError.__bases__[0]("?"), NO_NETWORK),  # what its client raises
     (PermissionError(errno.EACCES, "Permission denied"), "(Permission denied); name another folder")])
 def test_what_the_hub_refuses(error, words, hub, monkeypatch):
     """A name that the hub does not know or give, no network, or a cache that cannot be written, ends in a

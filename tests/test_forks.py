@@ -36,6 +36,7 @@ def test_gram(small, tmp_path):
     do(*command, "--out", tmp_path / "core")
     run(*command, "--out", tmp_path / "off")
     assert_same_bits(tmp_path / "off/vae.pt", tmp_path / "core/vae.pt")
+    assert "gram" not in metrics(tmp_path / "off")[1][0]
     curves = []
     for weight in (1e-9, 100):
         run(*command, "--steps", 20, "--gram", weight, "--out", tmp_path / f"{weight}")

@@ -5,12 +5,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
 import torch
 from helpers import (
     HERE, add_to_config, assert_is_diffusers, do, ldm_state, on_two_ranks, peer_vae, tiny_vae, write_images)
+from huggingface_hub.hf_api import RepoSibling
 
 import common
 import vae
@@ -81,7 +83,7 @@ def test_weights_by_name(hub):
     of latents in a configuration are lost."""
     folder = hub("org/f2-hf")
     peer_vae().save_pretrained(folder)
-    shutil.copytree(folder, hub("org/pipeline") / "vae")
+    shutil.copytree(folder, hub("org/pipeline", "unet.bin") / "vae")
     add_to_config(folder, latents_mean=[1, 2, 3], latents_std=[4, 5, 6])
     one, two = vae.load_vae("org/f2-hf"), vae.load_vae("org/pipeline")
     assert all(map(torch.equal, one.state_dict().values(), two.state_dict().values()))
@@ -98,7 +100,10 @@ def test_weights_by_name(hub):
 
 
 def test_one_process_downloads(hub, tmp_path, monkeypatch):
-    """Each process downloads a VAE of the hub for itself."""
+    """Each process downloads a VAE of the hub for itself, or a repository's files are not asked for."""
+    def files(_):
+        return SimpleNamespace(siblings=[RepoSibling(rfilename=name) for name in ("README.md", "a.pt")])
+
     def download(_, name):
         found = tmp_path / name
         if not found.exists():
@@ -107,9 +112,10 @@ def test_one_process_downloads(hub, tmp_path, monkeypatch):
             (tmp_path / f"downloaded by {common.dist.get_rank()}").touch()
         return str(found)
 
+    monkeypatch.setattr(huggingface_hub, "model_info", files)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     images = write_images(tmp_path / "images", 4)
-    flags = "--vae", "org/f2:a.pt", "--data", images, "--resolution", 16, "--out", tmp_path / "latents"
+    flags = "--vae", "org/f2", "--data", images, "--resolution", 16, "--out", tmp_path / "latents"
     ranks = on_two_ranks("vae", *flags, folder=tmp_path)
     assert [status for status, *_ in ranks] == [0, 0], ranks
     assert [path.name for path in tmp_path.glob("downloaded*")] == ["downloaded by 0"]
