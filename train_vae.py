@@ -198,8 +198,7 @@ class DiscriminatorLoss(nn.Module):
 
 def load_discriminator(discriminator, path):
     """Weights of taming's, LDM's (inside its .ckpt) or REPA-E's PatchGAN, strictly. Raises UserError."""
-    from extras import convert  # here, since other projects' files are no part of the method
-    state = common.load_checkpoint(convert.local_path(path))
+    state = common.load_checkpoint(common.local_path(path))
     for wrapper in ("state_dict", "discriminator"):  # LDM; our own vae.pt
         state = state[wrapper] if isinstance(state, dict) and isinstance(state.get(wrapper), dict) else state
     prefixes = ("main.", "discriminator.main.", "loss.discriminator.main.")

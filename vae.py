@@ -293,8 +293,7 @@ def load_vae(path):
     here (diffusers' scaling_factor is not used): stage 2 measures their mean and std; those of a diffusers
     configuration are .latent_stats. Raises UserError, which names the first key that does not fit.
     """
-    from extras import convert  # here, since other projects' files are no part of the method
-    path, stats = convert.local_path(path), None
+    path, stats = common.local_path(path), None
     if (path / "vae.pt").is_file():
         raise UserError(f"{path}: a folder of train_vae.py; give its file {path / 'vae.pt'}")
     checkpoint = None if path.is_dir() else common.load_checkpoint(path)
@@ -305,6 +304,7 @@ def load_vae(path):
         elif path.suffix == ".safetensors" and (config := exported_config(path)):
             state = {k: v.float() for k, v in checkpoint.items()}
         else:
+            from extras import convert  # here, since other projects' files are no part of the method
             config, state, stats = convert.read_vae(path, checkpoint)
         vae = AutoencoderKL(**config)
     except (TypeError, RuntimeError, ZeroDivisionError, json.JSONDecodeError) as e:

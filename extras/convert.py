@@ -1,5 +1,4 @@
-"""Checkpoints of other projects: what vae.load_vae and sit.load_sit call for a file that is not ours, and for
-a name on huggingface's hub.
+"""Checkpoints of other projects: what vae.load_vae and sit.load_sit call for a file that is not ours.
 
     python extras/convert.py to-diffusers --vae out/send/vae.pt --out folder
 
@@ -22,77 +21,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common  # noqa: E402
 from common import UserError  # noqa: E402
 from sit import SIZES, sincos_2d  # noqa: E402
-
-# ------------------------------------------------------------------------------------------------------------
-# Weights by name: a repository of huggingface's hub in the place of a path
-
-WEIGHTS = ".safetensors", ".ckpt", ".pt", ".pth", ".bin"
-
-
-def local_path(text):
-    """A path as it is; of a hub id, `org/name` or `org/name:file`, that is no path here, the path of its
-    weights in huggingface's cache, to which the first process downloads what is missing. Raises UserError for
-    what cannot be had."""
-    repo, _, file = str(text).partition(":")
-    if Path(text).exists() or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repo) or repo.endswith(WEIGHTS):
-        return Path(text)
-    import huggingface_hub as hub  # here, since it takes a second and few runs need it
-    from huggingface_hub import constants, errors
-    no_answer = OSError, errors.HfHubHTTPError.__bases__[0]  # httpx's errors are no OSErrors
-    cache = Path(constants.HF_HUB_CACHE, f"models--{repo.replace('/', '--')}")
-    try:
-        with common.rank_zero_first():
-            names = [file] if file else choose_weights(list_files(hub, cache, no_answer, repo))
-            paths = [Path(hub.hf_hub_download(repo, name)) for name in names]
-    except UserError as e:
-        raise UserError(f"{text}: {e}") from None
-    except (*no_answer, ValueError, errors.EntryNotFoundError) as e:
-        raise UserError(f"{text}: {why_not(e, errors, cache, repo, file)}") from None
-    return paths[0] if len(paths) == 1 else paths[0].parent
-
-
-def list_files(hub, cache, no_answer, repo):
-    """Names of a repository's files; where the hub gives no answer, of those that its cache has."""
-    try:
-        return [file.rfilename for file in hub.model_info(repo).siblings]
-    except no_answer:
-        cached = [path for path in cache.glob("snapshots/*/**/*") if path.is_file()]
-        if not cached:
-            raise
-        return ["/".join(path.relative_to(cache).parts[2:]) for path in cached]
-
-
-def choose_weights(names):
-    """What is loaded of a repository: [configuration, weights] of diffusers' VAE, else [its one checkpoint,
-    beside REPA-E's statistics and discriminator]. Raises UserError where there is none, or are several."""
-    for folder, suffix in (("", "safetensors"), ("", "bin"), ("vae/", "safetensors"), ("vae/", "bin")):
-        pair = [f"{folder}config.json", f"{folder}diffusion_pytorch_model.{suffix}"]
-        if {*pair} <= {*names}:
-            return pair
-    weights = sorted({name for name in names if name.endswith(WEIGHTS)})
-    found = [name for name in weights if not re.search("stats|discriminator", name)]
-    if len(found) != 1:
-        raise UserError(f"holds {', '.join(weights[:20]) or 'no weights'}; expected a VAE of diffusers or a "
-                        "single checkpoint; ORG/NAME:FILE chooses one")
-    return found
-
-
-def why_not(error, errors, cache, repo, file):
-    """What to do about an error of huggingface_hub."""
-    page = f"https://huggingface.co/{repo}"
-    if isinstance(error, errors.GatedRepoError):
-        return f"needs a login; accept the terms on {page}, then run: hf auth login"
-    if isinstance(error, (errors.RepositoryNotFoundError, errors.HFValidationError)):
-        return f"no such path, and no repository {page} (or a private one: hf auth login)"
-    if isinstance(error, errors.EntryNotFoundError) and not isinstance(error, errors.LocalEntryNotFoundError):
-        return f"no such file; {page}/tree/main lists them"
-    if isinstance(error, OSError) and error.errno:
-        return f"{cache} cannot be written ({error.strerror}); name another folder with HF_HOME"
-    files = file or "config.json and diffusion_pytorch_model.safetensors, or the checkpoint,"
-    return (f"no such path, and the hub gives no answer ({common.brief(error, 80)}); put {files} of "
-            f"{page}/tree/main anywhere and give that path; or copy {cache} from where 'hf download {repo}' "
-            "ran")
-
 
 # ------------------------------------------------------------------------------------------------------------
 # Autoencoders: names and layout of latent diffusion's release, which are ours, and those of diffusers
@@ -232,7 +160,8 @@ def export_diffusers(vae, folder, card=""):
 def model_card(vae, source):
     """README.md of an export: what it is, how `source` was made, and what `fid.py recon` found, where the
     recon.json beside `source` is of these weights."""
-    path, d, side, f = local_path(source), vae.config["z_channels"], vae.config["resolution"], vae.factor
+    d, side, f = vae.config["z_channels"], vae.config["resolution"], vae.factor
+    path = common.local_path(source)
     checkpoint = common.load_checkpoint(path) if path.suffix == ".pt" else {}
     made, scores = f"Converted from `{source}`.", "not measured"
     if "made" in checkpoint:  # of train_vae.py

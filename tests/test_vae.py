@@ -92,7 +92,7 @@ def test_weights_by_name(hub):
     names = "a.pt", "a-discriminator-ckpt.pt", "a-latents-stats.pt"
     hub("org/sd3.5-vae", *names)
     for file, found in (("", names[0]), (f":{names[1]}", names[1])):
-        assert convert.local_path(f"org/sd3.5-vae{file}").name == found
+        assert common.local_path(f"org/sd3.5-vae{file}").name == found
     do("vae", "export", "--vae", "org/sd3.5-vae:a.pt", "--out", "a.safetensors")
     do("extras.convert", "to-diffusers", "--vae", "org/sd3.5-vae", "--out", "org/f2-hf")
     assert common.weights_hash(vae.load_vae("org/f2-hf").state_dict()) == common.weights_hash(ldm_state())
