@@ -79,9 +79,10 @@ fi
 # -----------------------------------------------------------------------------------------------------------
 # ImageNet, the paper's settings
 #
-# INIT=weights is the folder of the VAEs to start from (docs/imagenet.md says where they come from). GPUS=8: as
-# many. SIT_TAG=-800 names another folder for the SiT. SHOW=1 prints the commands and runs none. VAE_FLAGS,
-# ENCODE_FLAGS, SIT_FLAGS, SAMPLE_FLAGS, SCORE_FLAGS, RECON_FLAGS, PROBE_FLAGS are added to the commands.
+# INIT=weights is the folder of the VAEs to start from, and of ADM's references; a VAE that is not there comes
+# from the hub (docs/imagenet.md). GPUS=8: as many. SIT_TAG=-800 names another folder for the SiT. SHOW=1 prints
+# the commands and runs none. VAE_FLAGS, ENCODE_FLAGS, SIT_FLAGS, SAMPLE_FLAGS, SCORE_FLAGS, RECON_FLAGS,
+# PROBE_FLAGS are added to the commands.
 # PROBE=DIR probes every VAE on the attributes of DIR (CelebA, ...); then
 # `python extras/correlate.py out/imagenet/*/SiT-B-1` compares.
 
@@ -97,19 +98,34 @@ launch() {
     fi
 }
 
-need() {  # FILE WHAT SOURCE: a file that the recipe starts from
-    [ -e "$1" ] || [ -n "${SHOW:-}" ] || fail "$1$2 is not there; docs/imagenet.md says where the $3"
+initial() {  # VAE: its file in $INIT, else its name on the hub
+    local file
+    for file in "$INIT/$1" "$INIT/$1".{safetensors,ckpt,pt}; do
+        [ ! -e "$file" ] || { echo "$file"; return; }
+    done
+    case "$1" in
+    vavae) echo hustvl/vavae-imagenet256-f16d32-dinov2:vavae-imagenet256-f16d32-dinov2.pt ;;
+    e2e-vavae) echo REPA-E/e2e-vavae-hf ;;
+    sdvae) echo stabilityai/sd-vae-ft-mse ;;
+    f16d32) echo REPA-E/invae ;;
+    *) echo "hustvl/va-vae-imagenet256-experimental-variants:ldm-imagenet256-$1-50ep.ckpt" ;;
+    esac
+}
+
+reference() {  # SIZE: ADM's statistics, which must be there
+    local name=VIRTUAL_imagenet256_labeled.npz
+    [ "$1" = 256 ] || name=VIRTUAL_imagenet$1.npz
+    [ -e "$INIT/adm-$1.npz" ] || [ -n "${SHOW:-}" ] || fail "$INIT/adm-$1.npz is not there; run: mkdir -p" \
+        "$INIT && curl -o $INIT/adm-$1.npz" \
+        "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet/$1/$name"
 }
 
 # NAME VAE RESOLUTION SIT [flags of train_vae.py]: fine-tune the VAE (NAME base-*: leave it as it is), encode,
 # train a SiT with REPA, sample 50,000 images, score
 arm() {
     local dir=$OUT/$1 vae size=$3 model=$4 sit=$OUT/$1/${4/\//-}${SIT_TAG:-} guided samples
-    for vae in "$INIT/$2" "$INIT/$2".{safetensors,ckpt,pt}; do
-        [ ! -e "$vae" ] || break
-    done
-    need "$vae" " (or .ckpt, .safetensors, a diffusers folder)" "initial VAEs come from"
-    need "$INIT/adm-$size.npz" "" "reference statistics come from"
+    vae=$(initial "$2")
+    reference "$size"
     shift 4
     case "$dir" in
     */base-*) ;;

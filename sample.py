@@ -34,7 +34,7 @@ FREE_FLAGS = ("out", "micro_batch", "dry_run", "compile", "deterministic")  # th
 
 def parse_args():
     p = common.Parser(description=__doc__)
-    p.add_argument("--sit", required=True, help="checkpoint of train_sit.py, REPA, REPA-E or SiT")
+    p.add_argument("--sit", required=True, help="checkpoint of train_sit.py, REPA, REPA-E, SiT; or a hub id")
     p.add_argument("--vae", help="VAE to decode with (default: the one that made the latents)")
     p.add_argument("--latent-stats", help="for other projects' SiT: REPA-E's NAME-latents-stats.pt, vae.py's "
                    "stats.npz, or a scaling factor (0.18215 for SiT and REPA on SD-VAE)")
@@ -64,7 +64,9 @@ def parse_args():
 
 
 def read_sit(path, weights):
-    """load_sit() with the checksums of the file. Raises UserError for a file that is no SiT's, or damaged."""
+    """load_sit() of a path or hub id, with the checksums of the file. Raises UserError for a file that is no
+    SiT's, or damaged."""
+    path = common.local_path(path)
     try:
         if common.is_zip(path):
             common.check_zip(path, checksums=True)
@@ -80,7 +82,7 @@ def load_pair(args):
     path = args.vae or checkpoint["vae"]
     if path is None:
         raise UserError(f"{args.sit} does not say which VAE made its latents: give --vae")
-    if not args.vae and not Path(path).exists():
+    if not args.vae and not common.local_path(path).exists():
         raise UserError(f"{args.sit} was trained on latents of {path}, which is not there; if it has moved, "
                         "give its new place with --vae")
     vae = load_vae(path)
@@ -98,6 +100,8 @@ def load_pair(args):
     if args.latent_stats:
         from extras import convert  # here, since other projects' files are no part of the method
         checkpoint["latent_mean"], checkpoint["latent_std"] = convert.read_stats(args.latent_stats, channels)
+    elif checkpoint["latent_mean"] is None and vae.latent_stats:
+        checkpoint["latent_mean"], checkpoint["latent_std"] = vae.latent_stats
     if checkpoint["latent_mean"] is None:
         raise UserError(f"{args.sit} does not hold the mean and std of its latents: give --latent-stats (a "
                         "file, or a scaling factor such as 0.18215)")

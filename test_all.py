@@ -18,6 +18,7 @@ import types
 from pathlib import Path
 from types import SimpleNamespace
 
+import huggingface_hub
 import lpips
 import numpy as np
 import pytest
@@ -40,6 +41,7 @@ from helpers import (
     labelled, ldm_state, metrics, peer_sit, peer_vae, planted, ramp, read_scores, recipe, sit_command,
     sklearn_probe, small_vae, stats_of, tensors, tiny_sit, tiny_vae, train_command, train_vae_args,
     truncate, vae_batch, vae_command, write_images, write_npz, write_table)
+from huggingface_hub import errors
 from PIL import Image, ImageCms
 
 import common
@@ -551,6 +553,49 @@ def test_vae_formats(kind, tmp_path, monkeypatch):
     loaded = vae.load_vae(path)
     assert common.weights_hash(loaded.state_dict()) == common.weights_hash(state) and loaded.config == SMALL
     assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
+
+
+NO_NETWORK = "put a.pt of https://huggingface.co/org/f2/tree/main anywhere and give that path; or copy "
+ANSWER = dict(response=SimpleNamespace(headers={}, request=None))
+
+
+@pytest.mark.parametrize("error,words", [
+    (errors.RepositoryNotFoundError("?", **ANSWER), "no repository https://huggingface.co/org/f2 "),
+    (errors.GatedRepoError("?", **ANSWER), "accept the terms on https://huggingface.co/org/f2, then"),
+    (errors.EntryNotFoundError("?"), "no such file; https://huggingface.co/org/f2/tree/main"),
+    (errors.LocalEntryNotFoundError("?"), NO_NETWORK), (None, NO_NETWORK),
+    (errors.HfHubHTTPError.__bases__[0]("?"), NO_NETWORK),  # what its client raises
+    (PermissionError(errno.EACCES, "Permission denied"), "(Permission denied); name another folder")])
+def test_what_the_hub_refuses(error, words, hub, monkeypatch):
+    """A name that the hub does not know or give, no network, or a cache that cannot be written, ends in a
+    traceback or a page of huggingface's."""
+    def refuse(*_):
+        raise error
+
+    if error:
+        monkeypatch.setattr(huggingface_hub, "hf_hub_download", refuse)
+    write_images(Path("images"), 4)
+    flags = "--data", "images", "--out", "o"
+    train = "train_vae", *flags, *PLAIN, "--lpips", 0
+    for command in ((*train, "--init"), (*train, "--preset", "demo", "--gan", 1, "--disc-ckpt"),
+                    ("vae", *flags, "--vae"), ("sample", "--out", "a.npz", "--sit")):
+        assert_refused(call(*command, "org/f2:a.pt"), "org/f2:a.pt: ", words)
+
+
+def test_repositories_without_a_vae(hub):
+    """A repository without weights, with several, of another network, or with statistics of other latents is
+    loaded, or does not say what it holds."""
+    hub("org/text", "README.md")
+    hub("org/many", "a.pt", "b.ckpt")
+    for name, config in (("wan", dict(_class_name="AutoencoderKLWan")), ("stats", dict(latents_mean=[1, 2])),
+                         ("torn", dict(latents_mean={"a": 1}))):
+        folder = hub(f"org/{name}", "diffusion_pytorch_model.bin")
+        (folder / "config.json").write_text(json.dumps(dict(latents_std=[1, 2]) | config))
+    for name, words in dict(
+            text="org/text: holds no weights", many="org/many: holds a.pt, b.ckpt; expected a VAE",
+            none="put config.json and diffusion_pytorch_model.safetensors, or", wan="KLWan, expected",
+            stats="shapes ((2,), (2,)); expected 3", torn="not a configuration of diffusers").items():
+        assert_refused(call("vae", "--vae", f"org/{name}", "--data", "x", "--out", "y"), words)
 
 
 def test_a_pickle_never_runs(tmp_path):
@@ -2412,7 +2457,7 @@ def test_wrong_words(tmp_path):
     for arguments in (["nothing"], ["test", "some"], *study, *folder, *imagenet):
         _, err = recipe(*arguments, status=2)
         assert err.startswith("error: ") and len(err.splitlines()) == 1, arguments
-    assert "weights/vavae.pt" in err and "docs/imagenet.md" in err  # the last one lacks the VAE to start from
+    assert "curl -o weights/adm-256.npz https://" in err and "256_labeled.npz" in err  # the last
 
 
 def test_recipe_is_the_papers(tmp_path):

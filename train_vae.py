@@ -54,7 +54,8 @@ def parse_args():
     p.add_argument("--out", required=True, help="folder for vae.pt and metrics.jsonl")
     p.add_argument("--split", choices=data.SPLITS,
                    help="only the images that attributes.csv puts there (default: all)")
-    p.add_argument("--init", help="VAE to fine-tune (any format of vae.load_vae); its architecture is kept")
+    p.add_argument("--init", help="VAE to fine-tune (any format of vae.load_vae, or a hub id: org/name, "
+                   "org/name:file); its architecture is kept")
     p.add_argument("--preset", choices=VAE_CONFIGS,
                    help="architecture for training from scratch (without --init)")
     p.add_argument("--resolution", type=common.positive, help="crop in pixels (default: the VAE's)")
@@ -197,7 +198,7 @@ class DiscriminatorLoss(nn.Module):
 
 def load_discriminator(discriminator, path):
     """Weights of taming's, LDM's (inside its .ckpt) or REPA-E's PatchGAN, strictly. Raises UserError."""
-    state = common.load_checkpoint(path)
+    state = common.load_checkpoint(common.local_path(path))
     for wrapper in ("state_dict", "discriminator"):  # LDM; our own vae.pt
         state = state[wrapper] if isinstance(state, dict) and isinstance(state.get(wrapper), dict) else state
     prefixes = ("main.", "discriminator.main.", "loss.discriminator.main.")

@@ -10,7 +10,6 @@ parameter names of its release, so one class is SD-VAE (f8d4), VA-VAE and IN-VAE
 small models. Checkpoints of other projects are read by extras/convert.py.
 """
 import json
-import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -269,6 +268,7 @@ class AutoencoderKL(nn.Module):
         self.quant_conv = nn.Conv2d(2 * z_channels, 2 * z_channels, 1)
         self.post_quant_conv = nn.Conv2d(z_channels, z_channels, 1)
         self.factor = 2 ** (len(ch_mult) - 1)
+        self.latent_stats = None  # mean and std (c,) of the latents, where a release says them
 
     def encode(self, x):
         if x.shape[-1] % self.factor or x.shape[-2] % self.factor:
@@ -289,10 +289,11 @@ def load_vae(path):
 
     path: a checkpoint of train_vae.py (its averaged weights), a .safetensors of `vae.py export`, or another
     project's: a file of LDM, Stable Diffusion, LightningDiT (VA-VAE) or REPA-E, a diffusers folder or its
-    weights file. Latents are never scaled in here (diffusers' scaling_factor is not used): stage 2 measures
-    their mean and std. Raises UserError, which names the first key that does not fit.
+    weights file; or the hub id of one of these, `org/name` or `org/name:file`. Latents are never scaled in
+    here (diffusers' scaling_factor is not used): stage 2 measures their mean and std; those of a diffusers
+    configuration are .latent_stats. Raises UserError, which names the first key that does not fit.
     """
-    path = Path(path)
+    path, stats = common.local_path(path), None
     if (path / "vae.pt").is_file():
         raise UserError(f"{path}: a folder of train_vae.py; give its file {path / 'vae.pt'}")
     checkpoint = None if path.is_dir() else common.load_checkpoint(path)
@@ -304,11 +305,12 @@ def load_vae(path):
             state = {k: v.float() for k, v in checkpoint.items()}
         else:
             from extras import convert  # here, since other projects' files are no part of the method
-            config, state = convert.read_vae(path, checkpoint)
+            config, state, stats = convert.read_vae(path, checkpoint)
         vae = AutoencoderKL(**config)
     except (TypeError, RuntimeError, ZeroDivisionError, json.JSONDecodeError) as e:
         raise UserError(f"{path}: its configuration is no autoencoder's ({e})") from None
     common.load_weights(vae, state, path)
+    vae.latent_stats = stats
     return vae.eval().requires_grad_(False)
 
 
@@ -325,9 +327,9 @@ def export(vae, path, source):
         raise UserError(f"--out {path}: expected a name that ends in .safetensors")
     common.open_out(Path(path).parent)
     state = {k: v.half().contiguous() for k, v in vae.state_dict().items()}
-    before = common.load_checkpoint(source).get("made") if Path(source).suffix == ".pt" else str(source)
-    made = json.dumps(dict(common.made(), source=before))
-    made = re.sub(r"(?<![\w.])/(?:[^\s/\"]+/)+", "", made)  # names of files, without this machine's folders
+    ours = Path(source).suffix == ".pt" and Path(source).exists()  # a hub id does not
+    before = common.load_checkpoint(source).get("made") if ours else str(source)
+    made = common.without_folders(json.dumps(dict(common.made(), source=before)))
     with common.whole_file(path) as part:
         safetensors.torch.save_file(state, part, dict(config=json.dumps(vae.config), made=made))
     print(f"{path}: {Path(path).stat().st_size / 2 ** 20:.1f} MiB")

@@ -434,8 +434,8 @@ def time_peers(bench):
                         **bench.record)
 
 
-# What `gpu` measures, the most important first. The number after --batch or --micro-batch is tried first, then
-# its halves until one fits in memory
+# What `gpu` measures, the most important first. The number after --batch or --micro-batch is tried first,
+# then its halves until one fits in memory
 GPU = ("train_sit --model SiT-XL/1 --cache-vfm given --batch 256",
        "train_vae --preset f16d32 --batch 32",
        "train_sit --model SiT-B/1 --cache-vfm given --batch 1024",

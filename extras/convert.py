@@ -56,26 +56,30 @@ def diffusers_name(name, levels):
 
 def read_vae(path, checkpoint):
     """A file's content, or (checkpoint None) a diffusers folder -> (constructor's arguments of AutoencoderKL,
-    state dict under our names). Raises UserError for what is no autoencoder of latent diffusion."""
-    state = bare_weights(checkpoint if checkpoint is not None else read_diffusers(path))
+    state dict under our names, mean and std (c,) of its latents or None). Raises UserError for what is no
+    autoencoder of latent diffusion."""
+    checkpoint, stats = (checkpoint, []) if checkpoint is not None else read_diffusers(path)
+    state = bare_weights(checkpoint)
     is_diffusers = any("_blocks." in k for k in state)
     to_ours = [(theirs, ours) for ours, theirs in (*NAMES, *OLD_NAMES)]
     state = {rename(k, to_ours): v for k, v in state.items()}
     config = infer_config(state, path)
     if is_diffusers:
         state = {levels_reversed(k, len(config["ch_mult"])): v for k, v in state.items()}
-    return config, state
+    return config, state, check_stats(*stats, config["z_channels"], path) if len(stats) == 2 else None
 
 
 def read_diffusers(folder):
-    """Weights in a folder of diffusers' AutoencoderKL, or of a pipeline that has one. Raises UserError for
-    one whose configuration says something else than latent diffusion's."""
+    """A folder of diffusers' AutoencoderKL, or of a pipeline that has one -> its weights, [latents_mean,
+    latents_std] as far as it says them. Raises UserError for one whose configuration says something else than
+    latent diffusion's."""
     folder = folder / "vae" if (folder / "vae").is_dir() else folder
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder}: holds no VAE; expected a checkpoint file, or a folder of diffusers")
     try:
         config = dict(json.loads((folder / "config.json").read_text("utf-8")))
-    except (ValueError, TypeError, RecursionError) as e:
+        stats = [torch.tensor(config[k]).float() for k in ("latents_mean", "latents_std") if config.get(k)]
+    except (ValueError, TypeError, RuntimeError, RecursionError) as e:
         raise UserError(f"{folder / 'config.json'}: not a configuration of diffusers ({common.brief(e)}); "
                         "copy the folder again") from None
     for key, value in (("_class_name", "AutoencoderKL"), ("act_fn", "silu"), ("norm_num_groups", 32)):
@@ -83,7 +87,7 @@ def read_diffusers(folder):
             raise UserError(f"{folder / 'config.json'}: {key} is {config[key]}, expected {value}")
     suffixes = ("safetensors", "bin", "*.safetensors", "*.bin")  # *: variants, as fp16
     found = [p for s in suffixes for p in sorted(folder.glob(f"diffusion_pytorch_model.{s}"))]
-    return common.load_checkpoint((found or [folder / "diffusion_pytorch_model.safetensors"])[0])
+    return common.load_checkpoint((found or [folder / "diffusion_pytorch_model.safetensors"])[0]), stats
 
 
 def bare_weights(state):
@@ -128,9 +132,9 @@ def infer_config(state, path):
                 attn_resolutions=[256 // 2 ** level for level in attended])
 
 
-def export_diffusers(vae, folder):
-    """Write a folder that diffusers' AutoencoderKL.from_pretrained opens. Raises UserError for a model that
-    it cannot express."""
+def export_diffusers(vae, folder, card=""):
+    """Write a folder that diffusers' AutoencoderKL.from_pretrained opens, with a model card. Raises UserError
+    for a model that it cannot express."""
     c, levels = vae.config, len(vae.encoder.down)
     if c["ch"] < 128:
         raise UserError(f"--vae: first width {c['ch']}; diffusers' 32 groups need 128 or more")
@@ -150,7 +154,39 @@ def export_diffusers(vae, folder):
     folder = common.open_out(folder, need_bytes=4 * sum(v.numel() for v in state.values()))
     safetensors.torch.save_file(state, folder / "diffusion_pytorch_model.safetensors")
     common.write_text(folder / "config.json", json.dumps(config, indent=1) + "\n")
+    common.write_text(folder / "README.md", card)
     common.write_json(folder / "made.json", dict(vae_hash=common.weights_hash(vae.state_dict())))
+
+
+def model_card(vae, source):
+    """README.md of an export: what it is, how `source` was made, and what `fid.py recon` found, where the
+    recon.json beside `source` is of these weights."""
+    d, side, f = vae.config["z_channels"], vae.config["resolution"], vae.factor
+    path = common.local_path(source)
+    checkpoint = common.load_checkpoint(path) if path.suffix == ".pt" else {}
+    made, scores = f"Converted from `{source}`.", "not measured"
+    if "made" in checkpoint:  # of train_vae.py
+        made = (f"Trained on `{Path(checkpoint['args']['data']).name}`, {checkpoint['step']} steps, at "
+                f"commit {checkpoint['made']['commit']}:\n\n    python {checkpoint['made']['command']}")
+    recon = path.parent / "recon.json"
+    recon = common.read_json(recon) if recon.exists() else {}
+    if recon.get("inputs", {}).get("vae") == common.weights_hash(vae.state_dict()):
+        names = dict(psnr="PSNR", ssim="SSIM", lpips="LPIPS", fd=recon.get("metric"))
+        scores = ", ".join(f"{names[k]} {recon[k]:.4g}" for k in names if k in recon)
+        scores += f" over {recon['n']} images of `{Path(recon['data']).name}`"
+    return common.without_folders(f"""---
+library_name: diffusers
+tags: [vae, send-vae]
+---
+# VAE f{f}d{d}
+
+For `diffusers.AutoencoderKL.from_pretrained`: images of {side} x {side} pixels in [-1, 1] -> latents of {d} x
+{side // f} x {side // f}, not normalised. By a reproduction of Send-VAE (arXiv 2601.05823).
+
+{made}
+
+Scores: {scores}.
+""")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -241,11 +277,16 @@ def read_stats(text, channels):
     except common.DAMAGED as e:
         raise common.damage(e, f"--latent-stats {text}: expected mean and std, latents_scale and "
                                f"latents_bias, or a number ({type(e).__name__}: {e})") from None
+    return check_stats(mean, std, channels, f"--latent-stats {text}")
+
+
+def check_stats(mean, std, channels, source):
+    """Mean and std of latents as they are, (c,) each. Raises UserError for what is none."""
     shapes = tuple(mean.shape), tuple(std.shape)
     finite = mean.isfinite().all() and std.isfinite().all() and (std > 0).all()
     if shapes != ((channels,), (channels,)) or not finite:
-        raise UserError(f"--latent-stats {text}: statistics of shapes {shapes}; expected {channels} finite "
-                        f"means and {channels} positive stds")
+        raise UserError(f"{source}: statistics of shapes {shapes}; expected {channels} finite means and "
+                        f"{channels} positive stds")
     return mean, std
 
 
@@ -259,9 +300,10 @@ def main():
     p.add_argument("--out", required=True, help="new folder")
     args = p.parse_args()
     from vae import load_vae  # which imports this file
-    export_diffusers(load_vae(args.vae), args.out)
+    vae = load_vae(args.vae)
+    export_diffusers(vae, args.out, model_card(vae, args.vae))
     print(f"{args.out}: open it with diffusers.AutoencoderKL.from_pretrained('{args.out}'); its latents are "
-          "not normalised (scaling_factor 1)")
+          f"not normalised (scaling_factor 1). To publish it: hf upload ORG/NAME {args.out}")
 
 
 if __name__ == "__main__":

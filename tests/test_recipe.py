@@ -178,14 +178,19 @@ def test_every_line_of_the_recipe_runs(imagenet):
     assert metrics(out / "control-vavae")[0]["align"] == "none"
 
 
-def test_recipe_is_resumable(imagenet, tmp_path):
-    """`bash run.sh imagenet` does not run as such, or does again what is done."""
+def test_recipe_is_resumable(imagenet, hub, tmp_path):
+    """`bash run.sh imagenet` does not run as such with a VAE of the hub, or does again what is done."""
     folder, env = imagenet
+    name = "vavae-imagenet256-f16d32-dinov2"
+    shutil.copy(env["INIT"] / "vavae.pt", hub(f"hustvl/{name}") / f"{name}.pt")
+    (tmp_path / "weights").mkdir()
+    shutil.copy(env["INIT"] / "adm-256.npz", tmp_path / "weights")
     attributes, out = write_images(tmp_path / "attributes", 12, size=40), tmp_path / "out"
     rows = zip(data.SPLITS * 4, sorted(data.find_images(attributes), key=lambda f: f[2:]), strict=True)
     (attributes / "attributes.csv").write_text(
         "file,split,a\n" + "".join(f"{f},{s},{int(f[0] == 'a')}\n" for s, f in rows))
-    env = {**env, "OUT": out, "PROBE": attributes, "PROBE_FLAGS": "--resolution 32"}
+    env = {**env, "OUT": out, "PROBE": attributes, "PROBE_FLAGS": "--resolution 32",
+           "INIT": tmp_path / "weights", "HF_HUB_CACHE": tmp_path / "hub"}
 
     recipe("imagenet", folder, "rival", **env)
     arm = out / "vavae-vavae"

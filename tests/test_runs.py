@@ -9,9 +9,9 @@ import pytest
 import torch
 import torch.nn as nn
 from helpers import (
-    TRAIN, FP32, LITE0, NAME, SLOW, VFM, Evil, assert_refused, assert_same_bits, call, do, do_on_two,
-    encode_command, ldm_state, metrics, sit_command, train_command, truncate, vae_command, write_images,
-    write_table)
+    TRAIN, FP32, LITE0, NAME, SLOW, VFM, Evil, add_to_config, assert_refused, assert_same_bits, call, do,
+    do_on_two, encode_command, ldm_state, metrics, sit_command, train_command, truncate, vae_command,
+    write_images, write_table)
 from PIL import Image
 
 import common
@@ -116,6 +116,10 @@ def test_sampling_from_released_checkpoints(small, tmp_path):
     for stats in ("vae-latents-stats.pt", "stats.npz"):
         again = sampled(*alone, "--latent-stats", tmp_path / stats, name="alone.npz")
         assert np.abs(again - shown).max() <= 1
+    convert.export_diffusers(vae.load_vae(tmp_path / "vae.pt"), tmp_path / "hf")
+    with np.load(tmp_path / "stats.npz") as stats:
+        add_to_config(tmp_path / "hf", **{f"latents_{k}": v.tolist() for k, v in stats.items()})
+    assert np.abs(sampled(*alone, "--vae", tmp_path / "hf", name="hf.npz") - shown).max() <= 1
     halved = sampled(*alone, "--latent-stats", 0.5, name="factor.npz")
     model, _ = sit.load_sit(tmp_path / "alone.pt")
     noise = data.draw_noise(4, range(3), 0, (3, 16, 16))[1]

@@ -1,13 +1,20 @@
 """Slow tests: vae."""
 import json
+import shutil
 import subprocess
 import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
 
+import huggingface_hub
 import pytest
 import torch
 from helpers import (
-    HERE, assert_is_diffusers, ldm_state, peer_vae, tiny_vae)
+    HERE, add_to_config, assert_is_diffusers, do, ldm_state, on_two_ranks, peer_vae, tiny_vae, write_images)
+from huggingface_hub.hf_api import RepoSibling
 
+import common
 import vae
 from common import UserError
 from extras import convert
@@ -69,3 +76,69 @@ def test_foreign_vae_that_does_not_fit(tmp_path):
         vae.load_vae(tmp_path / "d")
     with pytest.raises(UserError, match="128 or more"):
         convert.export_diffusers(tiny_vae(), tmp_path / "x")
+
+
+def test_weights_by_name(hub):
+    """A name on the hub is another file than it says, an existing path is taken for a name, or the statistics
+    of latents in a configuration are lost."""
+    folder = hub("org/f2-hf")
+    peer_vae().save_pretrained(folder)
+    shutil.copytree(folder, hub("org/pipeline", "unet.bin") / "vae")
+    add_to_config(folder, latents_mean=[1, 2, 3], latents_std=[4, 5, 6])
+    one, two = vae.load_vae("org/f2-hf"), vae.load_vae("org/pipeline")
+    assert all(map(torch.equal, one.state_dict().values(), two.state_dict().values()))
+    assert [v.tolist() for v in one.latent_stats] == [[1, 2, 3], [4, 5, 6]] and two.latent_stats is None
+
+    names = "a.pt", "a-discriminator-ckpt.pt", "a-latents-stats.pt"
+    hub("org/sd3.5-vae", *names)
+    for file, found in (("", names[0]), (f":{names[1]}", names[1])):
+        assert common.local_path(f"org/sd3.5-vae{file}").name == found
+    do("vae", "export", "--vae", "org/sd3.5-vae:a.pt", "--out", "a.safetensors")
+    do("extras.convert", "to-diffusers", "--vae", "org/sd3.5-vae", "--out", "org/f2-hf")
+    assert common.weights_hash(vae.load_vae("org/f2-hf").state_dict()) == common.weights_hash(ldm_state())
+    assert "Converted from `org/sd3.5-vae`" in Path("org/f2-hf/README.md").read_text()
+
+
+def test_one_process_downloads(hub, tmp_path, monkeypatch):
+    """Each process downloads a VAE of the hub for itself, or a repository's files are not asked for."""
+    def files(_):
+        return SimpleNamespace(siblings=[RepoSibling(rfilename=name) for name in ("README.md", "a.pt")])
+
+    def download(_, name):
+        found = tmp_path / name
+        if not found.exists():
+            time.sleep(1)
+            torch.save(ldm_state(), found)
+            (tmp_path / f"downloaded by {common.dist.get_rank()}").touch()
+        return str(found)
+
+    monkeypatch.setattr(huggingface_hub, "model_info", files)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    images = write_images(tmp_path / "images", 4)
+    flags = "--vae", "org/f2", "--data", images, "--resolution", 16, "--out", tmp_path / "latents"
+    ranks = on_two_ranks("vae", *flags, folder=tmp_path)
+    assert [status for status, *_ in ranks] == [0, 0], ranks
+    assert [path.name for path in tmp_path.glob("downloaded*")] == ["downloaded by 0"]
+
+
+def test_model_card(tmp_path):
+    """The card of a published VAE lacks its data, command or scores, shows those of other weights, or this
+    machine's folders."""
+    images, out = write_images(tmp_path / "images", 4), tmp_path / "out"
+    peer_vae().save_pretrained(tmp_path / "peer")
+    do("train_vae", "--data", images, "--init", tmp_path / "peer", "--resolution", 32, "--batch", 2,
+       "--steps", 1, "--align", "none", "--lpips", 0, "--gan", 0, "--out", out)
+    do("fid", "recon", "--vae", out / "vae.pt", "--data", images, "--net", "none", "--lpips", 0,
+       "--json", out / "recon.json")
+
+    def card(name):
+        do("extras.convert", "to-diffusers", "--vae", out / "vae.pt", "--out", tmp_path / name)
+        return (tmp_path / name / "README.md").read_text()
+
+    scores, found = json.loads((out / "recon.json").read_text()), card("one")
+    for words in ("32 x 32 pixels", "latents of 3 x\n16 x 16,", "on `images`, 1 steps", " --data images ",
+                  f"Scores: PSNR {scores['psnr']:.4g}, SSIM {scores['ssim']:.4g} over 4 images of `images`."):
+        assert words in found, found
+    assert str(tmp_path) not in found
+    (out / "recon.json").write_text(json.dumps(scores | dict(inputs=dict(vae="of others"))))
+    assert "Scores: not measured." in card("two")

@@ -1,0 +1,57 @@
+"""Slow tests: the diffs of forks/ apply to the code as it is, and do what they say."""
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+from helpers import (
+    HERE, ONE_STEP, VFM, assert_same_bits, do, metrics, tiny_vae)
+
+import common
+
+
+def fork(name, most, folder):
+    """A copy of the code with a diff of at most so many changed lines -> a function that runs its scripts."""
+    patch = HERE / f"forks/{name}.patch"
+    changed = [line for line in patch.read_text().splitlines() if line.startswith(("+", "-"))]
+    assert len([line for line in changed if not line.startswith(("+++", "---"))]) <= most
+    shutil.copytree(HERE / "extras", folder / "extras")
+    for file in HERE.glob("*.py"):
+        shutil.copy(file, folder)
+    subprocess.run(["git", "apply", patch], cwd=folder, check=True)
+
+    def run(script, *args):
+        command = [sys.executable, folder / f"{script}.py", *map(str, args)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+    return run
+
+
+def test_gram(small, tmp_path):
+    """gram.patch does not apply, its loss is not logged, does not reach the encoder, or is there without its
+    flag."""
+    run = fork("gram", 14, tmp_path / "copy")
+    command = "train_vae", "--data", small / "images", *ONE_STEP, *VFM
+    do(*command, "--out", tmp_path / "core")
+    run(*command, "--out", tmp_path / "off")
+    assert_same_bits(tmp_path / "off/vae.pt", tmp_path / "core/vae.pt")
+    assert "gram" not in metrics(tmp_path / "off")[1][0]
+    curves = []
+    for weight in (1e-9, 100):
+        run(*command, "--steps", 20, "--gram", weight, "--out", tmp_path / f"{weight}")
+        curves.append([row["gram"] for row in metrics(tmp_path / f"{weight}")[1]])
+    assert curves[0][0] == curves[1][0] and curves[1][-1] < 0.5 * min(curves[0][-1], curves[1][0]), curves
+
+
+def test_fsq(small, tmp_path):
+    """fsq.patch does not apply, latents take other values than the levels, or few of them, or the encoder has
+    no gradient."""
+    run, latents = fork("fsq", 25, tmp_path / "copy"), tmp_path / "latents"
+    run("train_vae", "--data", small / "images", *ONE_STEP, "--align", "none", "--levels", 5,
+        "--out", tmp_path / "vae")
+    run("vae", "--vae", tmp_path / "vae/vae.pt", "--data", small / "images", "--out", latents)
+    mean, std = np.split(np.load(latents / "moments.npy"), 2, axis=2)
+    assert (std == 0).all() and {-0.5, 0, 0.5} <= {*np.unique(mean)} <= {-1, -0.5, 0, 0.5, 1}
+    moved, before = common.load_checkpoint(tmp_path / "vae/vae.pt")["vae"], tiny_vae().state_dict()
+    assert (moved["encoder.conv_in.weight"] - before["encoder.conv_in.weight"]).abs().max() > 5e-4
