@@ -534,16 +534,6 @@ def check_args(args):
             raise UserError(f"{path}: is a folder; expected the name of a file")
 
 
-def usable_attributes(table):
-    """Indices of attributes with both values in every split. Raises UserError when there is none."""
-    splits = np.asarray(table.splits)
-    parts = [table.values[splits == s] for s in data.SPLITS]
-    usable = np.all([(v == 0).any(0) & (v == 1).any(0) for v in parts], axis=0)
-    if not usable.any():
-        raise UserError("no attribute of attributes.csv has both values in each of train, val and test")
-    return np.flatnonzero(usable).tolist()
-
-
 def by_image(table, keep, files):
     """Labels (N, A) and the number of the split (N,) of each of `files`, and the rows of those in the table:
     train, then val, then test."""
@@ -639,7 +629,7 @@ def main():
 
     # Attributes and images
     table = data.read_attributes(args.data)
-    keep = usable_attributes(table)
+    keep = data.usable_attributes(table)
     names = [table.names[a] for a in keep]
     dropped = [name for name in table.names if name not in names]
     if dropped:

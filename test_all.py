@@ -2412,6 +2412,8 @@ def test_steps_to():
 def curves_of(**arms):
     """{arm: {seed: row}} of distances at 100, 200, 300, 400 steps, a list a seed."""
     def row(values):
+    for side in (8, 28, "x"):
+        assert f"RES '{side}'; expected" in recipe("folder", tmp_path, status=2, RES=side)[1]
         return dict(curve=list(zip((100, 200, 300, 400), values)))
 
     return {arm: {f"seed{i}": row(v) for i, v in enumerate(seeds)} for arm, seeds in arms.items()}

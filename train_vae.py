@@ -416,7 +416,7 @@ def main():
     if args.gan and args.disc_ckpt:
         load_discriminator(discriminator, args.disc_ckpt)
     images = data.ImageFolder(args.data, size, flip=bool(args.flip), split=args.split)
-    data.check_folder(images, args.batch)
+    data.check_folder(images, args.batch, vae.factor)
     if args.dry_run:
         if run.rank == 0:
             print_plan(args, run, images, vae, latent_shape, vfm, mapper, discriminator)

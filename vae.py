@@ -468,7 +468,7 @@ def main():
     if size % vae.factor:
         raise UserError(f"--resolution {size}: expected a multiple of {vae.factor}, the VAE's factor")
     images = data.ImageFolder(args.data, size, split=args.split)
-    data.check_folder(images)
+    data.check_folder(images, step=vae.factor)
     n, side = len(images.files), size // vae.factor
     shape = (n, 1 + args.flip, 2 * vae.config["z_channels"], side, side)
     if rank == 0:
