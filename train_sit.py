@@ -11,6 +11,7 @@ sample.py.
 """
 import copy
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -174,6 +175,9 @@ class Evaluation:
         self.run, args = run, run.args
         self.net, self.stats = load_stats(args.eval_stats)
         network = "FID" if self.net.label == "inception" else f"FD({self.net.label})"
+        if not Path(latents.meta["vae"]).exists():
+            raise UserError(f"--eval-every: {latents.meta['vae']}, the VAE of {args.latents}, is not there; "
+                            f"if it has moved: python vae.py --vae NEW --data DIR --out {args.latents}")
         self.name = f"{network}-{args.eval_images}"
         self.vae = load_vae(latents.meta["vae"])
         if common.weights_hash(self.vae.state_dict()) != latents.meta["vae_hash"]:
@@ -268,12 +272,12 @@ def main():
         vfm.compile()
     if run.world > 1:
         ids = [device.index] if device.type == "cuda" else None
+    evaluate = Evaluation(run, latents) if args.eval_every else None
         forward = DDP(forward, device_ids=ids, gradient_as_bucket_view=True)
     cached = None
     if args.cache_vfm:
         cached = cache_tokens(args.cache_vfm, vfm, inputs["vfm"], pair[0], run)
         vfm.to("meta")  # frees its memory
-    evaluate = Evaluation(run, latents) if args.eval_every else None
     if run.rank == 0:
         print_plan(args, run, latents, model, vfm, pair)
 

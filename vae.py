@@ -381,6 +381,14 @@ def already_encoded(out, settings):
     return True
 
 
+def note_places(out, **places):
+    """Where the VAE and the images of finished latents lie now: train_sit.py --eval-every reads the VAE
+    there."""
+    meta = common.read_json(out / "meta.json")
+    if meta != meta | places:
+        common.write_text(out / "meta.json", json.dumps(meta | places, indent=1) + "\n")
+
+
 def open_store(out, settings, shape, rank):
     """The arrays to fill in, new or of a run that was stopped: moments of `shape` float16, of each image the
     sums of E[z] and E[z^2] over flips and positions (2, c), and which rows are there."""
@@ -486,6 +494,7 @@ def main():
     if already_encoded(out, settings):
         if rank == 0:
             remove_unfinished(out)
+            note_places(out, vae=args.vae, data=args.data)
             print(f"{out}: already encoded")
         return
     store = open_store(out, settings, shape, rank)
