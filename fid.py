@@ -149,7 +149,7 @@ class FeatureNet(nn.Module):
             convolutions = torchvision.models.vgg.make_layers(torchvision.models.vgg.cfgs["D"])
             common.load_weights(convolutions, tensors_of(ckpt, "features."), f"--net-ckpt {ckpt}")
             self.net = nn.Sequential(convolutions, nn.AdaptiveAvgPool2d(1), nn.Flatten())
-            self.dim, name = 512, "vgg16-conv"
+            name = "vgg16-conv"
             own_size, mean, std = 224, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
         else:
             spec, fixed = empty_model(name), {}  # refuses unknown names
@@ -158,13 +158,19 @@ class FeatureNet(nn.Module):
                 if size % patch:
                     raise UserError(f"--net-size {size}: {name} needs a multiple of {patch}")
             self.net = pretrained(name, ckpt, "--net", weights, **fixed)
-            config, self.dim = self.net.pretrained_cfg, self.net.num_features
+            config = self.net.pretrained_cfg
             own_size, mean, std = config["input_size"][-1], config["mean"], config["std"]
         self.size = size or own_size
         self.label = f"{name}@{self.size}"
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1))
         self.eval().requires_grad_(False)
+        # measured: a model's own number need not be the width after its head's hidden layer
+        try:
+            self.dim = self(torch.zeros(1, 3, self.size, self.size)).shape[1]
+        except (AssertionError, RuntimeError) as e:
+            raise UserError(f"--net {name}: takes no images of {self.size} x {self.size} pixels "
+                            f"({common.brief(e, 100)}); choose another --net-size") from None
 
     @torch.no_grad()
     def forward(self, images):
@@ -221,7 +227,9 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     values, vectors = np.linalg.eigh(sigma1)
     root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
     cross = np.sqrt(np.linalg.eigvalsh(root @ sigma2 @ root).clip(0)).sum()
-    return float(np.square(mu1 - mu2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * cross)
+    found = float(np.square(mu1 - mu2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * cross)
+    noise = 1e-4 * (np.trace(sigma1) + np.trace(sigma2))  # square roots of eigenvalues that are rounding
+    return 0.0 if -noise <= found <= 0 else found
 
 
 def statistics(features, counts=None, block=4096):

@@ -1485,6 +1485,18 @@ def test_score_is_adms(inception, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("make,words", [
+def test_width_of_a_network(tmp_path):
+    """The width of a network with a hidden layer in its head is not that of its features; a distance of
+    nothing is -0.00; a network that cannot take the images ends in a traceback."""
+    root, weights, stats = write_images(tmp_path / "images", 8), tmp_path / "w.pth", tmp_path / "stats.npz"
+    torch.save(timm.create_model("test_mambaout").state_dict(), weights)
+    net = ("--net", "test_mambaout", "--net-ckpt", weights, "--net-size", 32)
+    do("fid", "score", root, "none", *net, "--save-stats", stats)
+    assert "@32)-8 0.00" in do("fid", "score", stats, root, *net) and fid.load_stats(stats)[0].dim == 256
+    with pytest.raises(UserError, match="test_coatnet: takes no images of 32 x 32"):
+        fid.load_net("test_coatnet", size=32, weights=False)
+
+
     (lambda x: dict(images=x), ["arr_0", "mu"]),
     (lambda x: dict(arr_0=x.transpose(0, 3, 1, 2)), ["(9, 3, 8, 8)", "channels last"]),
     (lambda x: dict(arr_0=x / 127.5 - 1), ["float64", "0 to 255"]),
