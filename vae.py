@@ -347,7 +347,7 @@ def parse_args():
     p.add_argument("--data", help="image folder (encode)")
     p.add_argument("--out", required=True, help="folder for the latents; export: NAME.safetensors")
     p.add_argument("--split", choices=data.SPLITS, help="of attributes.csv (default: all images)")
-    p.add_argument("--resolution", type=common.positive, help="crop in pixels (default: the VAE's)")
+    p.add_argument("--resolution", type=common.side, help="crop in pixels (default: the VAE's)")
     p.add_argument("--flip", action="store_true", help="store the mirror image's moments too (F = 2)")
     p.add_argument("--micro-batch", type=common.positive, default=64, help="images at a time: memory only")
     p.add_argument("--precision", choices=("bf16", "fp32"), help="default: bf16 where it is fast")
