@@ -180,18 +180,36 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{self.prog}: {message} (--help lists the flags)")
 
 
-def positive(text):
-    """argparse type of counts: a whole number from 1."""
-    if int(text) < 1:
-        raise ValueError
-    return int(text)
+class Range:
+    """argparse type: an int or a float from `low` to `high`, both among them."""
+
+    def __init__(self, kind, low, high):
+        self.kind, self.low, self.high = kind, low, high
+
+    def __call__(self, text):
+        with contextlib.suppress(ValueError):
+            value = self.kind(text)
+            if self.low <= value <= self.high:  # nan is not
+                return value
+        kind = "a whole number" if self.kind is int else "a number"
+        raise argparse.ArgumentTypeError(f"{text!r}; expected {kind} from {self.low:,} to {self.high:,}")
 
 
-def natural(text):
-    """argparse type of seeds and numbers of processes: a whole number from 0."""
-    if int(text) < 0:
-        raise ValueError
-    return int(text)
+positive = Range(int, 1, 10 ** 9)  # counts
+natural = Range(int, 0, 10 ** 9)  # and counts that may be 0
+seed = Range(int, 0, 2 ** 32 - 1)  # further ones would meet other streams of noise (sample.STREAM)
+side = Range(int, 1, 8192)  # in pixels
+scale = Range(float, 0, 10 ** 9)  # weights of losses, learning rates, guidance
+share = Range(float, 0, 1)
+norm = Range(float, 0, math.inf)  # inf: gradients are not clipped
+layer = Range(int, -999, 999)  # of a network, which knows how many it has
+
+
+def npz_name(text):
+    """argparse type of an .npz to write: what reads it knows it by its name."""
+    if Path(text).suffix != ".npz":
+        raise argparse.ArgumentTypeError(f"{text!r}; expected a name ending in .npz")
+    return text
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -952,7 +970,7 @@ class Stop:
 def run_flags(p, save_every):
     """The flags of Run, for an argument parser."""
     on_gpu = torch.cuda.is_available()
-    p.add_argument("--seed", type=natural, default=0)
+    p.add_argument("--seed", type=seed, default=0)
     p.add_argument("--precision", choices=("bf16", "fp32"), help="default: bf16 where it is fast")
     p.add_argument("--deterministic", action="store_true",
                    help="equal bits in each run on CUDA too, slower (a CPU needs no flag)")

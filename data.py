@@ -242,6 +242,7 @@ class ImageFolder(torch.utils.data.Dataset):
 
     def __init__(self, root, size, flip=False, split=None):
         self.root, self.size, self.flip = Path(root), size, flip
+        self.name = f"{root} (split {split})" if split else str(root)
         left_out = Counter()
         files = find_images(root, left_out)
         top = [f.split("/")[0] if "/" in f else "" for f in files]
@@ -294,9 +295,9 @@ class ImageFolder(torch.utils.data.Dataset):
                             "delete them, then run again")
 
 
-def check_folder(images, batch=1):
+def check_folder(images, batch=1, step=1, flags=("--batch ", "--resolution ")):
     """Refuse what cannot be trained on: one image, a class of one, a batch above the folder, images below the
-    crop."""
+    crop, which is a multiple of `step`. flags: what the user may change."""
     n = len(images.files)
     if n < 2:
         raise UserError(f"{images.root}: {n} image; expected at least 2")
@@ -305,12 +306,13 @@ def check_folder(images, batch=1):
         raise UserError(f"{images.root}: class '{images.classes[label]}' has one image; a class needs two or "
                         "more (images of one class go into one folder)")
     if batch > n:
-        raise UserError(f"--batch {batch} is larger than the {n} images of {images.root}; use --batch {n} or "
-                        "less")
+        raise UserError(f"--batch {batch} is larger than the {n} images of {images.name}; use {flags[0]}{n} "
+                        "or less")
     small = median_short_side(images)
     if small is not None and small < images.size:  # single small images are enlarged, as ADM does
+        fits = small // step * step
         raise UserError(f"{images.root}: the median short side is {small} pixels, below the crop of "
-                        f"{images.size}; use --resolution {small} or less")
+                        f"{images.size}; " + (f"use {flags[1]}{fits} or less" if fits else "use larger ones"))
 
 
 def median_short_side(images):
@@ -501,6 +503,17 @@ def read_attributes(root):
     return Attributes(files, splits, [header[i] for i in attribute_at], values)
 
 
+def usable_attributes(table):
+    """Indices of attributes with both values in every split. Raises UserError when there is none."""
+    splits = np.asarray(table.splits)
+    parts = [table.values[splits == s] for s in SPLITS]
+    usable = np.all([(v == 0).any(0) & (v == 1).any(0) for v in parts], axis=0)
+    if not usable.any():
+        raise UserError("no attribute of attributes.csv has both values in each of train, val and test; the "
+                        "probe needs one (where there is no such file, run.sh folder leaves the probe out)")
+    return np.flatnonzero(usable).tolist()
+
+
 @dataclass
 class Latents:
     """What vae.py wrote: moments (N, F, 2c, h, w) float16 memmap (mean, then std), labels (N,), latent
@@ -560,34 +573,57 @@ def check_latents(latents):
 # ------------------------------------------------------------------------------------------------------------
 
 
+def check_stages(parts, table, batch):
+    """Refuse images with which a later stage of run.sh folder would stop: parts, the ImageFolder of each of
+    SPLITS, or with table None the one of all images."""
+    # latents of RES / 4, in patches of 2
+    check_folder(parts[0], batch, step=8, flags=("SIT_FLAGS=--batch=", "RES="))
+    for images in (parts[0], parts[-1]):  # scored
+        if len(images) < 4:
+            raise UserError(f"{images.name}: {len(images)} images; a covariance needs 4")
+    if table:
+        usable_attributes(table)
+
+
+def check_images(images):
+    """Read them all: say how many are unreadable or of one colour. Raises UserError for too many of the
+    former."""
+    images.max_bad, flat = 1.0, []  # judged below
+    rows = common.chunks(range(len(images)), 64)
+    batches = load_batches(images, rows, workers=os.cpu_count())
+    for pixels, _, kept in tqdm(batches, total=len(rows), disable=None):
+        spans = (pixels.amax((2, 3)) - pixels.amin((2, 3))).amax(1)
+        flat += [images.files[row] for row, span in zip(kept, spans) if span < 8]
+    print(f"{images.name}: {len(images) - len(images.bad)} images in {len(images.classes)} classes, "
+          f"{len(images.bad)} unreadable")
+    if flat:
+        print(f"warning: {len(flat)} images are of one colour (within 8 levels of 256), as {flat[0]}")
+    images.max_bad = MAX_BAD
+    images.note_bad([])
+
+
 def main():
     p = common.Parser(description=__doc__)
     commands = p.add_subparsers(dest="command", required=True)
     c = commands.add_parser("check", help="read every image of a folder and its attribute table")
     c.add_argument("dir")
-    c.add_argument("--size", type=common.positive, default=64, help="crop, in pixels (default 64)")
+    c.add_argument("--size", type=common.side, default=64, help="crop, in pixels (default 64)")
+    c.add_argument("--batch", type=common.positive, help="refuse, too, what would stop run.sh folder later; "
+                   "this is the batch of its SiT")
     commands.add_parser("avatars", help="now: python extras/avatars.py")
     args, others = p.parse_known_args()
     if args.command == "avatars":
         raise UserError(f"the built-in data set is drawn by: python extras/avatars.py {' '.join(others)}")
     if others:
         p.error(f"unrecognized arguments: {' '.join(others)}")
-    images = ImageFolder(args.dir, args.size)
-    images.max_bad = 1.0  # read them all; judged below
-    rows = common.chunks(range(len(images)), 64)
-    flat = []
-    batches = load_batches(images, rows, workers=os.cpu_count())
-    for pixels, _, kept in tqdm(batches, total=len(rows), disable=None):
-        spans = (pixels.amax((2, 3)) - pixels.amin((2, 3))).amax(1)
-        flat += [images.files[row] for row, span in zip(kept, spans) if span < 8]
-    print(f"{args.dir}: {len(images) - len(images.bad)} images in {len(images.classes)} classes, "
-          f"{len(images.bad)} unreadable")
-    if flat:
-        print(f"warning: {len(flat)} images are of one colour (within 8 levels of 256), as {flat[0]}")
-    if (images.root / "attributes.csv").exists():
-        print(f"attributes.csv: {len(read_attributes(args.dir).names)} attributes")
-    images.max_bad = MAX_BAD
-    images.note_bad([])
+    table = read_attributes(args.dir) if (Path(args.dir) / "attributes.csv").exists() else None
+    parts = [ImageFolder(args.dir, args.size, split=s) for s in (SPLITS if args.batch and table else (None,))]
+    if args.batch:
+        check_stages(parts, table, args.batch)
+    for images in parts:
+        check_images(images)
+    if table:
+        print(f"attributes.csv: {len(table.names)} attributes")
 
 
 if __name__ == "__main__":

@@ -149,7 +149,7 @@ class FeatureNet(nn.Module):
             convolutions = torchvision.models.vgg.make_layers(torchvision.models.vgg.cfgs["D"])
             common.load_weights(convolutions, tensors_of(ckpt, "features."), f"--net-ckpt {ckpt}")
             self.net = nn.Sequential(convolutions, nn.AdaptiveAvgPool2d(1), nn.Flatten())
-            self.dim, name = 512, "vgg16-conv"
+            name = "vgg16-conv"
             own_size, mean, std = 224, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
         else:
             spec, fixed = empty_model(name), {}  # refuses unknown names
@@ -158,13 +158,19 @@ class FeatureNet(nn.Module):
                 if size % patch:
                     raise UserError(f"--net-size {size}: {name} needs a multiple of {patch}")
             self.net = pretrained(name, ckpt, "--net", weights, **fixed)
-            config, self.dim = self.net.pretrained_cfg, self.net.num_features
+            config = self.net.pretrained_cfg
             own_size, mean, std = config["input_size"][-1], config["mean"], config["std"]
         self.size = size or own_size
         self.label = f"{name}@{self.size}"
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1))
         self.eval().requires_grad_(False)
+        # measured: a model's own number need not be the width after its head's hidden layer
+        try:
+            self.dim = self(torch.zeros(1, 3, self.size, self.size)).shape[1]
+        except (AssertionError, RuntimeError) as e:
+            raise UserError(f"--net {name}: takes no images of {self.size} x {self.size} pixels "
+                            f"({common.brief(e, 100)}); choose another --net-size") from None
 
     @torch.no_grad()
     def forward(self, images):
@@ -221,7 +227,9 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     values, vectors = np.linalg.eigh(sigma1)
     root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
     cross = np.sqrt(np.linalg.eigvalsh(root @ sigma2 @ root).clip(0)).sum()
-    return float(np.square(mu1 - mu2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * cross)
+    found = float(np.square(mu1 - mu2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * cross)
+    noise = 1e-4 * (np.trace(sigma1) + np.trace(sigma2))  # square roots of eigenvalues that are rounding
+    return 0.0 if -noise <= found <= 0 else found
 
 
 def statistics(features, counts=None, block=4096):
@@ -740,6 +748,8 @@ def recon(args):
     size = args.resolution or vae.config["resolution"]
     if size % vae.factor:
         raise UserError(f"--resolution {size}: expected a multiple of the VAE's factor {vae.factor}")
+    if size < 11:
+        raise UserError(f"--resolution {size}: SSIM's window has 11 pixels a side; expected as many or more")
     images = settle_size(data.ImageFolder(args.data, size, split=args.split))
     if args.dry_run:
         return print(f"{args.vae}, {sum(p.numel() for p in vae.parameters()) / 1e6:.1f} M parameters")
@@ -797,13 +807,6 @@ def recon(args):
 # -----------------------------------------------------------------------------------------------------------
 
 
-def two_or_more(text):
-    """argparse type of --bootstrap: 0 (off), or draws enough for a standard deviation."""
-    if int(text) < 0 or int(text) == 1:
-        raise ValueError
-    return int(text)
-
-
 def parse_args():
     p = common.Parser(description=__doc__)
     commands = p.add_subparsers(dest="command", required=True)
@@ -811,10 +814,11 @@ def parse_args():
     s.add_argument("reference", help="image folder, .npz of images, or .npz of statistics")
     s.add_argument("samples", nargs="+", help="the same, or the word none: the reference's floors alone")
     s.add_argument("--vae", help="the samples' VAE: rFD, and the samples against its reconstructions")
-    s.add_argument("--bootstrap", type=two_or_more, default=0, metavar="B", help="resample the samples B "
+    s.add_argument("--bootstrap", type=common.natural, default=0, metavar="B", help="resample the samples B "
                    "times: +- 1.96 standard deviations of the distance (0: do not)")
     s.add_argument("--cache", metavar="FILE", help="keep the features of the reference's images in this .npz")
-    s.add_argument("--save-stats", metavar="FILE", help="write the reference's statistics to this .npz")
+    s.add_argument("--save-stats", type=common.npz_name, metavar="FILE",
+                   help="write the reference's statistics to this .npz")
     r = commands.add_parser("recon", help="rFID, PSNR, SSIM and LPIPS of a VAE")
     r.add_argument("--vae", required=True)
     r.add_argument("--data", required=True, help="image folder")
@@ -823,16 +827,19 @@ def parse_args():
     r.add_argument("--png", metavar="FILE", help="write up to 16 originals and their reconstructions here")
     for c in (s, r):
         c.add_argument("--split", choices=data.SPLITS, help="the images that attributes.csv puts there")
-        c.add_argument("--resolution", type=common.positive, help="crop of image folders in pixels (recon: "
+        c.add_argument("--resolution", type=common.side, help="crop of image folders in pixels (recon: "
                        "the VAE's; score: the samples' side, else the reference's median short side)")
         c.add_argument("--net", default="inception", help="inception (FID), any timm model; recon: or none")
         c.add_argument("--net-ckpt", help="local weights of the network")
-        c.add_argument("--net-size", type=common.positive, help="input size of a timm model in pixels "
+        c.add_argument("--net-size", type=common.side, help="input size of a timm model in pixels "
                        "(default: its own)")
         c.add_argument("--precision", choices=("bf16", "fp32"), default="fp32")
         c.add_argument("--json", metavar="FILE", help="write the scores here")
         c.add_argument("--dry-run", action="store_true", help="print what would be scored, and end")
-    return p.parse_args()
+    args = p.parse_args()
+    if getattr(args, "bootstrap", 0) == 1:
+        p.error("--bootstrap 1: a standard deviation needs 2 or more")
+    return args
 
 
 def main():

@@ -188,7 +188,7 @@ def vfm_flags(p):
     """The flags of a VFM, for an argument parser."""
     p.add_argument("--vfm", default="vit_base_patch14_dinov2.lvd142m", help="any timm model")
     p.add_argument("--vfm-ckpt", help="local weights of the VFM")
-    p.add_argument("--vfm-layer", type=int,
+    p.add_argument("--vfm-layer", type=common.layer,
                    help="block (ViT, default the last) or stage (CNN, default stride 16)")
     p.add_argument("--cache-vfm", metavar="DIR",
                    help="compute the VFM's tokens once, into this folder, instead of in each step")

@@ -504,11 +504,11 @@ def parse_args():
     p = common.Parser(description=__doc__)
     p.add_argument("vae", nargs="+", help="checkpoints to compare, any format of vae.load_vae")
     p.add_argument("--data", required=True, help="folder with attributes.csv (CelebA...: extras/datasets.py)")
-    p.add_argument("--resolution", type=common.positive, help="crop in pixels (default: the first VAE's)")
+    p.add_argument("--resolution", type=common.side, help="crop in pixels (default: the first VAE's)")
     p.add_argument("--rivals", action="store_true", help="the other scores of a latent space (scikit-learn)")
     p.add_argument("--vfm", help="a ceiling: tokens of this timm model, averaged to as many numbers")
     p.add_argument("--vfm-ckpt", help="its local weights")
-    p.add_argument("--vfm-layer", type=int, help="block or stage")
+    p.add_argument("--vfm-layer", type=common.layer, help="block or stage")
     p.add_argument("--grid", type=common.positive, help="tokens a side (default: resolution / 16, or 8)")
     p.add_argument("--png", help="draw what the probe saw here: attributes down and up in decoded images")
     p.add_argument("--show", nargs="+", metavar="ATTRIBUTE", help="attributes of --png (default: best six)")
@@ -532,16 +532,6 @@ def check_args(args):
         common.open_out(Path(path).parent)
         if Path(path).is_dir():
             raise UserError(f"{path}: is a folder; expected the name of a file")
-
-
-def usable_attributes(table):
-    """Indices of attributes with both values in every split. Raises UserError when there is none."""
-    splits = np.asarray(table.splits)
-    parts = [table.values[splits == s] for s in data.SPLITS]
-    usable = np.all([(v == 0).any(0) & (v == 1).any(0) for v in parts], axis=0)
-    if not usable.any():
-        raise UserError("no attribute of attributes.csv has both values in each of train, val and test")
-    return np.flatnonzero(usable).tolist()
 
 
 def by_image(table, keep, files):
@@ -639,7 +629,7 @@ def main():
 
     # Attributes and images
     table = data.read_attributes(args.data)
-    keep = usable_attributes(table)
+    keep = data.usable_attributes(table)
     names = [table.names[a] for a in keep]
     dropped = [name for name in table.names if name not in names]
     if dropped:

@@ -6,7 +6,8 @@
 #   bash run.sh study            the paper's claims put to the test on the avatars: matched arms, five seeds
 #                                (STUDY_SEEDS; hours: docs/study.md says how many)
 #   bash run.sh study SEED ARM   one arm of it
-#   bash run.sh folder DIR       the demo on your own photographs: DIR/class/name.jpg, or DIR/name.jpg
+#   bash run.sh folder DIR       the demo on your own photographs: DIR/class/name.jpg, or DIR/name.jpg, cut
+#                                to RES=64 pixels, a multiple of 8
 #   bash run.sh imagenet DIR [main|table1|...|table6|rival|all]
 #                                the paper's experiments on DIR/train and DIR/val (GPUs)
 # What is done is not done again. SEED=1 OUT=out/demo_1 DATA=out/demo/avatars bash run.sh repeats the demo
@@ -43,7 +44,10 @@ test)
     [[ $# = 1 || $# = 2 && $2 = all ]] ||
         fail "'test ${*:2}'; expected: bash run.sh test, or bash run.sh test all" ;;
 study) check_study "$@" ;;
-folder) [ -d "$ROOT" ] || fail "'${2:-}'; expected: bash run.sh folder DIR, a folder of images" ;;
+folder)
+    [ -d "$ROOT" ] || fail "'${2:-}'; expected: bash run.sh folder DIR, a folder of images"
+    [[ ${RES:=64} =~ ^[1-9][0-9]{1,3}$ && $((RES % 8)) = 0 ]] ||
+        fail "RES '$RES'; expected a multiple of 8 from 16" ;;
 imagenet)
     [ -d "$ROOT/train" ] && [ -d "$ROOT/val" ] ||
         fail "'${2:-}'; expected: bash run.sh imagenet DIR, with the folders train/ and val/ in DIR," \
@@ -75,6 +79,27 @@ if [ "${1:-demo}" = test ]; then
     exec python -m pytest -q -n 2 -o tmp_path_retention_policy=failed -o tmp_path_retention_count=1 \
         test_all.py ${2:+tests}
 fi
+
+# -----------------------------------------------------------------------------------------------------------
+# What is done is not done again
+
+# COMMAND... FILE: run it, unless it has made FILE, and since then neither its words have changed nor the
+# content of the files that they name (a copy has other times; OUT may move)
+once() {
+    local file=${*: -1}
+    [ -e "$file" ] && [ "$(state "$@")" = "$(cat "$file.made" 2> /dev/null)" ] && return
+    "$@"
+    [ -n "${SHOW:-}" ] || state "$@" > "$file.made"
+}
+
+state() {
+    local word
+    printf '%s\n' "${@//"$OUT"/OUT}"
+    for word in "${@:3}"; do  # after the script's name
+        [ ! -f "$word" ] || cksum < "$word"
+        [ ! -d "$word" ] || ls -R "$word" | cksum  # of a folder of images the names
+    done
+}
 
 # -----------------------------------------------------------------------------------------------------------
 # ImageNet, the paper's settings
@@ -142,18 +167,15 @@ arm() {
     for guided in "" "--cfg 2.5 --interval 0 0.75"; do
         [ -z "$guided" ] || [ "$model" = SiT-XL/1 ] || continue  # the ablations are without guidance
         samples=$sit/samples${guided:+-cfg}.npz
-        [ "$samples" -nt "$sit/sit.pt" ] ||
-            launch sample.py --sit "$sit/sit.pt" --vae "$vae" --images 50000 --sampler sde --steps 250 \
-                $guided ${SAMPLE_FLAGS:-} --out "$samples"
-        [ "$samples.json" -nt "$samples" ] ||
-            launch fid.py score "$INIT/adm-$size.npz" "$samples" ${SCORE_FLAGS:-} --json "$samples.json"
+        once launch sample.py --sit "$sit/sit.pt" --vae "$vae" --images 50000 --sampler sde --steps 250 \
+            $guided ${SAMPLE_FLAGS:-} --out "$samples"
+        once launch fid.py score "$INIT/adm-$size.npz" "$samples" ${SCORE_FLAGS:-} --json "$samples.json"
     done
-    [ "$dir/recon.json" -nt "$vae" ] ||
-        launch fid.py recon --vae "$vae" --data "$ROOT/val" --resolution "$size" ${RECON_FLAGS:-} \
-            --json "$dir/recon.json"
-    [ -z "${PROBE:-}" ] || [ "$dir/probe.json" -nt "$vae" ] ||
-        launch probe.py "$vae" --data "$PROBE" --resolution "$size" --rivals ${PROBE_FLAGS:-} \
-            --json "$dir/probe.json" --csv "$dir/probe.csv"
+    once launch fid.py recon --vae "$vae" --data "$ROOT/val" --resolution "$size" ${RECON_FLAGS:-} \
+        --json "$dir/recon.json"
+    [ -z "${PROBE:-}" ] ||
+        once launch probe.py "$vae" --data "$PROBE" --resolution "$size" --rivals ${PROBE_FLAGS:-} \
+            --csv "$dir/probe.csv" --json "$dir/probe.json"
 }
 
 trio() {  # VAE NAME RESOLUTION SIT: the VAE as it is, its control, and Send-VAE
@@ -308,28 +330,22 @@ testbed() {  # SEED ARM FOLDER
         --eval-every 200 --eval-stats "$SHARED/stats.npz" --eval-images 500 --eval-steps 6 \
         "${sit[@]}" ${SIT_FLAGS:-} --out "$dir/sit"
     # 4. Samples, from the same noise and labels in every arm
-    [ "$dir/samples.npz" -nt "$dir/sit/sit.pt" ] ||
-        python sample.py --sit "$dir/sit/sit.pt" --vae "$vae" --images "$SAMPLES" --sampler heun --steps 6 \
-            --labels equal --seed "$seed" --micro-batch 250 ${SAMPLE_FLAGS:-} --out "$dir/samples.npz"
+    once python sample.py --sit "$dir/sit/sit.pt" --vae "$vae" --images "$SAMPLES" --sampler heun --steps 6 \
+        --labels equal --seed "$seed" --micro-batch 250 ${SAMPLE_FLAGS:-} --out "$dir/samples.npz"
     # 5. Their scores, by one judge (the demo) or by three
-    [ "$dir/fd.json" -nt "$dir/samples.npz" ] ||
-        judge judge "$dir/samples.npz" --vae "$vae" --json "$dir/fd.json"
+    once judge judge "$dir/samples.npz" --vae "$vae" --json "$dir/fd.json"
     if [ -n "${JUDGES:-}" ]; then
-        [ "$dir/fd2.json" -nt "$dir/samples.npz" ] ||
-            judge judge2 "$dir/samples.npz" --vae "$vae" --json "$dir/fd2.json"
-        [ "$dir/fd3.json" -nt "$dir/samples.npz" ] ||
-            judge judge3 "$dir/samples.npz" --json "$dir/fd3.json"
+        once judge judge2 "$dir/samples.npz" --vae "$vae" --json "$dir/fd2.json"
+        once judge judge3 "$dir/samples.npz" --json "$dir/fd3.json"
     fi
     # 6. Scores of the VAE, once for all arms that share it
     [ "$vae" = "$dir/vae.pt" ] || return 0
     local lpips=(--lpips 0)
     [ -z "${JUDGES:-}" ] || lpips=(--lpips-ckpt "$SHARED/vgg16.pth")
-    [ "$dir/recon.json" -nt "$vae" ] ||
-        python fid.py recon --vae "$vae" --data "$DATA" --split test "${NET[@]}" "${lpips[@]}" \
-            --png "$dir/recon.png" --json "$dir/recon.json"
-    [ "$dir/probe.json" -nt "$vae" ] ||
-        python probe.py "$vae" --data "$DATA" ${JUDGES:+--rivals} \
-            --json "$dir/probe.json" --csv "$dir/probe.csv"
+    once python fid.py recon --vae "$vae" --data "$DATA" --split test "${NET[@]}" "${lpips[@]}" \
+        --png "$dir/recon.png" --json "$dir/recon.json"
+    once python probe.py "$vae" --data "$DATA" ${JUDGES:+--rivals} \
+        --csv "$dir/probe.csv" --json "$dir/probe.json"
 }
 
 # The demo: two arms of the testbed and one seed, with a shorter SiT; then a table and a picture
@@ -437,9 +453,9 @@ OUT=${OUT:-out/folder/$(basename "$DATA")}
 SEED=${SEED:-0}
 TRAIN="--split train" TEST="--split test"
 [ -f "$DATA/attributes.csv" ] || TRAIN='' TEST=''
-# Enough images for the SiT's batch? To be known before the VAEs are trained
-python -c 'import common, data, sys
-common.run_script(lambda: data.check_folder(data.ImageFolder(sys.argv[1], 64), 64))' "$DATA"
+# All that later stages need of the images, to be known before the VAEs are trained
+[[ "--batch 64 ${SIT_FLAGS:-}" =~ .*--batch[\ =]+([0-9]+) ]]  # the last one counts
+[ -e "$OUT/pretrain/vae.pt" ] || python data.py check "$DATA" --size "$RES" --batch "${BASH_REMATCH[1]}"
 
 # 1. A small VAE from scratch; from this checkpoint both arms are fine-tuned, with equal data order, steps and
 #    losses (with one seed for both commands, fine-tuning begins with the images that pre-training began with)
@@ -447,8 +463,9 @@ VAE=(python train_vae.py --data "$DATA" $TRAIN --rec mse --lpips 0 --gan 0
     --batch 32 --lr 2e-3 --ema 0.995 --seed "$SEED" --save-every 100)
 TUNE=(--init "$OUT/pretrain/vae.pt" --steps 400 --lr-decay 1)
 SEND=(--lambda-align 1 --vfm tf_efficientnet_lite0 --vfm-ckpt "$LITE0"
-    --grid 8 --mapper-depth 1 --mapper-mlp 256 --noise 1)
-"${VAE[@]}" --preset demo --steps 600 --lr-warmup 50 --lambda-align 0 ${VAE_FLAGS:-} --out "$OUT/pretrain"
+    --grid $((RES / 8)) --mapper-depth 1 --mapper-mlp 256 --noise 1)
+"${VAE[@]}" --preset demo --resolution "$RES" --steps 600 --lr-warmup 50 --lambda-align 0 ${VAE_FLAGS:-} \
+    --out "$OUT/pretrain"
 "${VAE[@]}" "${TUNE[@]}" --lambda-align 0 ${VAE_FLAGS:-} --out "$OUT/control"
 "${VAE[@]}" "${TUNE[@]}" "${SEND[@]}" ${VAE_FLAGS:-} --out "$OUT/send"
 for ARM in control send; do
@@ -460,20 +477,17 @@ for ARM in control send; do
         --lr 4e-3 --lr-warmup 50 --lr-decay 1 --ema 0.995 --time lognormal --repa 0 --seed "$SEED" \
         --save-every 100 ${SIT_FLAGS:-} --out "$DIR/sit"
     # 4. Samples, from the same noise and labels
-    [ "$DIR/samples.npz" -nt "$DIR/sit/sit.pt" ] ||
-        python sample.py --sit "$DIR/sit/sit.pt" --vae "$DIR/vae.pt" --images 2000 --sampler heun --steps 5 \
-            --labels equal --seed "$SEED" --micro-batch 250 ${SAMPLE_FLAGS:-} --out "$DIR/samples.npz"
+    once python sample.py --sit "$DIR/sit/sit.pt" --vae "$DIR/vae.pt" --images 2000 --sampler heun --steps 5 \
+        --labels equal --seed "$SEED" --micro-batch 250 ${SAMPLE_FLAGS:-} --out "$DIR/samples.npz"
     # 5. Scores of samples and of reconstructions
-    [ "$DIR/fd.json" -nt "$DIR/samples.npz" ] ||
-        python fid.py score "$DATA" "$DIR/samples.npz" $TRAIN --resolution 64 "${NET[@]}" \
-            --vae "$DIR/vae.pt" --cache "$OUT/reference.npz" --json "$DIR/fd.json"
-    [ "$DIR/recon.json" -nt "$DIR/vae.pt" ] ||
-        python fid.py recon --vae "$DIR/vae.pt" --data "$DATA" $TEST "${NET[@]}" --lpips 0 \
-            --png "$DIR/recon.png" --json "$DIR/recon.json"
+    once python fid.py score "$DATA" "$DIR/samples.npz" $TRAIN --resolution "$RES" "${NET[@]}" \
+        --vae "$DIR/vae.pt" --cache "$OUT/reference.npz" --json "$DIR/fd.json"
+    once python fid.py recon --vae "$DIR/vae.pt" --data "$DATA" $TEST "${NET[@]}" --lpips 0 \
+        --png "$DIR/recon.png" --json "$DIR/recon.json"
     # 6. Linear probe of the attributes
-    [ ! -f "$DATA/attributes.csv" ] || [ "$DIR/probe.json" -nt "$DIR/vae.pt" ] ||
-        python probe.py "$DIR/vae.pt" --data "$DATA" --rivals \
-            --json "$DIR/probe.json" --csv "$DIR/probe.csv"
+    [ ! -f "$DATA/attributes.csv" ] ||
+        once python probe.py "$DIR/vae.pt" --data "$DATA" --rivals \
+            --csv "$DIR/probe.csv" --json "$DIR/probe.json"
 done
 # The table and the picture
 python extras/study.py demo "$OUT" --arms control send

@@ -38,25 +38,29 @@ def parse_args():
     p.add_argument("--vae", help="VAE to decode with (default: the one that made the latents)")
     p.add_argument("--latent-stats", help="for other projects' SiT: REPA-E's NAME-latents-stats.pt, vae.py's "
                    "stats.npz, or a scaling factor (0.18215 for SiT and REPA on SD-VAE)")
-    p.add_argument("--out", required=True, help="NAME.npz; NAME.png is written beside it")
+    p.add_argument("--out", required=True, type=common.npz_name, help="NAME.npz; NAME.png lies beside it")
     p.add_argument("--images", type=common.positive, default=50_000, help="how many")
     p.add_argument("--sampler", default="sde", choices=("sde", "euler", "heun"),
                    help="sde: Euler-Maruyama, w(t) = 2t (paper)")
     p.add_argument("--steps", type=common.positive, default=250)
-    p.add_argument("--cfg", type=float, default=1.0, help="guidance scale s (paper: 2.5)")
+    p.add_argument("--cfg", type=common.scale, default=1.0, help="guidance scale s (paper: 2.5)")
     p.add_argument("--guide", help="AutoGuidance: a weaker SiT (smaller, or trained for less)")
-    p.add_argument("--interval", type=float, nargs=2, default=(0.0, 0.75), metavar=("LOW", "HIGH"),
+    p.add_argument("--interval", type=common.share, nargs=2, default=(0.0, 0.75), metavar=("LOW", "HIGH"),
                    help="times t with guidance (REPA-E: 0 0.75)")
     p.add_argument("--labels", default="random", choices=("random", "equal", "blocks"),
                    help="random classes; equal counts, 0 1 2 ... 0 1 2 ...; equal counts, class after class")
     p.add_argument("--weights", choices=("ema", "model"), default="ema")
-    p.add_argument("--seed", type=common.natural, default=0)
+    p.add_argument("--seed", type=common.seed, default=0)
     p.add_argument("--micro-batch", type=common.positive, default=64, help="images at a time: memory only")
     p.add_argument("--precision", choices=("bf16", "fp32"), help="default: bf16 where it is fast")
     p.add_argument("--compile", type=int, default=int(torch.cuda.is_available()), choices=(0, 1))
     p.add_argument("--deterministic", action="store_true", help="equal bits in each run on CUDA too, slower")
     p.add_argument("--dry-run", action="store_true", help="print the plan (images, NFE, disk), and end")
-    return p.parse_args()
+    args = p.parse_args()
+    low, high = args.interval
+    if low >= high:
+        p.error(f"--interval {low:g} {high:g}: expected LOW below HIGH (no guidance at all: --cfg 1)")
+    return args
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -226,8 +230,6 @@ def main():
     device, rank, world = common.setup(args.deterministic)
     args.precision = args.precision or common.fast_precision(device)
     out, begin = Path(args.out), time.time()
-    if out.suffix != ".npz":
-        raise UserError(f"--out {args.out}: expected a name ending in .npz")
 
     # What is sampled
     model, checkpoint, vae = load_pair(args)

@@ -4,6 +4,7 @@ import ast
 import copy
 import errno
 import hashlib
+import importlib
 import io
 import json
 import math
@@ -1583,6 +1584,18 @@ def test_score_is_adms(inception, tmp_path, monkeypatch):
         fid.load_stats(tmp_path / "adm.npz")
 
 
+def test_width_of_a_network(tmp_path):
+    """The width of a network with a hidden layer in its head is not that of its features; a distance of
+    nothing is -0.00; a network that cannot take the images ends in a traceback."""
+    root, weights, stats = write_images(tmp_path / "images", 8), tmp_path / "w.pth", tmp_path / "stats.npz"
+    torch.save(timm.create_model("test_mambaout").state_dict(), weights)
+    net = ("--net", "test_mambaout", "--net-ckpt", weights, "--net-size", 32)
+    do("fid", "score", root, "none", *net, "--save-stats", stats)
+    assert "@32)-8 0.00" in do("fid", "score", stats, root, *net) and fid.load_stats(stats)[0].dim == 256
+    with pytest.raises(UserError, match="test_coatnet: takes no images of 32 x 32"):
+        fid.load_net("test_coatnet", size=32, weights=False)
+
+
 @pytest.mark.parametrize("make,words", [
     (lambda x: dict(images=x), ["arr_0", "mu"]),
     (lambda x: dict(arr_0=x.transpose(0, 3, 1, 2)), ["(9, 3, 8, 8)", "channels last"]),
@@ -2213,7 +2226,6 @@ vae --vae VAE_FOLDER --data IMAGES --out O                          | give its f
 vae --vae IMAGES --data IMAGES --out O                              | holds no VAE
 vae --vae VAE --data VAE --out O                                    | a file; expected a folder
 vae --precision fp8                                                 | 'fp8'
-vae --workers -1                                                    | --workers | '-1'
 train_sit --latents LATENTS SMALL_SIT --repa 0 --batch 41 --out O   | --batch 41 | 40
 train_sit --latents LATENTS SMALL_SIT --out O                       | --data
 train_sit --latents none --repa 0 --out O                           | no such folder; if it has moved
@@ -2223,12 +2235,16 @@ sample --sit VAE --out a.npz                                        | vae.pt | a
 sample --sit moved.pt --out a.npz                                   | gone.pt, which is not there | --vae
 sample --sit SIT --vae OTHER --images 2 --out a.npz                 | other/vae.pt | vae/vae.pt
 sample                                                              | --sit, --out | --help
+sample --sit SIT --images 2 --interval 0.75 0 --out a.npz           | --interval 0.75 0 | LOW below HIGH
+sample --sit SIT --images 2 --interval 0 1.5 --out a.npz            | --interval | '1.5'
+sample --sit SIT --images 2 --seed 4294967296 --out a.npz           | --seed | from 0 to 4,294,967,295
+fid score IMAGES none --save-stats ref                              | --save-stats | 'ref' | .npz
 fid score IMAGES IMAGES --net dinov9                                | dinov9
 fid score                                                           | required
+fid recon --vae VAE --data IMAGES --net none --resolution 8         | 8 | 11 pixels
 probe SIT --data IMAGES                                             | sit.pt | train_vae.py
 probe                                                               | required
 data draw                                                           | 'draw'
-avatars x --seed -1                                                 | --seed | '-1'
 """
 
 
@@ -2248,6 +2264,55 @@ def test_bad_commands(line, small, tmp_path, monkeypatch):
     command = [w for word in command.split() for w in flags.get(word, [word])]
     assert_refused(call(*command), *(w.strip() for w in words))
     assert not Path("a.npz").exists() and not Path("O/meta.json").exists()
+
+
+# Numbers that have a meaning, at the edge of their range
+MEANT = dict(kl=0, lambda_align=0, gan=0, lpips=0, lr=0, clip="inf", repa=0, label_dropout=0, mapper_depth=0,
+             vfm_layer=-1, cfg=0, interval=1, workers=0, seed=2 ** 32 - 1, bootstrap=0)
+
+
+def test_every_number_has_a_range(monkeypatch):
+    """A flag of some script takes every number (-1, nan, 2^70), or refuses one that has a meaning."""
+    parsers, found, init = [], set(), common.Parser.__init__
+    monkeypatch.setattr(common.Parser, "__init__", lambda p, **kw: parsers.append(p) or init(p, **kw))
+    monkeypatch.setattr(common.Parser, "parse_known_args", lambda *_: sys.exit())
+    for file in (*HERE.glob("*.py"), *HERE.glob("extras/*.py")):
+        if file.read_text().endswith("common.run_script(main)\n"):
+            monkeypatch.setattr(sys, "argv", [file.name])
+            with pytest.raises(SystemExit):
+                importlib.import_module(file.stem).main()
+    for flag in (flag for p in parsers for flag in p._actions if not flag.choices):
+        kind, default = flag.type, flag.default
+        if isinstance(kind, common.Range) or kind in (int, float) or type(default) in (int, float):
+            assert isinstance(kind, common.Range), f"--{flag.dest}: a number without a range of common.py"
+            for text in ("x", "nan", kind.low - 1, "nan" if kind.high == math.inf else 2 ** 70):
+                with pytest.raises(argparse.ArgumentTypeError, match="expected a"):
+                    kind(str(text))
+            for value in (kind.low, kind.high, MEANT.get(flag.dest), *np.ravel(default)):
+                assert value is None or kind(str(value)) == float(value), flag.dest
+            found.add(flag.dest)
+    assert len(parsers) > 16 and MEANT.keys() < found
+
+
+@pytest.mark.parametrize("kind,words", [
+    ("enough", []), ("few train", ["SIT_FLAGS=--batch=24", "(split train)"]), ("small", ["RES=24"]),
+    ("no val", ["no image has split 'val'"]), ("three", ["(split test): 3 images"]),
+    ("lonely", ["class 'b' has one image"]), ("constant", ["no attribute"]), ("bad", ["1 of 8 images"])])
+def test_images_of_all_stages(kind, words, tmp_path):
+    """What will stop a later stage of run.sh folder is not seen before the first one."""
+    root = write_images(tmp_path, 40, size=28 if kind == "small" else 64)
+    files = data.find_images(root)
+    splits = {f: ("test", "val", "train", "train", "train")[i % 5] for i, f in enumerate(files)}
+    splits |= {"no val": dict.fromkeys(files[1::5], "train"), "lonely": dict.fromkeys(files[23:], "test"),
+               "three": dict.fromkeys(files[:25:5], "train")}.get(kind, {})
+    rows = [f"{f},{s},{int(kind == 'constant' or f[0] == 'a')}" for f, s in splits.items()]
+    (root / "attributes.csv").write_text("\n".join(["file,split,a", *rows]) + "\n")
+    if kind == "bad":
+        (root / files[0]).write_text("no image")
+    result = call("data", "check", root, "--size", 32, "--batch", 25 if kind == "few train" else 24)
+    assert result[0] == (2 if words else 0)
+    if words:
+        assert_refused(result, *words)
 
 
 @pytest.mark.parametrize("script", NAME)
@@ -2451,6 +2516,8 @@ def test_wrong_words(tmp_path):
         assert "expected a number of seeds, and control" in recipe("study", status=2, **wrong)[1]
     (tmp_path / "train").mkdir()
     (tmp_path / "val").mkdir()
+    for side in (8, 28, "x"):
+        assert f"RES '{side}'; expected" in recipe("folder", tmp_path, status=2, RES=side)[1]
     study = (["study", "x"], ["study", 0], ["study", 0, "nothing"], ["study", 0, "control", "more"])
     folder = (["folder"], ["folder", tmp_path / "gone"])
     imagenet = (["imagenet"], ["imagenet", HERE], ["imagenet", tmp_path, "table7"], ["imagenet", tmp_path])

@@ -11,6 +11,7 @@ sample.py.
 """
 import copy
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -40,19 +41,19 @@ def parse_args():
     p.add_argument("--batch", type=common.positive, default=256, help="images a step, over all processes")
     p.add_argument("--micro-batch", type=common.positive,
                    help="images per forward pass and process (default: all); memory only, divides its share")
-    p.add_argument("--lr", type=float, default=1e-4, help="AdamW, betas 0.9 0.999, no weight decay")
+    p.add_argument("--lr", type=common.scale, default=1e-4, help="AdamW, betas 0.9 0.999, no weight decay")
     p.add_argument("--lr-warmup", type=common.natural, default=0, help="steps of linear warm-up")
     p.add_argument("--lr-decay", **switch, default=0, help="1: half a cosine down to zero at --steps")
-    p.add_argument("--clip", type=float, default=1.0, help="largest gradient norm")
-    p.add_argument("--ema", type=float, default=0.9999, help="decay of the averaged weights")
+    p.add_argument("--clip", type=common.norm, default=1.0, help="largest gradient norm")
+    p.add_argument("--ema", type=common.share, default=0.9999, help="decay of the averaged weights")
     # The flow
     p.add_argument("--path", default="linear", choices=("linear", "cosine"))
     p.add_argument("--time", default="uniform", choices=("uniform", "lognormal"),
                    help="distribution of t in training")
-    p.add_argument("--label-dropout", type=float, default=0.1,
+    p.add_argument("--label-dropout", type=common.share, default=0.1,
                    help="share of images trained without their label")
     # REPA
-    p.add_argument("--repa", type=float, default=0.5, help="weight of the REPA loss; 0: off")
+    p.add_argument("--repa", type=common.scale, default=0.5, help="weight of the REPA loss; 0: off")
     p.add_argument("--data", help="image folder of the latents (for REPA)")
     vfm_flags(p)
     # Scores during training: one convergence curve out of one run (the paper's Figure 4)
@@ -60,7 +61,8 @@ def parse_args():
                    help="steps between scores of averaged samples (default: none)")
     p.add_argument("--eval-stats",
                    help="reference: a file of fid.py score ... --save-stats FILE; it names the network too")
-    p.add_argument("--eval-images", type=common.positive, default=2000)
+    p.add_argument("--eval-images", type=common.Range(int, 4, 10 ** 9), default=2000,
+                   help="a covariance needs 4")
     p.add_argument("--eval-steps", type=common.positive, default=25, help="Heun steps of those samples")
     p.add_argument("--grad-checkpointing", **switch, default=0,
                    help="1: less memory for about a third more time; the result stays the same")
@@ -73,8 +75,6 @@ def parse_args():
     if args.eval_every and not args.eval_stats:
         p.error("--eval-every needs --eval-stats FILE; make it with: python fid.py score REFERENCE none "
                 "--save-stats FILE")
-    if args.eval_images < 4:
-        p.error(f"--eval-images {args.eval_images}: a covariance needs 4 or more")
     return args
 
 
@@ -175,6 +175,9 @@ class Evaluation:
         self.net, self.stats = load_stats(args.eval_stats)
         network = "FID" if self.net.label == "inception" else f"FD({self.net.label})"
         self.name = f"{network}-{args.eval_images}"
+        if not Path(latents.meta["vae"]).exists():
+            raise UserError(f"--eval-every: {latents.meta['vae']}, the VAE of {args.latents}, is not there; "
+                            f"if it has moved: python vae.py --vae NEW --data DIR --out {args.latents}")
         self.vae = load_vae(latents.meta["vae"])
         if common.weights_hash(self.vae.state_dict()) != latents.meta["vae_hash"]:
             raise UserError(f"{latents.meta['vae']}: no longer the VAE that made {args.latents}; encode "
@@ -269,11 +272,11 @@ def main():
     if run.world > 1:
         ids = [device.index] if device.type == "cuda" else None
         forward = DDP(forward, device_ids=ids, gradient_as_bucket_view=True)
+    evaluate = Evaluation(run, latents) if args.eval_every else None
     cached = None
     if args.cache_vfm:
         cached = cache_tokens(args.cache_vfm, vfm, inputs["vfm"], pair[0], run)
         vfm.to("meta")  # frees its memory
-    evaluate = Evaluation(run, latents) if args.eval_every else None
     if run.rank == 0:
         print_plan(args, run, latents, model, vfm, pair)
 

@@ -58,7 +58,7 @@ def parse_args():
                    "org/name:file); its architecture is kept")
     p.add_argument("--preset", choices=VAE_CONFIGS,
                    help="architecture for training from scratch (without --init)")
-    p.add_argument("--resolution", type=common.positive, help="crop in pixels (default: the VAE's)")
+    p.add_argument("--resolution", type=common.side, help="crop in pixels (default: the VAE's)")
     p.add_argument("--flip", **switch, default=1, help="mirror images are data too")
     # Optimisation: the paper's values
     p.add_argument("--steps", type=common.positive, default=100_000,
@@ -66,35 +66,35 @@ def parse_args():
     p.add_argument("--batch", type=common.positive, default=1024, help="images a step, over all processes")
     p.add_argument("--micro-batch", type=common.positive,
                    help="images per forward pass and process (default: all); memory only, divides its share")
-    p.add_argument("--lr", type=float, default=3e-4, help="AdamW, betas 0.9 0.999, no weight decay")
+    p.add_argument("--lr", type=common.scale, default=3e-4, help="AdamW, betas 0.9 0.999, no weight decay")
     p.add_argument("--lr-warmup", type=common.natural, default=0,
                    help="steps of linear warm-up (not of the discriminator)")
     p.add_argument("--lr-decay", **switch, default=0,
                    help="1: half a cosine down to zero at --steps (likewise)")
-    p.add_argument("--clip", type=float, default=1.0, help="largest gradient norm")
-    p.add_argument("--ema", type=float, default=0.9999, help="decay of the averaged weights")
+    p.add_argument("--clip", type=common.norm, default=1.0, help="largest gradient norm")
+    p.add_argument("--ema", type=common.share, default=0.9999, help="decay of the averaged weights")
     # L_VAE: REPA-E's weights
     p.add_argument("--rec", choices=("l1", "mse"), default="l1",
                    help="weight 1; the paper writes MSE, REPA-E trains L1")
-    p.add_argument("--lpips", type=float, default=1.0, help="weight of LPIPS (VGG); 0: off")
+    p.add_argument("--lpips", type=common.scale, default=1.0, help="weight of LPIPS (VGG); 0: off")
     p.add_argument("--lpips-ckpt", help="local torchvision VGG16 weights instead of the download")
-    p.add_argument("--gan", type=float, default=0.1, help="weight of the hinge GAN; 0: no discriminator")
+    p.add_argument("--gan", type=common.scale, default=0.1, help="weight of the hinge GAN; 0: none")
     p.add_argument("--gan-start", type=common.natural, default=0, help="first step with the GAN")
     p.add_argument("--disc-ckpt",
                    help="pre-trained discriminator of taming, LDM or REPA-E, with its batch norm "
                    "(default: from scratch, group norm)")
-    p.add_argument("--kl", type=float, default=1e-6, help="weight of the KL, summed over the latent")
+    p.add_argument("--kl", type=common.scale, default=1e-6, help="weight of the KL, summed over the latent")
     # L_align
     p.add_argument("--align", default="send", choices=("send", "vavae", "none"),
                    help="this paper's, VA-VAE's, or no alignment (the control arm)")
-    p.add_argument("--lambda-align", type=float,
+    p.add_argument("--lambda-align", type=common.scale,
                    help="its weight (default: send 1, vavae 0.1 times the ratio of gradients); 0: none")
     vfm_flags(p)
-    p.add_argument("--grid", type=int,
+    p.add_argument("--grid", type=common.positive,
                    help="tokens a side (default: resolution / 16; below 256 pixels the latent's side)")
-    p.add_argument("--mapper-depth", type=int, default=1, help="ViT blocks; 0: MLP only")
-    p.add_argument("--mapper-width", type=int, help="default: the VFM's dimension")
-    p.add_argument("--mapper-mlp", type=int, default=2048, help="width of the mapper's projector")
+    p.add_argument("--mapper-depth", type=common.natural, default=1, help="ViT blocks; 0: MLP only")
+    p.add_argument("--mapper-width", type=common.positive, help="default: the VFM's dimension")
+    p.add_argument("--mapper-mlp", type=common.positive, default=2048, help="width of the mapper's projector")
     p.add_argument("--mapper-warmup", type=common.natural, default=0,
                    help="first steps in which L_align trains the mapper alone")
     p.add_argument("--noise", **switch, default=1, help="eq. (1) on the latent before the mapper")
@@ -417,7 +417,7 @@ def main():
     if args.gan and args.disc_ckpt:
         load_discriminator(discriminator, args.disc_ckpt)
     images = data.ImageFolder(args.data, size, flip=bool(args.flip), split=args.split)
-    data.check_folder(images, args.batch)
+    data.check_folder(images, args.batch, vae.factor)
     if args.dry_run:
         if run.rank == 0:
             print_plan(args, run, images, vae, latent_shape, vfm, mapper, discriminator)

@@ -349,7 +349,7 @@ def parse_args():
     p.add_argument("--data", help="image folder (encode)")
     p.add_argument("--out", required=True, help="folder for the latents; export: NAME.safetensors")
     p.add_argument("--split", choices=data.SPLITS, help="of attributes.csv (default: all images)")
-    p.add_argument("--resolution", type=common.positive, help="crop in pixels (default: the VAE's)")
+    p.add_argument("--resolution", type=common.side, help="crop in pixels (default: the VAE's)")
     p.add_argument("--flip", action="store_true", help="store the mirror image's moments too (F = 2)")
     p.add_argument("--micro-batch", type=common.positive, default=64, help="images at a time: memory only")
     p.add_argument("--precision", choices=("bf16", "fp32"), help="default: bf16 where it is fast")
@@ -381,6 +381,14 @@ def already_encoded(out, settings):
         raise UserError(f"{out} holds latents with {other[0]} {found.get(other[0])}, this command says "
                         f"{settings[other[0]]}; choose another --out or delete it")
     return True
+
+
+def note_places(out, **places):
+    """Where the VAE and the images of finished latents lie now: train_sit.py --eval-every reads the VAE
+    there."""
+    meta = common.read_json(out / "meta.json")
+    if meta != meta | places:
+        common.write_text(out / "meta.json", json.dumps(meta | places, indent=1) + "\n")
 
 
 def open_store(out, settings, shape, rank):
@@ -470,7 +478,7 @@ def main():
     if size % vae.factor:
         raise UserError(f"--resolution {size}: expected a multiple of {vae.factor}, the VAE's factor")
     images = data.ImageFolder(args.data, size, split=args.split)
-    data.check_folder(images)
+    data.check_folder(images, step=vae.factor)
     n, side = len(images.files), size // vae.factor
     shape = (n, 1 + args.flip, 2 * vae.config["z_channels"], side, side)
     if rank == 0:
@@ -488,6 +496,7 @@ def main():
     if already_encoded(out, settings):
         if rank == 0:
             remove_unfinished(out)
+            note_places(out, vae=args.vae, data=args.data)
             print(f"{out}: already encoded")
         return
     store = open_store(out, settings, shape, rank)

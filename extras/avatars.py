@@ -178,8 +178,8 @@ def main():
     p = common.Parser(description=__doc__)
     p.add_argument("out", help="folder to write")
     p.add_argument("--n", type=common.positive, default=12000, help="images (default 12000)")
-    p.add_argument("--size", type=common.positive, default=64, help="pixels a side (default 64)")
-    p.add_argument("--seed", type=common.natural, default=0)
+    p.add_argument("--size", type=common.side, default=64, help="pixels a side (default 64)")
+    p.add_argument("--seed", type=common.seed, default=0)
     p.add_argument("--dry-run", action="store_true", help="print the plan (images, classes, disk), and end")
     args = p.parse_args()
     if args.dry_run:

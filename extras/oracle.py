@@ -66,8 +66,8 @@ def main():
     p.add_argument("data", help="image folder with attributes.csv")
     p.add_argument("out", help="file to write (.safetensors)")
     p.add_argument("--steps", type=common.natural, default=1500, help="of 64 images; 0: random weights")
-    p.add_argument("--size", type=common.positive, default=32, help="crop in pixels")
-    p.add_argument("--seed", type=common.natural, default=0)
+    p.add_argument("--size", type=common.side, default=32, help="crop in pixels")
+    p.add_argument("--seed", type=common.seed, default=0)
     args = p.parse_args()
     out = Path(args.out)
     if out.exists():

@@ -236,14 +236,17 @@ def test_both_resolutions(size, tmp_path):
 
 @pytest.fixture
 def fake_python(tmp_path):
-    """The environment of a run.sh in which python prints its command line and does nothing; it fails where
-    that line holds $FAIL. Asked for a package's weights (-c) it names the package."""
+    """The environment of a run.sh in which python prints its command line, and writes it to the .npz or .json
+    in OUT that stands last; it fails where that line holds $FAIL. Asked for a package's weights (-c) it names
+    the package."""
     fake = tmp_path / "bin/python"
     fake.parent.mkdir()
     fake.write_text("""#!/bin/sh
 case "$1" in -c) echo "$2" | grep -o 'lite[02]' | head -n 1; exit 0 ;; esac
 echo "COMMAND $@"
 case "$*" in *${FAIL:-nothing at all}*) exit 3 ;; esac
+for last; do :; done
+case "$last" in "$OUT"/*.npz | "$OUT"/*.json) mkdir -p "${last%/*}"; echo "$@" > "$last" ;; esac
 """)
     fake.chmod(0o755)
     return dict(PATH=f"{fake.parent}:{os.environ['PATH']}", OUT=tmp_path)
@@ -263,6 +266,30 @@ def test_demo_is_two_arms(fake_python, tmp_path):
     as_control = [line.replace(f"{tmp_path}/send", f"{tmp_path}/control") for line in own["send"]]
     assert own["control"][1:] == as_control[1:]
     assert f"COMMAND extras/study.py demo {tmp_path} --arms control send" in lines[-2]
+
+
+def test_done_is_known_by_its_content(fake_python, tmp_path):
+    """A second run of run.sh folder with other flags reports the old samples, or scores what a copy brought;
+    the crop does not reach a stage, or the images are checked when a VAE is trained."""
+    images, out, moved = write_images(tmp_path / "images", 2), tmp_path / "out", tmp_path / "moved"
+    (images / "attributes.csv").touch()
+
+    def scored(out, **env):
+        lines.append(recipe("folder", images, **fake_python | dict(OUT=out, RES=32, **env))[0])
+        return re.findall("^COMMAND (sample|fid.py score|fid.py recon|probe)", lines[-1], re.M)
+
+    lines, new = [], dict(SAMPLE_FLAGS="--steps 9")
+    scored(out, SIT_FLAGS="--batch 9 --batch=8")
+    assert lines[0].startswith(f"COMMAND data.py check {images} --size 32 --batch 8\nCOMMAND train_vae.py")
+    for words in ("train_vae.*demo --resolution 32 ", "train_vae.*--grid 4 ", "fid.py score.* 32 --net "):
+        assert re.search(f"^COMMAND {words}", lines[0], re.M)
+    assert scored(out) == [] and scored(out, **new) == ["sample", "fid.py score"] * 2
+    shutil.copytree(out, moved)
+    for i, path in enumerate(sorted(moved.rglob("*"))):
+        os.utime(path, (i, i))  # fd.json is older than samples.npz
+    assert scored(moved, **new) == []
+    (moved / "send/vae.pt").write_text("another")
+    assert scored(moved, **new) == ["sample", "fid.py score", "fid.py recon", "probe"]
 
 
 def test_every_arm_of_the_study_is_a_command(fake_python):

@@ -185,6 +185,13 @@ def test_scores_during_training(small, net, tmp_path, monkeypatch):
     bare = call(*command, *eval_flags, "--eval-stats", tmp_path / "bare.npz", "--out", tmp_path / "x")
     assert_refused(bare, "bare.npz", "--save-stats")
     assert_refused(call(*command, "--eval-every", 2, "--out", tmp_path / "x"), "--eval-stats")
+    shutil.copytree(small / "latents", tmp_path / "latents")
+    meta = tmp_path / "latents/meta.json"  # as if the VAE had moved since
+    meta.write_text(meta.read_text().replace(f'"{small}/vae/vae.pt",', '"gone.pt",'))
+    moved = (*command, *eval_flags, "--latents", tmp_path / "latents", "--out", tmp_path / "moved")
+    assert_refused(call(*moved), "gone.pt", "python vae.py --vae NEW")
+    assert "already encoded" in do(*encode_command(small, small / "images", tmp_path / "latents", "--flip"))
+    do(*moved)
     monkeypatch.setattr(nn.utils, "clip_grad_norm_", lambda *_: torch.tensor(float("nan")))
     monkeypatch.setattr(train_sit.Evaluation, "__call__", lambda *_: pytest.fail("scored"))
     rare = ("--log-every", 100, "--save-every", 100, "--out", tmp_path / "nan")
