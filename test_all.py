@@ -1901,7 +1901,7 @@ def test_processes_and_micro_batches_train_the_same_vae(losses, small, tmp_path)
     global), or a run of two processes cannot go on with one."""
     command = "train_vae", "--data", small / "images", *SMALL_VAE, *losses, *SLOW
     do(*command, "--steps", 3, "--out", tmp_path / "one")
-    do_on_two(*command, "--steps", 2, "--out", tmp_path / "parts", folder=tmp_path)
+    do_on_two(*command, "--steps", 2, "--sample-every", 1, "--out", tmp_path / "parts", folder=tmp_path)
     do(*command, "--steps", 3, "--micro-batch", 2, "--out", tmp_path / "parts")
     assert metrics(tmp_path / "one")[1][0].keys() > {"rec", "kl", "align", "mapper_grad_norm"}
     assert_same_losses(tmp_path / "one", tmp_path / "parts")
@@ -1915,7 +1915,8 @@ def test_processes_and_micro_batches_train_the_same_sit(small, tmp_path):
     command = ("train_sit", "--latents", small / "latents", "--data", small / "images", *SMALL_SIT, *SLOW,
                "--repa", 0.5, *VFM, "--log-every", 2)
     do(*command, "--steps", 4, "--out", tmp_path / "one")
-    do_on_two(*command, "--steps", 2, "--out", tmp_path / "parts", folder=tmp_path)
+    do_on_two(*command, "--steps", 2, "--sample-every", 1, "--out", tmp_path / "parts", folder=tmp_path)
+    assert len(list(tmp_path.glob("parts/samples/*"))) == 2
     do(*command, "--steps", 4, "--micro-batch", 2, "--out", tmp_path / "parts")
     assert_same_losses(tmp_path / "one", tmp_path / "parts")
     for r in metrics(tmp_path / "one")[1]:
@@ -1987,6 +1988,49 @@ def wait_for_steps(folder):
     while not (log.exists() and len(log.read_text().splitlines()) > 2):
         assert time.time() < end
         time.sleep(0.02)
+
+
+@pytest.mark.parametrize("script", NAME)
+def test_pictures(script, small, tmp_path, monkeypatch):
+    """Pictures move the training, are moved by a resume, or show another model, noise or images than they
+    say; or the curves stay behind."""
+    command = (vae_command(small / "images", tmp_path / "a") if script == "train_vae" else
+               sit_command(small, tmp_path / "a", "--lr", 0.05))
+    watched, labels, sample = (*command, "--sample-every", 1, "--out", tmp_path / "b"), [], sit.sample_ode
+    monkeypatch.setattr(train_sit, "sample_ode", lambda *a, **b: labels.append(a[2]) or sample(*a, **b))
+    do(*command, "--steps", 3)
+    do(*watched, "--steps", 2)
+    curves = (tmp_path / "b/curves.png").read_bytes()
+    do(*watched, "--steps", 3)
+    assert_same_bits(tmp_path / "a" / NAME[script], tmp_path / "b" / NAME[script])
+    assert curves != (tmp_path / "b/curves.png").read_bytes() and not (tmp_path / "a/samples").exists()
+    assert sorted(p.name for p in (tmp_path / "b/samples").iterdir()) == [f"00000{i}.png" for i in (1, 2, 3)]
+    if script == "train_vae":
+        folder, model = data.ImageFolder(small / "images", 32), vae.load_vae(tmp_path / "b/vae.pt")
+        x = torch.stack([folder[i][0] for i in (0, 5, 11, 16, 22, 27, 33, 39)])
+        images = torch.cat([x, data.to_uint8(model.decode(model.encode(data.to_float(x)).mean))])
+    else:
+        model, checkpoint = sit.load_sit(tmp_path / "b/sit.pt")
+        noise, y = data.draw_noise(2 ** 61, range(16), 0, (4, 8, 8))[1], torch.arange(16) // 8
+        mean, std = (checkpoint[k].view(1, -1, 1, 1) for k in ("latent_mean", "latent_std"))
+        z = sample(model, noise, y, 10) * std + mean
+        assert len(labels) == 3 and all(torch.equal(drawn, y) for drawn in labels)
+        images = data.to_uint8(vae.load_vae(small / "vae/vae.pt").decode(z))
+    sheet = images.view(2, 8, 3, 32, 32).permute(0, 3, 1, 4, 2).reshape(64, 256, 3).numpy()
+    assert np.abs(sheet.astype(int) - np.array(Image.open(tmp_path / "b/samples/000003.png"))).max() <= 1
+
+
+def test_what_cannot_be_watched(small, tmp_path, monkeypatch):
+    """Without its VAE or matplotlib a run ends that asked for no pictures, or says
+    nothing."""
+    command = sit_command(small, tmp_path, "--steps", 6)
+    at = command.index("--sample-every")
+    monkeypatch.setattr(train_sit, "load_vae", lambda _: vae.load_vae("gone.pt"))
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert_refused(call(*command, "--sample-every", 9), "gone.pt")
+    status, out, _ = call(*command[:at], *command[at + 2:])
+    assert status == 0 and "no samples are drawn: gone.pt" in out and "no curves.png is drawn" in out
+    assert {p.name for p in tmp_path.iterdir()} == {"metrics.jsonl", "sit.pt"}
 
 
 def test_torchrun(small, tmp_path):
