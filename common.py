@@ -13,6 +13,7 @@ stands behind one object of this file:
         run.after_step(losses)                             # finite? log? save? draw? stop?
 """
 import argparse
+import atexit
 import contextlib
 import ctypes
 import errno
@@ -727,7 +728,7 @@ def load_weights(module, state, source):
 FREE_FLAGS = {"out", "data", "latents", "init", "vfm_ckpt", "lpips_ckpt", "disc_ckpt", "steps", "micro_batch",
               "workers",
               "save_every", "log_every", "compile", "eval_every", "eval_stats", "eval_images", "eval_steps",
-              "grad_checkpointing", "deterministic", "sample_every"}
+              "grad_checkpointing", "deterministic", "sample_every", "log_to"}
 
 
 def same_run(checkpoint, args, path, inputs):
@@ -838,10 +839,11 @@ class Losses:
 
 class Log:
     """metrics.jsonl: the run's settings first, then one JSON object a line; a resumed run drops what came
-    after its checkpoint, and says by which command it goes on (these lines stay). Only rank 0 writes."""
+    after its checkpoint, and says by which command it goes on (these lines stay). Only rank 0 writes.
+    track: None, or what takes ({name: number}, step) too."""
 
-    def __init__(self, path, step, settings, rank):
-        self.path, self.rank, kept = Path(path), rank, []
+    def __init__(self, path, step, settings, rank, track=None):
+        self.path, self.rank, self.track, kept = Path(path), rank, track, []
         if rank:
             return
         before = self.path.read_text("utf-8", "replace") if step and self.path.exists() else ""
@@ -858,6 +860,38 @@ class Log:
             record = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in record.items()}
             with open(self.path, "a") as f:
                 f.write(json.dumps(record) + "\n")
+            if self.track and "step" in record:
+                numbers = {f"{k}/{i}" if isinstance(v, list) else k: number for k, v in record.items()
+                           for i, number in enumerate(np.ravel(v)) if number is not None and k != "step"}
+                self.track(numbers, record["step"])
+
+
+def import_tracker(name):
+    """The module of --log-to. Raises UserError."""
+    try:
+        return importlib.import_module("torch.utils.tensorboard" if name == "tensorboard" else name)
+    except ImportError as e:
+        raise UserError(f"--log-to {name}: cannot be imported ({brief(e)}); pip install {name}, or leave the "
+                        "flag out") from None
+
+
+def open_tracker(module, out, step, settings):
+    """The module of --log-to -> what takes ({name: number}, step) and what takes (picture (H, W, 3) uint8,
+    step), or None twice. step: the checkpoint's; later numbers come again. Raises UserError."""
+    if module is None:
+        return None, None
+    if hasattr(module, "SummaryWriter"):
+        board = module.SummaryWriter(str(out / "tensorboard"), purge_step=step + 1, flush_secs=10)
+        atexit.register(board.close)
+        return (lambda numbers, step: [board.add_scalar(k, v, step) for k, v in numbers.items()],
+                lambda picture, step: board.add_image("samples", picture, step, dataformats="HWC"))
+    try:  # "auto": a run that was stopped goes on
+        board = module.init(project="send-vae", dir=str(out), config=settings, resume="auto")
+    except module.Error as e:
+        raise UserError(f"--log-to wandb: {brief(e, 400)}") from None
+    board.define_metric("*", step_metric="step")  # wandb's own steps cannot go back to the checkpoint's
+    return (lambda numbers, step: board.log({**numbers, "step": step}),
+            lambda picture, step: board.log({"samples": module.Image(picture), "step": step}))
 
 
 def load_figure():
@@ -908,6 +942,7 @@ def run_flags(p, save_every):
     p.add_argument("--workers", type=natural, default=4 if on_gpu else 0, help="processes that read batches")
     p.add_argument("--save-every", type=positive, default=save_every, help="steps between checkpoints")
     p.add_argument("--log-every", type=positive, default=50, help="steps between lines of metrics.jsonl")
+    p.add_argument("--log-to", choices=("tensorboard", "wandb"), help="numbers and samples go there too")
     p.add_argument("--sample-every", type=natural,
                    help="steps between pictures: samples/STEP.png, curves.png (default: 500; 0: none)")
     p.add_argument("--dry-run", action="store_true",
@@ -932,6 +967,7 @@ class Run:
             raise UserError(f"--batch {args.batch}: expected a multiple of {self.world} process(es) times "
                             f"--micro-batch {self.micro}")
         self.sample_every = 500 if args.sample_every is None else args.sample_every
+        self.tracker = import_tracker(args.log_to) if args.log_to and self.rank == 0 else None
         if not args.dry_run:
             open_out(args.out)
             if self.rank == 0:
@@ -971,7 +1007,8 @@ class Run:
         name_images(step, places in the global batch) -> names; draw() -> what the model can do, two rows of
         images, uint8 (N, 3, H, W): called by the first process alone."""
         settings, out = dict(vars(self.args), inputs=self.inputs), self.path.parent
-        self.log = Log(out / "metrics.jsonl", self.step, settings, self.rank)
+        track, self.track_picture = open_tracker(self.tracker, out, self.step, settings)
+        self.log = Log(out / "metrics.jsonl", self.step, settings, self.rank, track)
         self.stop, self.since, self.seen, self.name_images = Stop(), time.time(), 0, name_images
         self.draw, self.last = draw, {}
         self.figure = load_figure() if self.sample_every and self.rank == 0 else None
@@ -990,6 +1027,8 @@ class Run:
         if self.draw is not None:
             images, picture = self.draw(), open_out(out / "samples") / f"{self.step:06d}.png"
             save_grid(images, picture, columns=len(images) // 2)
+            if self.track_picture:
+                self.track_picture(np.asarray(Image.open(picture)), self.step)
         if self.figure is not None:
             draw_curves(self.figure, self.log.path, out / "curves.png")
         self.since += time.time() - begin  # no part of the training's speed

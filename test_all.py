@@ -2020,6 +2020,36 @@ def test_pictures(script, small, tmp_path, monkeypatch):
     assert np.abs(sheet.astype(int) - np.array(Image.open(tmp_path / "b/samples/000003.png"))).max() <= 1
 
 
+@pytest.mark.parametrize("name,module,flag", [("tensorboard", "torch.utils.tensorboard", "purge_step"),
+                                              ("wandb", "wandb", "resume")])
+def test_log_to(name, module, flag, small, tmp_path, monkeypatch):
+    """TensorBoard or wandb is told other numbers or pictures than lie in --out, or its lack ends in a
+    traceback."""
+    opened, told, idle = [], {}, lambda *_, **__: None
+    note = lambda k, v, step, **_: told.update({(k, step): v})
+    log = lambda values: [note(k, v, values["step"]) for k, v in values.items() if k != "step"]
+    board = SimpleNamespace(add_scalar=note, add_image=note, close=idle, log=log, define_metric=idle)
+    begin = lambda *_, **flags: opened.append(flags[flag]) or board
+    fake = SimpleNamespace(**{"SummaryWriter" if name != module else "init": begin}, Image=np.asarray,
+                           Error=ZeroDivisionError)
+    command = sit_command(small, tmp_path, "--steps", 2, "--sample-every", 2, "--log-to", name)
+    monkeypatch.setitem(sys.modules, module, None)
+    assert_refused(call(*command), f"--log-to {name}", f"pip install {name}")
+    monkeypatch.setitem(sys.modules, module, fake)
+    do(*command)
+    do(*command, "--steps", 3)
+    do(*command[:-2], "--steps", 3, "--sample-every", 0)  # both flags are free to change
+    assert opened == ([1, 3] if name == "tensorboard" else ["auto", "auto"])
+    for i in (2, 3):
+        assert np.array_equal(told.pop(("samples", i)), Image.open(tmp_path / f"samples/00000{i}.png"))
+    written = {(f"{k}/{i}" if k == "velocity_t" else k, r["step"]): x for r in metrics(tmp_path)[1]
+               for k, v in r.items() for i, x in enumerate(np.ravel(v)) if k != "step" and x is not None}
+    assert told == written and len(told) > 20
+    if name == "wandb":
+        fake.init = lambda **_: 1 / 0  # as without an account
+        assert_refused(call(*command, "--steps", 4), "--log-to wandb: division")
+
+
 def test_what_cannot_be_watched(small, tmp_path, monkeypatch):
     """Without its VAE or matplotlib a run ends that asked for no pictures, or says
     nothing."""
