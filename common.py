@@ -1010,7 +1010,7 @@ class Run:
         track, self.track_picture = open_tracker(self.tracker, out, self.step, settings)
         self.log = Log(out / "metrics.jsonl", self.step, settings, self.rank, track)
         self.stop, self.since, self.seen, self.name_images = Stop(), time.time(), 0, name_images
-        self.draw, self.last = draw, {}
+        self.draw, self.last, self.told = draw, {}, (self.since, self.step)
         self.figure = load_figure() if self.sample_every and self.rank == 0 else None
         with tqdm(total=self.args.steps, initial=self.step, disable=self.rank > 0 or None) as self.bar:
             for batch in batches:
@@ -1020,6 +1020,15 @@ class Run:
 
     def last_losses(self):
         return "".join(f"{k} {v:.4g}, " for k, v in self.last.items())
+
+    def tell(self):
+        """Where there is no terminal for the bar: a line a minute."""
+        now, (then, step) = time.time(), self.told
+        if self.rank == 0 and self.bar.disable and now >= then + 60:
+            rate, self.told = (self.step - step) / (now - then), (now, self.step)
+            left = timedelta(seconds=round((self.args.steps - self.step) / rate))
+            print(f"step {self.step} of {self.args.steps}, {self.last_losses()}{rate * self.args.batch:.1f} "
+                  f"images/s, {left} left", file=sys.stderr, flush=True)
 
     def show(self):
         """samples/STEP.png and curves.png, as of now."""
@@ -1071,6 +1080,7 @@ class Run:
             save_checkpoint(self.path, state)
         if shows and rank == 0:
             self.show()
+        self.tell()
         if stopping:
             barrier()  # no rank leaves, and takes the others with it, before the checkpoint is on disk
             raise Stopped(f"stopped by {signal.Signals(stopping).name}; saved at step {self.step}; run the "
