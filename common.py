@@ -10,15 +10,17 @@ stands behind one object of this file:
         return                                             # nothing is left to do
     for step, batch in run.steps(batches, name_images):    # what is left of --steps
         ...one optimiser step...
-        run.after_step(losses)                             # finite? log? save? stop?
+        run.after_step(losses)                             # finite? log? save? draw? stop?
 """
 import argparse
+import atexit
 import contextlib
 import ctypes
 import errno
 import fcntl
 import functools
 import hashlib
+import importlib
 import json
 import math
 import os
@@ -485,7 +487,8 @@ def save_png(image, path):
     """A PIL image as PNG that says how it was made (in its text chunk "made")."""
     info = PngImagePlugin.PngInfo()
     info.add_text("made", json.dumps(made()))
-    image.save(path, "png", pnginfo=info)
+    with whole_file(path) as temporary:
+        image.save(temporary, "png", pnginfo=info)
 
 
 def save_grid(images, path, columns):
@@ -749,7 +752,7 @@ def load_weights(module, state, source):
 FREE_FLAGS = {"out", "data", "latents", "init", "vfm_ckpt", "lpips_ckpt", "disc_ckpt", "steps", "micro_batch",
               "workers",
               "save_every", "log_every", "compile", "eval_every", "eval_stats", "eval_images", "eval_steps",
-              "grad_checkpointing", "deterministic"}
+              "grad_checkpointing", "deterministic", "sample_every", "log_to"}
 
 
 def same_run(checkpoint, args, path, inputs):
@@ -931,10 +934,11 @@ class Losses:
 
 class Log:
     """metrics.jsonl: the run's settings first, then one JSON object a line; a resumed run drops what came
-    after its checkpoint, and says by which command it goes on (these lines stay). Only rank 0 writes."""
+    after its checkpoint, and says by which command it goes on (these lines stay). Only rank 0 writes.
+    track: None, or what takes ({name: number}, step) too."""
 
-    def __init__(self, path, step, settings, rank):
-        self.path, self.rank, kept = Path(path), rank, []
+    def __init__(self, path, step, settings, rank, track=None):
+        self.path, self.rank, self.track, kept = Path(path), rank, track, []
         if rank:
             return
         before = self.path.read_text("utf-8", "replace") if step and self.path.exists() else ""
@@ -951,6 +955,61 @@ class Log:
             record = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in record.items()}
             with open(self.path, "a") as f:
                 f.write(json.dumps(record) + "\n")
+            if self.track and "step" in record:
+                numbers = {f"{k}/{i}" if isinstance(v, list) else k: number for k, v in record.items()
+                           for i, number in enumerate(np.ravel(v)) if number is not None and k != "step"}
+                self.track(numbers, record["step"])
+
+
+def import_tracker(name):
+    """The module of --log-to. Raises UserError."""
+    try:
+        return importlib.import_module("torch.utils.tensorboard" if name == "tensorboard" else name)
+    except ImportError as e:
+        raise UserError(f"--log-to {name}: cannot be imported ({brief(e)}); pip install {name}, or leave the "
+                        "flag out") from None
+
+
+def open_tracker(module, out, step, settings):
+    """The module of --log-to -> what takes ({name: number}, step) and what takes (picture (H, W, 3) uint8,
+    step), or None twice. step: the checkpoint's; later numbers come again. Raises UserError."""
+    if module is None:
+        return None, None
+    if hasattr(module, "SummaryWriter"):
+        board = module.SummaryWriter(str(out / "tensorboard"), purge_step=step + 1, flush_secs=10)
+        atexit.register(board.close)
+        return (lambda numbers, step: [board.add_scalar(k, v, step) for k, v in numbers.items()],
+                lambda picture, step: board.add_image("samples", picture, step, dataformats="HWC"))
+    try:  # "auto": a run that was stopped goes on
+        board = module.init(project="send-vae", dir=str(out), config=settings, resume="auto")
+    except module.Error as e:
+        raise UserError(f"--log-to wandb: {brief(e, 400)}") from None
+    board.define_metric("*", step_metric="step")  # wandb's own steps cannot go back to the checkpoint's
+    return (lambda numbers, step: board.log({**numbers, "step": step}),
+            lambda picture, step: board.log({"samples": module.Image(picture), "step": step}))
+
+
+def load_figure():
+    """matplotlib's Figure; None, and a line that says so, where there is none."""
+    try:
+        return importlib.import_module("matplotlib.figure").Figure
+    except ImportError as e:
+        print(f"no curves.png is drawn ({brief(e)}): pip install matplotlib")
+
+
+def draw_curves(Figure, log, path):
+    """What a metrics.jsonl says over the steps, but for the speed, a panel each -> PNG."""
+    records = [r for r in map(json.loads, log.read_text().splitlines()) if "step" in r]
+    is_drawn = lambda k, v: isinstance(v, (float, list)) and k not in ("lr", "images_per_s", "seconds")
+    names = dict.fromkeys(k for r in records for k, v in r.items() if is_drawn(k, v))
+    down = -(-len(names) // 4)
+    figure = Figure((14, 0.4 + 2.6 * down), layout="constrained")
+    for i, name in enumerate(names):
+        steps, values = zip(*[(r["step"], r[name]) for r in records if is_drawn(name, r.get(name))])
+        axis = figure.add_subplot(down, 4, i + 1, title=name)
+        axis.plot(steps, np.array(values, float), ".-", lw=0.8, markersize=3)  # velocity_t: a line a bin
+    with whole_file(path) as part:
+        figure.savefig(part, dpi=80, format="png", metadata=dict(made=json.dumps(made())))
 
 
 class Stop:
@@ -978,6 +1037,9 @@ def run_flags(p, save_every):
     p.add_argument("--workers", type=natural, default=4 if on_gpu else 0, help="processes that read batches")
     p.add_argument("--save-every", type=positive, default=save_every, help="steps between checkpoints")
     p.add_argument("--log-every", type=positive, default=50, help="steps between lines of metrics.jsonl")
+    p.add_argument("--log-to", choices=("tensorboard", "wandb"), help="numbers and samples go there too")
+    p.add_argument("--sample-every", type=natural,
+                   help="steps between pictures: samples/STEP.png, curves.png (default: 500; 0: none)")
     p.add_argument("--dry-run", action="store_true",
                    help="print the plan (parameters, tokens, steps, disk), and end; needs no frozen weights")
 
@@ -999,6 +1061,8 @@ class Run:
         if args.batch % (self.world * self.micro):
             raise UserError(f"--batch {args.batch}: expected a multiple of {self.world} process(es) times "
                             f"--micro-batch {self.micro}")
+        self.sample_every = 500 if args.sample_every is None else args.sample_every
+        self.tracker = import_tracker(args.log_to) if args.log_to and self.rank == 0 else None
         if not args.dry_run:
             open_out(args.out)
             if self.rank == 0:
@@ -1033,18 +1097,45 @@ class Run:
         open_out(self.path.parent, need_bytes=3 * 4 * (weights + 2 * trained) - there)
         return True
 
-    def steps(self, batches, name_images):
+    def steps(self, batches, name_images, draw=None):
         """Yield (step, batch) of each step that is left, counted from 0; after_step() must follow each.
-        name_images(step, places in the global batch) -> names."""
-        settings = dict(vars(self.args), inputs=self.inputs)
-        self.log = Log(self.path.parent / "metrics.jsonl", self.step, settings, self.rank)
+        name_images(step, places in the global batch) -> names; draw() -> what the model can do, two rows of
+        images, uint8 (N, 3, H, W): called by the first process alone."""
+        settings, out = dict(vars(self.args), inputs=self.inputs), self.path.parent
+        track, self.track_picture = open_tracker(self.tracker, out, self.step, settings)
+        self.log = Log(out / "metrics.jsonl", self.step, settings, self.rank, track)
         self.stop, self.since, self.seen, self.name_images = Stop(), time.time(), 0, name_images
+        self.draw, self.last, self.told = draw, {}, (self.since, self.step)
+        self.figure = load_figure() if self.sample_every and self.rank == 0 else None
         with tqdm(total=self.args.steps, initial=self.step, disable=self.rank > 0 or None) as self.bar:
             for batch in batches:
                 yield self.step, batch
         if self.rank == 0:
-            last = ", ".join(f"{k} {v:.4g}" for k, v in self.last.items())
-            print(f"{self.path}: step {self.step}, {last}, {self.seconds:.0f} s")
+            print(f"{self.path}: step {self.step}, {self.last_losses()}{self.seconds:.0f} s")
+
+    def last_losses(self):
+        return "".join(f"{k} {v:.4g}, " for k, v in self.last.items())
+
+    def tell(self):
+        """Where there is no terminal for the bar: a line a minute."""
+        now, (then, step) = time.time(), self.told
+        if self.rank == 0 and self.bar.disable and now >= then + 60:
+            rate, self.told = (self.step - step) / (now - then), (now, self.step)
+            left = timedelta(seconds=round((self.args.steps - self.step) / rate))
+            print(f"step {self.step} of {self.args.steps}, {self.last_losses()}{rate * self.args.batch:.1f} "
+                  f"images/s, {left} left", file=sys.stderr, flush=True)
+
+    def show(self):
+        """samples/STEP.png and curves.png, as of now."""
+        begin, out = time.time(), self.path.parent
+        if self.draw is not None:
+            images, picture = self.draw(), open_out(out / "samples") / f"{self.step:06d}.png"
+            save_grid(images, picture, columns=len(images) // 2)
+            if self.track_picture:
+                self.track_picture(np.asarray(Image.open(picture)), self.step)
+        if self.figure is not None:
+            draw_curves(self.figure, self.log.path, out / "curves.png")
+        self.since += time.time() - begin  # no part of the training's speed
 
     def due(self, every, step=None):
         """Whether something that is done `every` so many steps is due after this step."""
@@ -1053,15 +1144,16 @@ class Run:
 
     def after_step(self, losses, each=None, t=None, score=None):
         """Note the losses, {name: scalar tensor of this rank}, and of each of its images a number that shows
-        whether it is finite (with times t: its loss). Then log, score, save, and stop if a signal asked for
-        it. score() -> {name: float}, for the log; only finite losses are followed by it."""
+        whether it is finite (with times t: its loss). Then log, score, save, draw, and stop if a signal asked
+        for it. score() -> {name: float}, for the log; only finite losses are followed by it."""
         args, rank = self.args, self.rank
         self.step += 1
         self.seen += args.batch
         self.losses.add(self.step, losses, each, t)
         self.bar.update()
         stopping, logs, saves = self.stop.asked(), self.due(args.log_every), self.due(args.save_every)
-        if logs or saves or stopping or score is not None:
+        shows = self.due(self.sample_every)
+        if logs or saves or shows or stopping or score is not None:
             self.last = self.losses.look(self.name_images, self.advice)
         if logs:
             now = time.time()
@@ -1081,6 +1173,9 @@ class Run:
                           seconds=self.seconds,
                           losses=dict(sums=self.losses.sums.tolist()))
             save_checkpoint(self.path, state)
+        if shows and rank == 0:
+            self.show()
+        self.tell()
         if stopping:
             barrier()  # no rank leaves, and takes the others with it, before the checkpoint is on disk
             raise Stopped(f"stopped by {signal.Signals(stopping).name}; saved at step {self.step}; run the "

@@ -166,38 +166,49 @@ def read_steps(latents, pair, cached, run):
         yield batch, pixels, tokens
 
 
-class Evaluation:
-    """Fréchet distance of samples of the averaged model: Heun, --eval-steps steps, no guidance, equal class
-    counts, the same noise each time."""
+class Sampler:
+    """Samples, decoded by the VAE that made the latents: Heun, no guidance, the same noise each time."""
 
     def __init__(self, run, latents):
-        self.run, args = run, run.args
+        self.run = run
+        if not Path(latents.meta["vae"]).exists():
+            raise UserError(f"{latents.meta['vae']}, the VAE of {run.args.latents}, is not there; if it has "
+                            f"moved: python vae.py --vae NEW --data DIR --out {run.args.latents}")
+        self.vae = load_vae(latents.meta["vae"])
+        if common.weights_hash(self.vae.state_dict()) != latents.meta["vae_hash"]:
+            raise UserError(f"{latents.meta['vae']}: no longer the VAE that made {run.args.latents}; encode "
+                            "again, or leave --eval-every and --sample-every out")
+        self.vae.to(run.device, memory_format=torch.channels_last)
+        self.mean, self.std = (s.view(1, -1, 1, 1).to(run.device) for s in (latents.mean, latents.std))
+
+    @torch.no_grad()
+    def __call__(self, model, rows, y, steps):
+        """rows (B,): which noise; labels y (B,) -> uint8 (B, 3, H, W)."""
+        args, device, c = self.run.args, self.run.device, model.config
+        shape = c["in_channels"], c["input_size"], c["input_size"]
+        noise = data.draw_noise(args.seed + 2 ** 61, rows, 0, shape)[1].to(device)
+        with common.autocast(device, args.precision):
+            z = sample_ode(model, noise, y.to(device), steps, path=args.path) * self.std + self.mean
+            return data.to_uint8(self.vae.decode(z.contiguous(memory_format=torch.channels_last)))
+
+
+class Evaluation:
+    """Fréchet distance of samples of the averaged model: --eval-steps steps, equal class counts."""
+
+    def __init__(self, run, sample):
+        self.run, self.sample, args = run, sample, run.args
         self.net, self.stats = load_stats(args.eval_stats)
         network = "FID" if self.net.label == "inception" else f"FD({self.net.label})"
         self.name = f"{network}-{args.eval_images}"
-        if not Path(latents.meta["vae"]).exists():
-            raise UserError(f"--eval-every: {latents.meta['vae']}, the VAE of {args.latents}, is not there; "
-                            f"if it has moved: python vae.py --vae NEW --data DIR --out {args.latents}")
-        self.vae = load_vae(latents.meta["vae"])
-        if common.weights_hash(self.vae.state_dict()) != latents.meta["vae_hash"]:
-            raise UserError(f"{latents.meta['vae']}: no longer the VAE that made {args.latents}; encode "
-                            "again, or switch --eval-every off")
-        self.vae.to(run.device, memory_format=torch.channels_last)
         self.net.to(run.device, memory_format=torch.channels_last)
-        self.mean, self.std = (s.view(1, -1, 1, 1).to(run.device) for s in (latents.mean, latents.std))
 
     @torch.no_grad()
     def __call__(self, model):
         """{its name: the distance}, on rank 0 (0 elsewhere), whatever the number of ranks."""
-        run, args, c = self.run, self.run.args, model.config
-        shape = c["in_channels"], c["input_size"], c["input_size"]
+        run, args = self.run, self.run.args
         features = torch.zeros(args.eval_images, self.net.dim)
         for rows in common.chunks(common.split_rows(args.eval_images, run.rank, run.world), 64):
-            noise = data.draw_noise(args.seed + 2 ** 61, rows, 0, shape)[1].to(run.device)
-            y = torch.tensor(rows, device=run.device) % c["num_classes"]
-            with common.autocast(run.device, args.precision):
-                z = sample_ode(model, noise, y, args.eval_steps, path=args.path) * self.std + self.mean
-                images = data.to_uint8(self.vae.decode(z.contiguous(memory_format=torch.channels_last)))
+            images = self.sample(model, rows, torch.tensor(rows) % model.num_classes, args.eval_steps)
             with torch.backends.cudnn.flags(allow_tf32=False):
                 features[list(rows)] = self.net(images).cpu()
         features = common.all_reduce(features)
@@ -265,6 +276,19 @@ def main():
     if not run.resume(dict(model=model, ema=ema, optimizer=optimizer), inputs, record):
         return
 
+    # Pictures of 16 samples, from the first class to the last, and scores
+    sampler = None
+    if args.eval_every or run.sample_every and run.rank == 0:
+        try:
+            sampler = Sampler(run, latents)
+        except UserError as e:
+            if args.eval_every or args.sample_every:
+                raise
+            print(f"no samples are drawn: {e}")  # nobody asked for them
+    labels = torch.arange(16) * model.num_classes // 16
+    draw = sampler and partial(sampler, ema, range(16), labels, steps=10)
+    evaluate = Evaluation(run, sampler) if args.eval_every else None
+
     # Compile and wrap: the plain module stays for checkpoints and EMA
     forward = torch.compile(loss, fullgraph=True, disable=not args.compile)
     if args.compile and vfm is not None:
@@ -272,7 +296,6 @@ def main():
     if run.world > 1:
         ids = [device.index] if device.type == "cuda" else None
         forward = DDP(forward, device_ids=ids, gradient_as_bucket_view=True)
-    evaluate = Evaluation(run, latents) if args.eval_every else None
     cached = None
     if args.cache_vfm:
         cached = cache_tokens(args.cache_vfm, vfm, inputs["vfm"], pair[0], run)
@@ -284,7 +307,7 @@ def main():
         rows = data.sample_order(n, args.seed, [step * args.batch + p for p in places])
         return [latents.files[row] for row in rows]
 
-    for step, (batch, pixels, known) in run.steps(read_steps(latents, pair, cached, run), name_images):
+    for step, (batch, pixels, known) in run.steps(read_steps(latents, pair, cached, run), name_images, draw):
         # 1. Forward and backward, in pieces of --micro-batch
         learning_rate = common.learning_rate(args, step)
         for group in optimizer.param_groups:

@@ -361,6 +361,17 @@ def to_device(run, vfm, token_scale, part, pixels, noise, tokens):
     return x, noise, tokens
 
 
+@torch.no_grad()
+def draw_images(images, vae, run):
+    """8 images, spread over the folder, and below them their reconstructions: uint8 (16, 3, S, S)."""
+    rows = torch.linspace(0, len(images.files) - 1, min(8, len(images.files))).long().tolist()
+    originals, _, _, bad = data.read_rows(images, rows, replace=True)
+    images.note_bad(bad)
+    with common.autocast(run.device, run.args.precision):
+        z = vae.encode(data.to_float(originals.to(run.device))).mean
+        return torch.cat([originals, data.to_uint8(vae.decode(z)).cpu()])
+
+
 def compile_parts(args, vae, mapper, vfm, discriminator, disc_loss):
     """--compile: in place, so that names of parameters stay -> the discriminator as the judge of L_GAN."""
     if not args.compile:
@@ -469,7 +480,8 @@ def main():
         rows = data.sample_order(len(images), args.seed, [step * args.batch + p for p in places])
         return [images.files[row % len(images.files)] for row in rows]
 
-    for step, batch in run.steps(read_steps(images, cached, run, latent_shape), name_images):
+    draw = partial(draw_images, images, ema, run)
+    for step, batch in run.steps(read_steps(images, cached, run, latent_shape), name_images, draw):
         # 1. The batch, in pieces of --micro-batch
         micro_batches = [to_device(run, vfm, token_scale, slice(i, i + run.micro), *batch)
                          for i in range(0, run.local, run.micro)]

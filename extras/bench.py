@@ -311,7 +311,7 @@ def time_training(bench, module):
     """train_sit.py or train_vae.py. What lies between the other parts counts as reading the batch."""
     rare = 10 ** 9
     args = bench.parse(module, "--data", bench.folder, "--out", bench.folder / "out", "--steps",
-                       bench.count + 1, "--save-every", rare, "--log-every", rare,
+                       bench.count + 1, "--save-every", rare, "--log-every", rare, "--sample-every", 0,
                        *(("--latents", "random") if module is train_sit else ()))
     images = max(64, args.batch)
     if module is train_sit:

