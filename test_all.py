@@ -19,7 +19,6 @@ import types
 from pathlib import Path
 from types import SimpleNamespace
 
-import huggingface_hub
 import lpips
 import numpy as np
 import pytest
@@ -36,13 +35,12 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from helpers import (
-    ALL_LOSSES, FP32, HERE, LITE0, NAME, ONE_STEP, PLAIN, SLOW, SMALL, SMALL_SIT, SMALL_VAE, VFM,
-    Colours, Evil, Gaussian, assert_is_diffusers, assert_refused, assert_same_bits, assert_same_losses,
-    call, command_line, count, digest, do, do_on_two, draw_avatars, encode_command, ended, fork, forked,
+    ALL_LOSSES, FP32, HERE, LITE0, NAME, ONE_STEP, PLAIN, SLOW, SMALL, SMALL_SIT, SMALL_VAE, VFM, Colours,
+    Evil, Gaussian, assert_is_diffusers, assert_refused, assert_same_bits, assert_same_losses, call,
+    command_line, count, digest, do, do_on_two, draw_avatars, encode_command, ended, fork, forked,
     labelled, ldm_state, metrics, peer_sit, peer_vae, planted, ramp, read_scores, recipe, sit_command,
-    sklearn_probe, small_vae, stats_of, tensors, tiny_sit, tiny_vae, train_command, train_vae_args,
-    truncate, vae_batch, vae_command, write_images, write_npz, write_table)
-from huggingface_hub import errors
+    sklearn_probe, small_vae, stats_of, tensors, tiny_sit, tiny_vae, train_command, truncate, vae_batch,
+    vae_command, write_images, write_npz, write_table)
 from PIL import Image, ImageCms
 
 import common
@@ -554,49 +552,6 @@ def test_vae_formats(kind, tmp_path, monkeypatch):
     loaded = vae.load_vae(path)
     assert common.weights_hash(loaded.state_dict()) == common.weights_hash(state) and loaded.config == SMALL
     assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
-
-
-NO_NETWORK = "put a.pt of https://huggingface.co/org/f2/tree/main anywhere and give that path; or copy "
-ANSWER = dict(response=SimpleNamespace(headers={}, request=None))
-
-
-@pytest.mark.parametrize("error,words", [
-    (errors.RepositoryNotFoundError("?", **ANSWER), "no repository https://huggingface.co/org/f2 "),
-    (errors.GatedRepoError("?", **ANSWER), "accept the terms on https://huggingface.co/org/f2, then"),
-    (errors.EntryNotFoundError("?"), "no such file; https://huggingface.co/org/f2/tree/main"),
-    (errors.LocalEntryNotFoundError("?"), NO_NETWORK), (None, NO_NETWORK),
-    (errors.HfHubHTTPError.__bases__[0]("?"), NO_NETWORK),  # what its client raises
-    (PermissionError(errno.EACCES, "Permission denied"), "(Permission denied); name another folder")])
-def test_what_the_hub_refuses(error, words, hub, monkeypatch):
-    """A name that the hub does not know or give, no network, or a cache that cannot be written, ends in a
-    traceback or a page of huggingface's."""
-    def refuse(*_):
-        raise error
-
-    if error:
-        monkeypatch.setattr(huggingface_hub, "hf_hub_download", refuse)
-    write_images(Path("images"), 4)
-    flags = "--data", "images", "--out", "o"
-    train = "train_vae", *flags, *PLAIN, "--lpips", 0
-    for command in ((*train, "--init"), (*train, "--preset", "demo", "--gan", 1, "--disc-ckpt"),
-                    ("vae", *flags, "--vae"), ("sample", "--out", "a.npz", "--sit")):
-        assert_refused(call(*command, "org/f2:a.pt"), "org/f2:a.pt: ", words)
-
-
-def test_repositories_without_a_vae(hub):
-    """A repository without weights, with several, of another network, or with statistics of other latents is
-    loaded, or does not say what it holds."""
-    hub("org/text", "README.md")
-    hub("org/many", "a.pt", "b.ckpt")
-    for name, config in (("wan", dict(_class_name="AutoencoderKLWan")), ("stats", dict(latents_mean=[1, 2])),
-                         ("torn", dict(latents_mean={"a": 1}))):
-        folder = hub(f"org/{name}", "diffusion_pytorch_model.bin")
-        (folder / "config.json").write_text(json.dumps(dict(latents_std=[1, 2]) | config))
-    for name, words in dict(
-            text="org/text: holds no weights", many="org/many: holds a.pt, b.ckpt; expected a VAE",
-            none="put config.json and diffusion_pytorch_model.safetensors, or", wan="KLWan, expected",
-            stats="shapes ((2,), (2,)); expected 3", torn="not a configuration of diffusers").items():
-        assert_refused(call("vae", "--vae", f"org/{name}", "--data", "x", "--out", "y"), words)
 
 
 def test_a_pickle_never_runs(tmp_path):
@@ -1981,36 +1936,6 @@ def test_chain_scores(demo, avatars, net):
         assert row["probe_f1"] == found["f1"]
 
 
-def test_outputs_say_how_they_were_made(demo):
-    """A file does not say by which command, commit, versions and inputs it was made."""
-    def good(made, script):
-        assert made["command"].startswith(f"{script}.py ") and made["commit"] == common.commit()
-        assert set(made["versions"]) == {"python", "torch", "numpy", "pillow", "timm"}
-        assert torch.__version__.startswith(made["versions"]["torch"])
-
-    send = demo / "send"
-    for name, script in {"latents/meta.json": "vae", "samples.json": "sample", "recon.json": "fid",
-                         "fd.json": "fid", "probe.json": "probe"}.items():
-        good(common.read_json(send / name)["made"], script)
-    good(common.read_json(demo / "report.json")["made"], "study")
-    for name, script in (("vae.pt", "train_vae"), ("sit/sit.pt", "train_sit")):
-        checkpoint, (settings, _) = common.load_checkpoint(send / name), metrics((send / name).parent)
-        good(checkpoint["made"], script)
-        good(settings["made"], script)
-        assert settings["inputs"] == checkpoint["inputs"]
-    for name, script in (("samples.png", "sample"), ("recon.png", "fid")):
-        good(json.loads(Image.open(send / name).text["made"]), script)
-    vae_hash = common.weights_hash(vae.load_vae(send / "vae.pt").state_dict())
-    meta = common.read_json(send / "latents/meta.json")
-    assert meta["vae_hash"] == vae_hash == common.read_json(send / "recon.json")["inputs"]["vae"]
-    assert metrics(send / "sit")[0]["inputs"]["latents"] == f"{vae_hash}-{meta['files_hash']}"
-    init = common.weights_hash(vae.load_vae(demo / "pretrain/vae.pt").state_dict())
-    assert metrics(send)[0]["inputs"]["init"] == init
-    samples = hashlib.sha256((send / "samples.npz").read_bytes()).hexdigest()[:16]
-    assert common.read_json(send / "fd.json")["inputs"][str(send / "samples.npz")] == samples
-    assert len(common.read_json(send / "probe.json")["inputs"]) == 2
-
-
 @pytest.mark.parametrize("losses", [ALL_LOSSES, ("--align", "vavae", *VFM, "--gan", 0)])
 def test_processes_and_micro_batches_train_the_same_vae(losses, small, tmp_path):
     """Losses depend on the number of processes or on --micro-batch (a gradient, draw or statistic is not
@@ -2104,83 +2029,6 @@ def wait_for_steps(folder):
     while not (log.exists() and len(log.read_text().splitlines()) > 2):
         assert time.time() < end
         time.sleep(0.02)
-
-
-@pytest.mark.parametrize("script", NAME)
-def test_pictures(script, small, tmp_path, monkeypatch):
-    """Pictures move the training, are moved by a resume, or show another model, noise or images than they
-    say; or the curves stay behind."""
-    command = (vae_command(small / "images", tmp_path / "a") if script == "train_vae" else
-               sit_command(small, tmp_path / "a", "--lr", 0.05))
-    watched, labels, sample = (*command, "--sample-every", 1, "--out", tmp_path / "b"), [], sit.sample_ode
-    monkeypatch.setattr(train_sit, "sample_ode", lambda *a, **b: labels.append(a[2]) or sample(*a, **b))
-    do(*command, "--steps", 3)
-    do(*watched, "--steps", 2)
-    curves = (tmp_path / "b/curves.png").read_bytes()
-    do(*watched, "--steps", 3)
-    assert_same_bits(tmp_path / "a" / NAME[script], tmp_path / "b" / NAME[script])
-    assert curves != (tmp_path / "b/curves.png").read_bytes() and not (tmp_path / "a/samples").exists()
-    assert sorted(p.name for p in (tmp_path / "b/samples").iterdir()) == [f"00000{i}.png" for i in (1, 2, 3)]
-    if script == "train_vae":
-        folder, model = data.ImageFolder(small / "images", 32), vae.load_vae(tmp_path / "b/vae.pt")
-        x = torch.stack([folder[i][0] for i in (0, 5, 11, 16, 22, 27, 33, 39)])
-        images = torch.cat([x, data.to_uint8(model.decode(model.encode(data.to_float(x)).mean))])
-    else:
-        model, checkpoint = sit.load_sit(tmp_path / "b/sit.pt")
-        noise, y = data.draw_noise(2 ** 61, range(16), 0, (4, 8, 8))[1], torch.arange(16) // 8
-        mean, std = (checkpoint[k].view(1, -1, 1, 1) for k in ("latent_mean", "latent_std"))
-        z = sample(model, noise, y, 10) * std + mean
-        assert len(labels) == 3 and all(torch.equal(drawn, y) for drawn in labels)
-        images = data.to_uint8(vae.load_vae(small / "vae/vae.pt").decode(z))
-    sheet = images.view(2, 8, 3, 32, 32).permute(0, 3, 1, 4, 2).reshape(64, 256, 3).numpy()
-    assert np.abs(sheet.astype(int) - np.array(Image.open(tmp_path / "b/samples/000003.png"))).max() <= 1
-
-
-@pytest.mark.parametrize("name,module,flag", [("tensorboard", "torch.utils.tensorboard", "purge_step"),
-                                              ("wandb", "wandb", "resume")])
-def test_log_to(name, module, flag, small, tmp_path, monkeypatch):
-    """TensorBoard or wandb is told other numbers or pictures than lie in --out, or its lack ends in a
-    traceback."""
-    opened, told, idle = [], {}, lambda *_, **__: None
-    note = lambda k, v, step, **_: told.update({(k, step): v})
-    log = lambda values: [note(k, v, values["step"]) for k, v in values.items() if k != "step"]
-    board = SimpleNamespace(add_scalar=note, add_image=note, close=idle, log=log, define_metric=idle)
-    begin = lambda *_, **flags: opened.append(flags[flag]) or board
-    fake = SimpleNamespace(**{"SummaryWriter" if name != module else "init": begin}, Image=np.asarray,
-                           Error=ZeroDivisionError)
-    command = sit_command(small, tmp_path, "--steps", 2, "--sample-every", 2, "--log-to", name)
-    monkeypatch.setitem(sys.modules, module, None)
-    assert_refused(call(*command), f"--log-to {name}", f"pip install {name}")
-    monkeypatch.setitem(sys.modules, module, fake)
-    do(*command)
-    do(*command, "--steps", 3)
-    do(*command[:-2], "--steps", 3, "--sample-every", 0)  # both flags are free to change
-    assert opened == ([1, 3] if name == "tensorboard" else ["auto", "auto"])
-    for i in (2, 3):
-        assert np.array_equal(told.pop(("samples", i)), Image.open(tmp_path / f"samples/00000{i}.png"))
-    written = {(f"{k}/{i}" if k == "velocity_t" else k, r["step"]): x for r in metrics(tmp_path)[1]
-               for k, v in r.items() for i, x in enumerate(np.ravel(v)) if k != "step" and x is not None}
-    assert told == written and len(told) > 20
-    if name == "wandb":
-        fake.init = lambda **_: 1 / 0  # as without an account
-        assert_refused(call(*command, "--steps", 4), "--log-to wandb: division")
-
-
-def test_what_cannot_be_watched(small, tmp_path, monkeypatch):
-    """Without its VAE or matplotlib a run ends that asked for no pictures, or says nothing; or without a
-    terminal it says nothing for hours."""
-    command, ticks = sit_command(small, tmp_path, "--steps", 6), iter(range(0, 10 ** 6, 20))
-    at = command.index("--sample-every")
-    monkeypatch.setattr(train_sit, "load_vae", lambda _: vae.load_vae("gone.pt"))
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    assert_refused(call(*command, "--sample-every", 9), "gone.pt")
-    monkeypatch.setattr(common, "time", SimpleNamespace(time=lambda: next(ticks), strftime=time.strftime))
-    status, out, err = call(*command[:at], *command[at + 2:])
-    assert status == 0 and "no samples are drawn: gone.pt" in out and "no curves.png is drawn" in out
-    assert {p.name for p in tmp_path.iterdir()} == {"metrics.jsonl", "sit.pt"}
-    told = [line.split(", ") for line in err.splitlines()]
-    assert [line[0] for line in told] == ["step 2 of 6", "step 4 of 6", "step 6 of 6"]
-    assert told[0][1].startswith("velocity ") and told[0][-2:] == ["0.1 images/s", "0:02:40 left"]
 
 
 def test_torchrun(small, tmp_path):
@@ -2520,6 +2368,25 @@ def test_twenty_steps_of_sit(precision, tolerance):
         assert found == pytest.approx(expected, rel=tolerance), k
 
 
+def test_cast_matmuls():
+    """Weights kept in bf16 give other numbers than autocast, or a norm loses its precision."""
+    model, vfm = small_sit(), mapper.VFM("tf_efficientnet_lite0", 64, 4, LITE0)
+    (x, y, t, _), _ = sit_batch(0)
+    image = torch.rand(2, 3, 64, 64) * 2 - 1
+
+    @torch.no_grad()
+    def outputs():
+        with common.autocast(torch.device("cpu"), "bf16"):
+            return model(x, t, y), vfm(image)
+
+    before = outputs()
+    for m in (model, vfm):
+        common.cast_matmuls(m, torch.device("cpu"), "bf16")
+    assert all(map(torch.equal, before, outputs()))
+    assert model.blocks[0].mlp.fc1.weight.dtype == torch.bfloat16
+    assert {m.weight.dtype for m in vfm.modules() if isinstance(m, nn.BatchNorm2d)} == {torch.float32}
+
+
 @pytest.mark.parametrize("precision,tolerance", [("fp32", 1e-5), ("bf16", 3e-2)])
 def test_ten_steps_of_vae(precision, tolerance):
     """The fast VAE step computes something else than diffusers' in fp32 (1e-5), or in bf16 beyond its
@@ -2556,25 +2423,6 @@ def test_grad_checkpointing():
     assert found[False][:2] == found[True][:2] and found[True][2] < 0.6 * found[False][2]
 
 
-def test_cast_matmuls():
-    """Weights kept in bf16 give other numbers than autocast, or a norm loses its precision."""
-    model, vfm = small_sit(), mapper.VFM("tf_efficientnet_lite0", 64, 4, LITE0)
-    (x, y, t, _), _ = sit_batch(0)
-    image = torch.rand(2, 3, 64, 64) * 2 - 1
-
-    @torch.no_grad()
-    def outputs():
-        with common.autocast(torch.device("cpu"), "bf16"):
-            return model(x, t, y), vfm(image)
-
-    before = outputs()
-    for m in (model, vfm):
-        common.cast_matmuls(m, torch.device("cpu"), "bf16")
-    assert all(map(torch.equal, before, outputs()))
-    assert model.blocks[0].mlp.fc1.weight.dtype == torch.bfloat16
-    assert {m.weight.dtype for m in vfm.modules() if isinstance(m, nn.BatchNorm2d)} == {torch.float32}
-
-
 def test_one_behind():
     """An item is stored before the next one is begun, or the last one is lost."""
     order = []
@@ -2605,47 +2453,6 @@ def test_wrong_words(tmp_path):
     assert "curl -o weights/adm-256.npz https://" in err and "256_labeled.npz" in err  # the last
 
 
-def test_recipe_is_the_papers(tmp_path):
-    """A line of the recipe has other settings than the paper, or an experiment of its tables is missing."""
-    (tmp_path / "train").mkdir()
-    (tmp_path / "val").mkdir()
-
-    def commands(table):
-        return recipe("imagenet", tmp_path, table, SHOW=1)[0].splitlines()
-
-    main = commands("main")
-    fine_tuned = "--resolution 256 | --batch 1024 | --steps 100000 | --lr 3e-4"
-    for expected in (f"train_vae.py | {fine_tuned} | --align send | --vfm vit_base_patch14_dinov2.lvd142m",
-                     f"train_vae.py | {fine_tuned} | --align none",
-                     "vae.py | --flip | --resolution 256",
-                     "train_sit.py | --model SiT-XL/1 | --repa 0.5 | --batch 256 | --steps 400000",
-                     "sample.py | --images 50000 | --sampler sde | --steps 250",
-                     "sample.py | --images 50000 | --cfg 2.5 --interval 0 0.75",
-                     "fid.py score weights/adm-256.npz",
-                     "fid.py recon | --resolution 256"):
-        parts = [f" {part} " for part in expected.split(" | ")]
-        assert any(all(part in line for part in parts) for line in main), expected
-
-    everything = commands("all")
-    arms = {Path(line.split("--out ")[1].strip()).name: line for line in everything if "train_vae.py" in line}
-    names = {f"{arm}-{init}" for arm in ("control", "send")
-             for init in ("vavae", "sdvae", "sdvae-512", "f16d16", "f16d32", "f16d64")}
-    assert names | {f"send-vavae-depth{d}-clean" for d in (0, 1, 2)} | {"vavae-vavae"} <= set(arms)
-    vfms = {train_vae_args(line).vfm for line in arms.values() if "/send-" in line}
-    assert vfms == {"vit_base_patch14_dinov2.lvd142m", "vit_large_patch16_224.mae",
-                    "vit_large_patch14_clip_224.openai", "vit_huge_patch14_gap_224.in1k_ijepa",
-                    "vit_base_patch16_siglip_256.webli", "vit_base_patch16_dinov3.lvd1689m"}
-    depths = [train_vae_args(line) for line in commands("table2") if "--align send" in line]
-    assert [(a.mapper_depth, a.noise) for a in depths] == [(0, 0), (1, 0), (2, 0)]
-    assert train_vae_args(arms["send-sdvae-512"]).resolution == 512
-    assert sum(" vae.py " in line and "/base-" in line for line in everything) >= 7  # VAEs as they are
-    for line in arms.values():
-        args = train_vae_args(line)
-        losses = args.rec, args.lpips, args.gan, args.gan_start, args.kl, args.clip
-        assert losses == ("l1", 1, 0.1, 0, 1e-6, 1)
-        assert args.lambda_align == {"send": 1, "vavae": 0.1, "none": 0}[args.align]
-
-
 # ------------------------------------------------------------------------------------------------------------
 # study
 
@@ -2655,38 +2462,6 @@ def test_steps_to():
     curve = [(100, 50.0), (200, 30.0), (300, 32.0), (400, 20.0)]
     found = [study.steps_to(curve, v) for v in (60, 50, 40, 30, 26, 20, 19)]
     assert found == [100, 100, 150, 200, 350, 400, None] and study.steps_to([], 60) is None
-
-
-def curves_of(**arms):
-    """{arm: {seed: row}} of distances at 100, 200, 300, 400 steps, a list a seed."""
-    def row(values):
-        return dict(curve=list(zip((100, 200, 300, 400), values)))
-
-    return {arm: {f"seed{i}": row(v) for i, v in enumerate(seeds)} for arm, seeds in arms.items()}
-
-
-def test_speed_ups():
-    """An arm is called faster for chance: seeds in which it is slower do not count, or a control that was
-    there before its end is measured at its end."""
-    control = [50.0, 40.0, 30.0, 20.0]
-    rows = curves_of(control=[control, control], send=[[55.0, 50.0, 40.0, 30.0], [40.0, 20.0, 15.0, 10.0]])
-    assert study.speed_ups(rows, "send", "control") == ([0.75, 2.0], False)
-    assert study.speed_ups(rows, "control", "send") == ([4 / 3, 0.5], False)
-    text = study.speed_text(rows, "send")
-    assert text.startswith(f"{1.5 ** 0.5:.2f} [") and text.endswith("undecided")
-    early = curves_of(control=[[50.0, 20.0, 30.0, 25.0]], send=[[50.0, 20.0, 30.0, 25.0]])
-    assert study.speed_text(early, "send") == "1.00 (one seed)"  # both were there before their ends
-    below = curves_of(control=[control], send=[[19.0, 18.0, 17.0, 16.0]])
-    assert study.speed_text(below, "send") == "4.00 (a bound) (one seed)"
-    faster = curves_of(control=[control, control], send=[[44.0, 20.0, 15.0, 10.0], [40.0, 20.0, 15.0, 10.0]])
-    assert study.speed_text(faster, "send").endswith("faster")
-    assert study.speed_text(dict(control=faster["send"], send=faster["control"]), "send").endswith("slower")
-    rng, logs = np.random.default_rng(0), []  # arms that are the control but for noise
-    for _ in range(300):
-        noisy = np.array([1200, 1090, 1040, 1015]) + rng.normal(size=(2, 4)) * 8
-        ratios, _ = study.speed_ups(curves_of(control=noisy[:1], send=noisy[1:]), "send", "control")
-        logs.append(np.log(ratios[0]))
-    assert abs(np.mean(logs)) < 3 * np.std(logs) / len(logs) ** 0.5
 
 
 def test_study_statistics():

@@ -406,3 +406,44 @@ def test_dry_run(small, tmp_path):
         plan = do(*command, "--dry-run")
         assert all(word in plan for word in expected), (command, plan)
     assert not out.exists()
+
+
+def test_recipe_is_the_papers(tmp_path):
+    """A line of the recipe has other settings than the paper, or an experiment of its tables is missing."""
+    (tmp_path / "train").mkdir()
+    (tmp_path / "val").mkdir()
+
+    def commands(table):
+        return recipe("imagenet", tmp_path, table, SHOW=1)[0].splitlines()
+
+    main = commands("main")
+    fine_tuned = "--resolution 256 | --batch 1024 | --steps 100000 | --lr 3e-4"
+    for expected in (f"train_vae.py | {fine_tuned} | --align send | --vfm vit_base_patch14_dinov2.lvd142m",
+                     f"train_vae.py | {fine_tuned} | --align none",
+                     "vae.py | --flip | --resolution 256",
+                     "train_sit.py | --model SiT-XL/1 | --repa 0.5 | --batch 256 | --steps 400000",
+                     "sample.py | --images 50000 | --sampler sde | --steps 250",
+                     "sample.py | --images 50000 | --cfg 2.5 --interval 0 0.75",
+                     "fid.py score weights/adm-256.npz",
+                     "fid.py recon | --resolution 256"):
+        parts = [f" {part} " for part in expected.split(" | ")]
+        assert any(all(part in line for part in parts) for line in main), expected
+
+    everything = commands("all")
+    arms = {Path(line.split("--out ")[1].strip()).name: line for line in everything if "train_vae.py" in line}
+    names = {f"{arm}-{init}" for arm in ("control", "send")
+             for init in ("vavae", "sdvae", "sdvae-512", "f16d16", "f16d32", "f16d64")}
+    assert names | {f"send-vavae-depth{d}-clean" for d in (0, 1, 2)} | {"vavae-vavae"} <= set(arms)
+    vfms = {train_vae_args(line).vfm for line in arms.values() if "/send-" in line}
+    assert vfms == {"vit_base_patch14_dinov2.lvd142m", "vit_large_patch16_224.mae",
+                    "vit_large_patch14_clip_224.openai", "vit_huge_patch14_gap_224.in1k_ijepa",
+                    "vit_base_patch16_siglip_256.webli", "vit_base_patch16_dinov3.lvd1689m"}
+    depths = [train_vae_args(line) for line in commands("table2") if "--align send" in line]
+    assert [(a.mapper_depth, a.noise) for a in depths] == [(0, 0), (1, 0), (2, 0)]
+    assert train_vae_args(arms["send-sdvae-512"]).resolution == 512
+    assert sum(" vae.py " in line and "/base-" in line for line in everything) >= 7  # VAEs as they are
+    for line in arms.values():
+        args = train_vae_args(line)
+        losses = args.rec, args.lpips, args.gan, args.gan_start, args.kl, args.clip
+        assert losses == ("l1", 1, 0.1, 0, 1e-6, 1)
+        assert args.lambda_align == {"send": 1, "vavae": 0.1, "none": 0}[args.align]

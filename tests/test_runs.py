@@ -1,5 +1,7 @@
 """Slow tests: runs."""
 import argparse
+import hashlib
+import json
 import shutil
 import zipfile
 from types import SimpleNamespace
@@ -383,3 +385,33 @@ def test_finished_commands_do_nothing(demo, avatars):
        "--batch", 8, "--repa", 0.5, *VFM, *FP32, "--out", demo / "send/sit")
     do("avatars", avatars, "--n", 200)
     assert {p: p.stat().st_mtime_ns for p in demo.rglob("*") if p.is_file()} == before
+
+
+def test_outputs_say_how_they_were_made(demo):
+    """A file does not say by which command, commit, versions and inputs it was made."""
+    def good(made, script):
+        assert made["command"].startswith(f"{script}.py ") and made["commit"] == common.commit()
+        assert set(made["versions"]) == {"python", "torch", "numpy", "pillow", "timm"}
+        assert torch.__version__.startswith(made["versions"]["torch"])
+
+    send = demo / "send"
+    for name, script in {"latents/meta.json": "vae", "samples.json": "sample", "recon.json": "fid",
+                         "fd.json": "fid", "probe.json": "probe"}.items():
+        good(common.read_json(send / name)["made"], script)
+    good(common.read_json(demo / "report.json")["made"], "study")
+    for name, script in (("vae.pt", "train_vae"), ("sit/sit.pt", "train_sit")):
+        checkpoint, (settings, _) = common.load_checkpoint(send / name), metrics((send / name).parent)
+        good(checkpoint["made"], script)
+        good(settings["made"], script)
+        assert settings["inputs"] == checkpoint["inputs"]
+    for name, script in (("samples.png", "sample"), ("recon.png", "fid")):
+        good(json.loads(Image.open(send / name).text["made"]), script)
+    vae_hash = common.weights_hash(vae.load_vae(send / "vae.pt").state_dict())
+    meta = common.read_json(send / "latents/meta.json")
+    assert meta["vae_hash"] == vae_hash == common.read_json(send / "recon.json")["inputs"]["vae"]
+    assert metrics(send / "sit")[0]["inputs"]["latents"] == f"{vae_hash}-{meta['files_hash']}"
+    init = common.weights_hash(vae.load_vae(demo / "pretrain/vae.pt").state_dict())
+    assert metrics(send)[0]["inputs"]["init"] == init
+    samples = hashlib.sha256((send / "samples.npz").read_bytes()).hexdigest()[:16]
+    assert common.read_json(send / "fd.json")["inputs"][str(send / "samples.npz")] == samples
+    assert len(common.read_json(send / "probe.json")["inputs"]) == 2

@@ -226,3 +226,35 @@ def test_report_of_the_demo(tmp_path, monkeypatch):
     assert re.search(r"fd +900\.0 +860\.0\n", result[1])
     (tmp_path / "send/fd.json").write_text("{}")
     assert_refused(call("study", "demo", tmp_path), "send", "fd.json")
+
+
+def curves_of(**arms):
+    """{arm: {seed: row}} of distances at 100, 200, 300, 400 steps, a list a seed."""
+    def row(values):
+        return dict(curve=list(zip((100, 200, 300, 400), values)))
+
+    return {arm: {f"seed{i}": row(v) for i, v in enumerate(seeds)} for arm, seeds in arms.items()}
+
+
+def test_speed_ups():
+    """An arm is called faster for chance: seeds in which it is slower do not count, or a control that was
+    there before its end is measured at its end."""
+    control = [50.0, 40.0, 30.0, 20.0]
+    rows = curves_of(control=[control, control], send=[[55.0, 50.0, 40.0, 30.0], [40.0, 20.0, 15.0, 10.0]])
+    assert study.speed_ups(rows, "send", "control") == ([0.75, 2.0], False)
+    assert study.speed_ups(rows, "control", "send") == ([4 / 3, 0.5], False)
+    text = study.speed_text(rows, "send")
+    assert text.startswith(f"{1.5 ** 0.5:.2f} [") and text.endswith("undecided")
+    early = curves_of(control=[[50.0, 20.0, 30.0, 25.0]], send=[[50.0, 20.0, 30.0, 25.0]])
+    assert study.speed_text(early, "send") == "1.00 (one seed)"  # both were there before their ends
+    below = curves_of(control=[control], send=[[19.0, 18.0, 17.0, 16.0]])
+    assert study.speed_text(below, "send") == "4.00 (a bound) (one seed)"
+    faster = curves_of(control=[control, control], send=[[44.0, 20.0, 15.0, 10.0], [40.0, 20.0, 15.0, 10.0]])
+    assert study.speed_text(faster, "send").endswith("faster")
+    assert study.speed_text(dict(control=faster["send"], send=faster["control"]), "send").endswith("slower")
+    rng, logs = np.random.default_rng(0), []  # arms that are the control but for noise
+    for _ in range(300):
+        noisy = np.array([1200, 1090, 1040, 1015]) + rng.normal(size=(2, 4)) * 8
+        ratios, _ = study.speed_ups(curves_of(control=noisy[:1], send=noisy[1:]), "send", "control")
+        logs.append(np.log(ratios[0]))
+    assert abs(np.mean(logs)) < 3 * np.std(logs) / len(logs) ** 0.5

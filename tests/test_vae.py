@@ -1,4 +1,5 @@
 """Slow tests: vae."""
+import errno
 import json
 import shutil
 import subprocess
@@ -11,7 +12,9 @@ import huggingface_hub
 import pytest
 import torch
 from helpers import (
-    HERE, add_to_config, assert_is_diffusers, do, ldm_state, on_two_ranks, peer_vae, tiny_vae, write_images)
+    HERE, PLAIN, add_to_config, assert_is_diffusers, assert_refused, call, do, ldm_state, on_two_ranks,
+    peer_vae, tiny_vae, write_images)
+from huggingface_hub import errors
 from huggingface_hub.hf_api import RepoSibling
 
 import common
@@ -142,3 +145,46 @@ def test_model_card(tmp_path):
     assert str(tmp_path) not in found
     (out / "recon.json").write_text(json.dumps(scores | dict(inputs=dict(vae="of others"))))
     assert "Scores: not measured." in card("two")
+
+
+NO_NETWORK = "put a.pt of https://huggingface.co/org/f2/tree/main anywhere and give that path; or copy "
+ANSWER = dict(response=SimpleNamespace(headers={}, request=None))
+
+
+@pytest.mark.parametrize("error,words", [
+    (errors.RepositoryNotFoundError("?", **ANSWER), "no repository https://huggingface.co/org/f2 "),
+    (errors.GatedRepoError("?", **ANSWER), "accept the terms on https://huggingface.co/org/f2, then"),
+    (errors.EntryNotFoundError("?"), "no such file; https://huggingface.co/org/f2/tree/main"),
+    (errors.LocalEntryNotFoundError("?"), NO_NETWORK), (None, NO_NETWORK),
+    (errors.HfHubHTTPError.__bases__[0]("?"), NO_NETWORK),  # what its client raises
+    (PermissionError(errno.EACCES, "Permission denied"), "(Permission denied); name another folder")])
+def test_what_the_hub_refuses(error, words, hub, monkeypatch):
+    """A name that the hub does not know or give, no network, or a cache that cannot be written, ends in a
+    traceback or a page of huggingface's."""
+    def refuse(*_):
+        raise error
+
+    if error:
+        monkeypatch.setattr(huggingface_hub, "hf_hub_download", refuse)
+    write_images(Path("images"), 4)
+    flags = "--data", "images", "--out", "o"
+    train = "train_vae", *flags, *PLAIN, "--lpips", 0
+    for command in ((*train, "--init"), (*train, "--preset", "demo", "--gan", 1, "--disc-ckpt"),
+                    ("vae", *flags, "--vae"), ("sample", "--out", "a.npz", "--sit")):
+        assert_refused(call(*command, "org/f2:a.pt"), "org/f2:a.pt: ", words)
+
+
+def test_repositories_without_a_vae(hub):
+    """A repository without weights, with several, of another network, or with statistics of other latents is
+    loaded, or does not say what it holds."""
+    hub("org/text", "README.md")
+    hub("org/many", "a.pt", "b.ckpt")
+    for name, config in (("wan", dict(_class_name="AutoencoderKLWan")), ("stats", dict(latents_mean=[1, 2])),
+                         ("torn", dict(latents_mean={"a": 1}))):
+        folder = hub(f"org/{name}", "diffusion_pytorch_model.bin")
+        (folder / "config.json").write_text(json.dumps(dict(latents_std=[1, 2]) | config))
+    for name, words in dict(
+            text="org/text: holds no weights", many="org/many: holds a.pt, b.ckpt; expected a VAE",
+            none="put config.json and diffusion_pytorch_model.safetensors, or", wan="KLWan, expected",
+            stats="shapes ((2,), (2,)); expected 3", torn="not a configuration of diffusers").items():
+        assert_refused(call("vae", "--vae", f"org/{name}", "--data", "x", "--out", "y"), words)
