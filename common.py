@@ -13,7 +13,6 @@ stands behind one object of this file:
         run.after_step(losses)                             # finite? log? save? draw? stop?
 """
 import argparse
-import atexit
 import contextlib
 import ctypes
 import errno
@@ -203,7 +202,7 @@ seed = Range(int, 0, 2 ** 32 - 1)  # further ones would meet other streams of no
 side = Range(int, 1, 8192)  # in pixels
 scale = Range(float, 0, 10 ** 9)  # weights of losses, learning rates, guidance
 share = Range(float, 0, 1)
-norm = Range(float, 0, math.inf)  # inf: gradients are not clipped
+norm = Range(float, 1e-9, math.inf)  # inf: gradients are not clipped
 layer = Range(int, -999, 999)  # of a network, which knows how many it has
 
 
@@ -291,9 +290,11 @@ def rank_zero_first():
     rank = dist.get_rank() if dist.is_initialized() else 0
     if rank:
         barrier()
-    yield
-    if not rank:
-        barrier()
+    try:
+        yield
+    finally:  # the others do not wait for a first one that failed
+        if not rank:
+            barrier()
 
 
 def sync_if(module, last):
@@ -360,7 +361,7 @@ def made():
 
 def without_folders(text):
     """A text to publish: names of files, without this machine's folders."""
-    return re.sub(r"(?<![\w.])/(?:[^\s/\"]+/)+", "", text)
+    return re.sub(r"(?<![\w.:/])/(?:[^\s/\"]+/)+", "", text)
 
 
 def cpu_name():
@@ -791,7 +792,8 @@ def local_path(text):
     weights in huggingface's cache, to which the first process downloads what is missing. Raises UserError for
     what cannot be had."""
     repo, _, file = str(text).partition(":")
-    if Path(text).exists() or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repo) or repo.endswith(WEIGHTS):
+    is_id = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repo) and not repo.endswith(WEIGHTS)
+    if Path(text).exists() or not is_id or Path(repo).parent.is_dir():
         return Path(text)
     import huggingface_hub as hub  # here, since it takes a second and few runs need it
     from huggingface_hub import constants, errors
@@ -822,10 +824,11 @@ def hub_files(hub, cache, no_answer, repo):
 def choose_weights(names):
     """What is loaded of a repository: [configuration, weights] of diffusers' VAE, else [its one checkpoint,
     beside REPA-E's statistics and discriminator]. Raises UserError where there is none, or are several."""
-    for folder, suffix in (("", "safetensors"), ("", "bin"), ("vae/", "safetensors"), ("vae/", "bin")):
-        pair = [f"{folder}config.json", f"{folder}diffusion_pytorch_model.{suffix}"]
-        if {*pair} <= {*names}:
-            return pair
+    for folder in ("", "vae/"):
+        pattern = rf"{folder}diffusion_pytorch_model(\.\w+)?\.(safetensors|bin)"
+        own = [name for name in names if re.fullmatch(pattern, name)]
+        if own and f"{folder}config.json" in names:  # variants, as fp16, come last
+            return [f"{folder}config.json", min(own, key=lambda n: (n.count("."), n.endswith(".bin")))]
     weights = sorted({name for name in names if name.endswith(WEIGHTS)})
     found = [name for name in weights if not re.search("stats|discriminator", name)]
     if len(found) != 1:
@@ -843,7 +846,7 @@ def explain_hub(error, errors, cache, repo, file):
         return f"no such path, and no repository {page} (or a private one: hf auth login)"
     if isinstance(error, errors.EntryNotFoundError) and not isinstance(error, errors.LocalEntryNotFoundError):
         return f"no such file; {page}/tree/main lists them"
-    if isinstance(error, OSError) and error.errno:
+    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EDQUOT):
         return f"{cache} cannot be written ({error.strerror}); name another folder with HF_HOME"
     files = file or "config.json and diffusion_pytorch_model.safetensors, or the checkpoint,"
     return (f"no such path, and the hub gives no answer ({brief(error, 80)}); put {files} of "
@@ -965,7 +968,7 @@ def import_tracker(name):
     """The module of --log-to. Raises UserError."""
     try:
         return importlib.import_module("torch.utils.tensorboard" if name == "tensorboard" else name)
-    except ImportError as e:
+    except (ImportError, TypeError, AttributeError) as e:  # the latter two: of other versions
         raise UserError(f"--log-to {name}: cannot be imported ({brief(e)}); pip install {name}, or leave the "
                         "flag out") from None
 
@@ -976,9 +979,9 @@ def open_tracker(module, out, step, settings):
     if module is None:
         return None, None
     if hasattr(module, "SummaryWriter"):
-        board = module.SummaryWriter(str(out / "tensorboard"), purge_step=step + 1, flush_secs=10)
-        atexit.register(board.close)
-        return (lambda numbers, step: [board.add_scalar(k, v, step) for k, v in numbers.items()],
+        board = module.SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)
+        return (lambda numbers, step: [*(board.add_scalar(k, v, step) for k, v in numbers.items()),
+                                       board.flush()],
                 lambda picture, step: board.add_image("samples", picture, step, dataformats="HWC"))
     try:  # "auto": a run that was stopped goes on
         board = module.init(project="send-vae", dir=str(out), config=settings, resume="auto")

@@ -157,7 +157,7 @@ def read_image(path, size):
     the machine is at fault."""
     with open_image(path, size) as image:
         crop = center_crop(to_rgb(image), size)
-        if image.getbands()[0] in "1LIF":  # grey, so is its profile
+        if image.mode != "LAB" and image.getbands()[0] in "1LIF":  # grey, so is its profile
             crop = crop.convert("L")
         crop = to_srgb(crop, image.info.get("icc_profile"))  # of few pixels: it is slow
     return torch.from_numpy(np.array(crop)).permute(2, 0, 1).contiguous()
@@ -218,13 +218,15 @@ def in_words(counts):
     return ", ".join(f"{n} {kind}" for kind, n in sorted(counts.items()))
 
 
+@functools.lru_cache
 def say_what_was_taken(root, classes, left_out):
-    """Once for all processes: what of the folder is no image, and class names that are no classes."""
+    """Once for all processes and parts of a folder: what is no image, and class names that are no classes."""
     if dist.is_initialized() and dist.get_rank():
         return
     if left_out:
-        print(common.one_line(f"{root}: left out {in_words(left_out)}"), file=sys.stderr)
-    if {c.lower() for c in classes} <= {*SPLITS, "training", "valid", "validation", "testing"}:
+        print(common.one_line(f"{root}: left out {left_out}"), file=sys.stderr)
+    named = {c.lower() for c in classes} <= {*SPLITS, "training", "valid", "validation", "testing"}
+    if named and not (root / "attributes.csv").exists():
         print(f"warning: {root}: the classes are named {', '.join(classes)}; if these are splits, give one "
               "of them as the folder, or put the splits into attributes.csv", file=sys.stderr)
 
@@ -250,7 +252,7 @@ class ImageFolder(torch.utils.data.Dataset):
             raise UserError(f"{root}: {files[top.index('')]} lies beside the class folders ({max(top)}/...); "
                             "put every image into a class folder, or none")
         self.classes = sorted(set(top)) if any(top) else ["all"]
-        say_what_was_taken(root, self.classes, left_out)
+        say_what_was_taken(self.root, tuple(self.classes), in_words(left_out))
         if split:
             table = read_attributes(root)
             chosen = {f for f, s in zip(table.files, table.splits) if s == split}
@@ -311,8 +313,9 @@ def check_folder(images, batch=1, step=1, flags=("--batch ", "--resolution ")):
     small = median_short_side(images)
     if small is not None and small < images.size:  # single small images are enlarged, as ADM does
         fits = small // step * step
+        advice = f"use {flags[1]}{fits} or less" if fits >= 2 * step else "use larger ones"
         raise UserError(f"{images.root}: the median short side is {small} pixels, below the crop of "
-                        f"{images.size}; " + (f"use {flags[1]}{fits} or less" if fits else "use larger ones"))
+                        f"{images.size}; {advice}")
 
 
 def median_short_side(images):

@@ -97,7 +97,7 @@ state() {
     printf '%s\n' "${@//"$OUT"/OUT}"
     for word in "${@:3}"; do  # after the script's name
         [ ! -f "$word" ] || cksum < "$word"
-        [ ! -d "$word" ] || ls -R "$word" | cksum  # of a folder of images the names
+        [ ! -d "$word" ] || (cd "$word" && ls -R) | cksum  # of a folder of images the names
     done
 }
 
@@ -464,7 +464,9 @@ VAE=(python train_vae.py --data "$DATA" $TRAIN --rec mse --lpips 0 --gan 0
 TUNE=(--init "$OUT/pretrain/vae.pt" --steps 400 --lr-decay 1)
 SEND=(--lambda-align 1 --vfm tf_efficientnet_lite0 --vfm-ckpt "$LITE0"
     --grid $((RES / 8)) --mapper-depth 1 --mapper-mlp 256 --noise 1)
-"${VAE[@]}" --preset demo --resolution "$RES" --steps 600 --lr-warmup 50 --lambda-align 0 ${VAE_FLAGS:-} \
+SIZE=()
+[ "$RES" = 64 ] || SIZE=(--resolution "$RES")  # 64: the preset's own
+"${VAE[@]}" --preset demo ${SIZE[@]+"${SIZE[@]}"} --steps 600 --lr-warmup 50 --lambda-align 0 ${VAE_FLAGS:-} \
     --out "$OUT/pretrain"
 "${VAE[@]}" "${TUNE[@]}" --lambda-align 0 ${VAE_FLAGS:-} --out "$OUT/control"
 "${VAE[@]}" "${TUNE[@]}" "${SEND[@]}" ${VAE_FLAGS:-} --out "$OUT/send"

@@ -11,7 +11,6 @@ sample.py.
 """
 import copy
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -62,7 +61,7 @@ def parse_args():
     p.add_argument("--eval-stats",
                    help="reference: a file of fid.py score ... --save-stats FILE; it names the network too")
     p.add_argument("--eval-images", type=common.Range(int, 4, 10 ** 9), default=2000,
-                   help="a covariance needs 4")
+                   help="samples a score, 4 or more")
     p.add_argument("--eval-steps", type=common.positive, default=25, help="Heun steps of those samples")
     p.add_argument("--grad-checkpointing", **switch, default=0,
                    help="1: less memory for about a third more time; the result stays the same")
@@ -169,12 +168,12 @@ def read_steps(latents, pair, cached, run):
 class Sampler:
     """Samples, decoded by the VAE that made the latents: Heun, no guidance, the same noise each time."""
 
-    def __init__(self, run, latents):
+    def __init__(self, run, latents, path):
         self.run = run
-        if not Path(latents.meta["vae"]).exists():
-            raise UserError(f"{latents.meta['vae']}, the VAE of {run.args.latents}, is not there; if it has "
-                            f"moved: python vae.py --vae NEW --data DIR --out {run.args.latents}")
-        self.vae = load_vae(latents.meta["vae"])
+        if not path.exists():
+            raise UserError(f"{path}, the VAE of {run.args.latents}, is not there; if it has moved, run the "
+                            "command of vae.py that made the latents again, with its new --vae")
+        self.vae = load_vae(path)
         if common.weights_hash(self.vae.state_dict()) != latents.meta["vae_hash"]:
             raise UserError(f"{latents.meta['vae']}: no longer the VAE that made {run.args.latents}; encode "
                             "again, or leave --eval-every and --sample-every out")
@@ -278,13 +277,16 @@ def main():
 
     # Pictures of 16 samples, from the first class to the last, and scores
     sampler = None
-    if args.eval_every or run.sample_every and run.rank == 0:
+    if args.eval_every or run.sample_every:
         try:
-            sampler = Sampler(run, latents)
-        except UserError as e:
+            path = common.local_path(meta["vae"])  # by all processes: it may come from the hub
+            if args.eval_every or run.rank == 0:
+                sampler = Sampler(run, latents, path)
+        except (UserError, OSError) as e:
             if args.eval_every or args.sample_every:
                 raise
-            print(f"no samples are drawn: {e}")  # nobody asked for them
+            if run.rank == 0:
+                print(f"no samples are drawn: {e}")  # nobody asked for them
     labels = torch.arange(16) * model.num_classes // 16
     draw = sampler and partial(sampler, ema, range(16), labels, steps=10)
     evaluate = Evaluation(run, sampler) if args.eval_every else None

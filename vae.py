@@ -10,6 +10,7 @@ parameter names of its release, so one class is SD-VAE (f8d4), VA-VAE and IN-VAE
 small models. Checkpoints of other projects are read by extras/convert.py.
 """
 import json
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -387,7 +388,7 @@ def note_places(out, **places):
     """Where the VAE and the images of finished latents lie now: train_sit.py --eval-every reads the VAE
     there."""
     meta = common.read_json(out / "meta.json")
-    if meta != meta | places:
+    if meta != meta | places and os.access(out, os.W_OK):
         common.write_text(out / "meta.json", json.dumps(meta | places, indent=1) + "\n")
 
 

@@ -460,7 +460,7 @@ def measure_gpu(file):
             if not torch.cuda.is_available():
                 line = rehearsal(line)
             row = largest_batch(line.split(), Path(folder) / "row.json")
-            if "images_per_s" in row:
+            if re.search("H[12]00", row.get("machine", "")) and row.get("precision") == "bf16":
                 row["mfu"] = row["flops_per_image"] * row["images_per_s"] / PEAK
             rows.append(row)
             print(f"\n{line}")
@@ -480,7 +480,7 @@ def largest_batch(words, path):
             record = common.read_json(path)
             del record["made"]  # the list says it once
             return record
-        no_memory = "out of GPU memory" in done.stderr and batch and int(words[batch]) > 1
+        no_memory = re.search("out of (GPU )?memory", done.stderr) and batch and int(words[batch]) > 1
         if not no_memory:
             return dict(command=" ".join(words), error=done.stderr[-2000:])
         words[batch] = str(int(words[batch]) // 2)
@@ -519,6 +519,8 @@ def main():
     if args.json:
         common.open_out(Path(args.json).parent, flag="--json")
     if args.stage == "gpu":
+        if flags:
+            p.error(f"gpu takes --json alone, found {' '.join(flags)}")
         return measure_gpu(args.json)
     with contextlib.ExitStack() as stack:
         bench = Bench(args, flags, stack)

@@ -154,7 +154,8 @@ def export_diffusers(vae, folder, card=""):
     folder = common.open_out(folder, need_bytes=4 * sum(v.numel() for v in state.values()))
     safetensors.torch.save_file(state, folder / "diffusion_pytorch_model.safetensors")
     common.write_text(folder / "config.json", json.dumps(config, indent=1) + "\n")
-    common.write_text(folder / "README.md", card)
+    if card:
+        common.write_text(folder / "README.md", card)
     common.write_json(folder / "made.json", dict(vae_hash=common.weights_hash(vae.state_dict())))
 
 

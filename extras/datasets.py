@@ -93,7 +93,10 @@ def read_labels(path, width=None):
             raise UserError(f"{path}: {file} has the label '{min(strange)}'; expected -1, 1, or 0 (unknown)")
         files.append(file)
         labels.append(np.array(row, np.int8))
-    check_count(path, [str(len(files))] if is_csv else head, len(files))
+    if is_csv and not files:
+        raise UserError(f"{path}: no rows below its header")
+    if not is_csv:
+        check_count(path, head, len(files))
     return header, files, np.array([-1, 1, 0], np.int8)[np.array(labels)]  # at 0, 1, and -1, the last
 
 

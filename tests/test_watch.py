@@ -54,7 +54,7 @@ def test_log_to(name, module, flag, small, tmp_path, monkeypatch):
     opened, told, idle = [], {}, lambda *_, **__: None
     note = lambda k, v, step, **_: told.update({(k, step): v})
     log = lambda values: [note(k, v, values["step"]) for k, v in values.items() if k != "step"]
-    board = SimpleNamespace(add_scalar=note, add_image=note, close=idle, log=log, define_metric=idle)
+    board = SimpleNamespace(add_scalar=note, add_image=note, flush=idle, log=log, define_metric=idle)
     begin = lambda *_, **flags: opened.append(flags[flag]) or board
     fake = SimpleNamespace(**{"SummaryWriter" if name != module else "init": begin}, Image=np.asarray,
                            Error=ZeroDivisionError)

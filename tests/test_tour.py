@@ -1,0 +1,17 @@
+"""Slow test: the notebook."""
+import json
+import os
+import subprocess
+import sys
+
+from helpers import HERE
+
+
+def test_tour():
+    """docs/tour.ipynb no longer runs from top to bottom with the shipped weights, from its own folder."""
+    cells = json.loads((HERE / "docs/tour.ipynb").read_text("utf-8"))["cells"]
+    assert len(cells) <= 30
+    code = "\n\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "code")
+    done = subprocess.run([sys.executable, "-c", code], cwd=HERE / "docs", capture_output=True, text=True,
+                          env={**os.environ, "MPLBACKEND": "Agg"})
+    assert done.returncode == 0 and "F1 on the images" in done.stdout, done.stderr[-2000:]
