@@ -218,13 +218,14 @@ def test_what_a_folder_leaves_out(tmp_path, capsys):
     """Files are left out without a word, thumbnails of a network disk are images, splits pass as classes."""
     root = write_images(tmp_path, 4, classes=("train", "val"))
     last = data.IMAGE_SUFFIXES[-1]  # .avif where Pillow has it
-    for name in ("train/@eaDir/2.png", "train/._2.png", "a.HEIC", "none/b.heic", "val/c", "attributes.csv"):
+    for name in ("train/@eaDir/2.png", "train/._2.png", "a.HEIC", "none/b.heic", "val/c", "avatars.json"):
         (root / name).parent.mkdir(exist_ok=True)
         shutil.copy(root / "train/002.png", root / name)
     (root / "train/000.png").rename(root / "train/000.JFIF")
     (root / "val/001.png").rename(root / f"val/001{last}")
     assert data.ImageFolder(root, 32).files == [
         "train/000.JFIF", "train/002.png", f"val/001{last}", "val/003.png"]
+    data.ImageFolder(root, 16)  # says it once
     said, warning = capsys.readouterr().err.splitlines()
     assert said == f"{root}: left out 2 .heic, 1 @eaDir/, 1 hidden, 1 without a suffix"
     assert "warning" in warning and "train, val" in warning
