@@ -171,8 +171,9 @@ class Sampler:
     def __init__(self, run, latents, path):
         self.run = run
         if not path.exists():
-            raise UserError(f"{path}, the VAE of {run.args.latents}, is not there; if it has moved, run the "
-                            "command of vae.py that made the latents again, with its new --vae")
+            command = latents.meta.get("made", {}).get("command", "vae.py --vae ...")
+            raise UserError(f"{path}, the VAE of {run.args.latents}, is not there; if it has moved, run "
+                            f"again, with its new --vae: python {command}")
         self.vae = load_vae(path)
         if common.weights_hash(self.vae.state_dict()) != latents.meta["vae_hash"]:
             raise UserError(f"{latents.meta['vae']}: no longer the VAE that made {run.args.latents}; encode "

@@ -191,7 +191,7 @@ def test_scores_during_training(small, net, tmp_path, monkeypatch):
     meta = tmp_path / "latents/meta.json"  # as if the VAE had moved since
     meta.write_text(meta.read_text().replace(f'"{small}/vae/vae.pt",', '"gone.pt",'))
     moved = (*command, *eval_flags, "--latents", tmp_path / "latents", "--out", tmp_path / "moved")
-    assert_refused(call(*moved), "gone.pt", "python vae.py --vae NEW")
+    assert_refused(call(*moved), "gone.pt", "new --vae: python vae.py --vae")
     assert "already encoded" in do(*encode_command(small, small / "images", tmp_path / "latents", "--flip"))
     do(*moved)
     monkeypatch.setattr(nn.utils, "clip_grad_norm_", lambda *_: torch.tensor(float("nan")))
