@@ -318,13 +318,19 @@ def check_folder(images, batch=1, step=1, flags=("--batch ", "--resolution ")):
                         f"{images.size}; {advice}")
 
 
-def median_short_side(images):
-    """In pixels, of about 256 images; None when none of them can be read."""
+def short_sides(images):
+    """In pixels, of about 256 of the images: those that can be read."""
     sides = []
     for file in images.files[::max(1, len(images.files) // 256)]:
         # counted when their turn comes
         with contextlib.suppress(UnreadableImage), open_image(images.root / file) as image:
             sides.append(min(image.size))
+    return sides
+
+
+def median_short_side(images):
+    """In pixels, of about 256 images; None when none of them can be read."""
+    sides = short_sides(images)
     return int(np.median(sides)) if sides else None
 
 

@@ -11,7 +11,6 @@ ADM's reference files, or ours of --save-stats), or ADM's files that hold both. 
 with its network's name, input size and number of images, as FD(name@size)-2k: two such numbers compare only
 when all of these agree. It is called FID for the Inception network of 2015 alone.
 """
-import contextlib
 import hashlib
 import json
 import os
@@ -358,10 +357,7 @@ def load_source(path, split=None, size=None):
 def settle_size(images):
     """Give a folder without a size the median short side of about 256 of its images (a single file decides
     nothing), and say the size, and whether images are enlarged to it."""
-    sides = []
-    for file in images.files[::max(1, len(images) // 256)]:
-        with contextlib.suppress(data.UnreadableImage), data.open_image(images.root / file) as image:
-            sides.append(min(image.size))
+    sides = data.short_sides(images)
     images.size = images.size or int(np.median(sides or [1]))
     print(f"{images.root}: {len(images)} images, cropped to {images.size} x {images.size}")
     small = sum(side < images.size for side in sides)

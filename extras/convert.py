@@ -1,4 +1,5 @@
-"""Checkpoints of other projects: what vae.load_vae and sit.load_sit call for a file that is not ours.
+"""Checkpoints of other projects: what vae.load_vae and sit.load_sit call for a file that is not ours,
+and common.local_path() for a name on the hub.
 
     python extras/convert.py to-diffusers --vae out/send/vae.pt --out folder
 
@@ -7,6 +8,7 @@ AutoencoderKL (folder, pipeline or weights file). SiTs: REPA, REPA-E and SiT. Th
 the release computes; nothing is scaled.
 """
 import argparse
+import errno
 import json
 import math
 import re
@@ -21,6 +23,71 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common  # noqa: E402
 from common import UserError  # noqa: E402
 from sit import SIZES, sincos_2d  # noqa: E402
+
+# ------------------------------------------------------------------------------------------------------------
+# Weights by name: what common.local_path() calls for a repository of huggingface's hub
+
+
+def download(text, repo, file):
+    """What local_path() says of a hub id, `text`: repository, file or ""."""
+    import huggingface_hub as hub  # here, since it takes a second
+    from huggingface_hub import constants, errors
+    no_answer = OSError, errors.HfHubHTTPError.__bases__[0]  # httpx's errors are no OSErrors
+    cache = Path(constants.HF_HUB_CACHE, f"models--{repo.replace('/', '--')}")
+    try:
+        with common.rank_zero_first():
+            names = [file] if file else choose_weights(hub_files(hub, cache, no_answer, repo))
+            paths = [Path(hub.hf_hub_download(repo, name)) for name in names]
+    except UserError as e:
+        raise UserError(f"{text}: {e}") from None
+    except (*no_answer, ValueError, errors.EntryNotFoundError) as e:
+        raise UserError(f"{text}: {explain_hub(e, errors, cache, repo, file)}") from None
+    return paths[0] if len(paths) == 1 else paths[0].parent
+
+
+def hub_files(hub, cache, no_answer, repo):
+    """Names of a repository's files; where the hub gives no answer, of those that its cache has."""
+    try:
+        return [file.rfilename for file in hub.model_info(repo).siblings]
+    except no_answer:
+        cached = [path for path in cache.glob("snapshots/*/**/*") if path.is_file()]
+        if not cached:
+            raise
+        return ["/".join(path.relative_to(cache).parts[2:]) for path in cached]
+
+
+def choose_weights(names):
+    """What is loaded of a repository: [configuration, weights] of diffusers' VAE, else [its one checkpoint,
+    beside REPA-E's statistics and discriminator]. Raises UserError where there is none, or are several."""
+    for folder in ("", "vae/"):
+        pattern = rf"{folder}diffusion_pytorch_model(\.\w+)?\.(safetensors|bin)"
+        own = [name for name in names if re.fullmatch(pattern, name)]
+        if own and f"{folder}config.json" in names:  # variants, as fp16, come last
+            return [f"{folder}config.json", min(own, key=lambda n: (n.count("."), n.endswith(".bin")))]
+    weights = sorted({name for name in names if name.endswith(common.WEIGHTS)})
+    found = [name for name in weights if not re.search("stats|discriminator", name)]
+    if len(found) != 1:
+        raise UserError(f"holds {', '.join(weights[:20]) or 'no weights'}; expected a VAE of diffusers or a "
+                        "single checkpoint; ORG/NAME:FILE chooses one")
+    return found
+
+
+def explain_hub(error, errors, cache, repo, file):
+    """What to do about an error of huggingface_hub."""
+    page = f"https://huggingface.co/{repo}"
+    if isinstance(error, errors.GatedRepoError):
+        return f"needs a login; accept the terms on {page}, then run: hf auth login"
+    if isinstance(error, (errors.RepositoryNotFoundError, errors.HFValidationError)):
+        return f"no such path, and no repository {page} (or a private one: hf auth login)"
+    if isinstance(error, errors.EntryNotFoundError) and not isinstance(error, errors.LocalEntryNotFoundError):
+        return f"no such file; {page}/tree/main lists them"
+    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EDQUOT):
+        return f"{cache} cannot be written ({error.strerror}); name another folder with HF_HOME"
+    files = file or "config.json and diffusion_pytorch_model.safetensors, or the checkpoint,"
+    return (f"no such path, and the hub gives no answer ({common.brief(error, 80)}); put {files} of "
+            f"{page}/tree/main anywhere and give that path; or copy {cache} from where 'hf download {repo}' "
+            "ran")
+
 
 # ------------------------------------------------------------------------------------------------------------
 # Autoencoders: names and layout of latent diffusion's release, which are ours, and those of diffusers
