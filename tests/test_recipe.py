@@ -96,7 +96,7 @@ def test_parts_of_the_study(vgg, tmp_path):
 
 def test_photographs(tmp_path):
     """`bash run.sh folder DIR` does not take photographs as they lie: JPEG of several sizes, in class folders
-    or none, without attributes."""
+    or none, without attributes; with the shipped VAE, or one of another size."""
     photos = [skimage.data.astronaut(), skimage.data.chelsea(), skimage.data.coffee(), skimage.data.rocket()]
     for i in range(64):
         path = tmp_path / "my photos" / ("people", "cats", "food", "things")[i % 4] / f"{i}.jpg"
@@ -105,13 +105,15 @@ def test_photographs(tmp_path):
     _, err = recipe("folder", tmp_path / "my photos/cats", status=2)
     assert_refused((2, "", err), "16 images", "64")
 
-    flags = dict(TINY, SIT_FLAGS="--steps 2 --batch 4")
-    out, _ = recipe("folder", "my photos", folder=tmp_path, OUT=tmp_path / "out", **flags)
-    assert "no probe: no " in out and "people" in (tmp_path / "out/send/latents/meta.json").read_text()
-    scores = json.loads((tmp_path / "out/report.json").read_text())["arms"]["send"]
-    assert "psnr" in scores and scores["fd"] > 0 and "probe_f1" not in scores
-    assert np.load(tmp_path / "out/send/samples.npz")["arr_0"].shape == (10, 64, 64, 3)
-    assert not list((tmp_path / "out").rglob("probe.json"))
+    for side in (32, 64):
+        own = tmp_path / str(side)
+        out, _ = recipe("folder", "my photos", folder=tmp_path, OUT=own, RES=side, **TINY)
+        assert "no probe: no " in out and "people" in (own / "send/latents/meta.json").read_text()
+        scores = json.loads((own / "report.json").read_text())["arms"]["send"]
+        assert "psnr" in scores and scores["fd"] > 0 and "probe_f1" not in scores
+        assert np.load(own / "send/samples.npz")["arr_0"].shape == (10, side, side, 3)
+        assert not list(own.rglob("probe.json"))
+        assert (own / "pretrain").exists() == (side == 64)
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -275,21 +277,22 @@ def test_done_is_known_by_its_content(fake_python, tmp_path):
     (images / "attributes.csv").touch()
 
     def scored(out, **env):
-        lines.append(recipe("folder", images, **fake_python | dict(OUT=out, RES=32, **env))[0])
-        return re.findall("^COMMAND (sample|fid.py score|fid.py recon|probe)", lines[-1], re.M)
+        lines.append(recipe("folder", images, **fake_python | dict(OUT=out, RES=40, **env))[0])
+        commands = re.findall(r"^\w+: COMMAND (sample|fid.py score|fid.py recon|probe)", lines[-1], re.M)
+        return sorted(commands)
 
     lines, new = [], dict(SAMPLE_FLAGS="--steps 9")
     scored(out, SIT_FLAGS="--batch 9 --batch=8")
-    assert lines[0].startswith(f"COMMAND data.py check {images} --size 32 --batch 8\nCOMMAND train_vae.py")
-    for words in ("train_vae.*demo --resolution 32 ", "train_vae.*--grid 4 ", "fid.py score.* 32 --net "):
-        assert re.search(f"^COMMAND {words}", lines[0], re.M)
-    assert scored(out) == [] and scored(out, **new) == ["sample", "fid.py score"] * 2
+    assert lines[0].startswith(f"COMMAND data.py check {images} --size 40 --batch 8\nCOMMAND train_vae.py")
+    for words in ("train_vae.*demo --resolution 40 ", "train_vae.*--grid 5 ", "fid.py score.* 40 --net "):
+        assert re.search(f"COMMAND {words}", lines[0])
+    assert scored(out) == [] and scored(out, **new) == ["fid.py score"] * 2 + ["sample"] * 2
     shutil.copytree(out, moved)
     for i, path in enumerate(sorted(moved.rglob("*"))):
         os.utime(path, (i, i))  # fd.json is older than samples.npz
     assert scored(moved, **new) == []
     (moved / "send/vae.pt").write_text("another")
-    assert scored(moved, **new) == ["sample", "fid.py score", "fid.py recon", "probe"]
+    assert scored(moved, **new) == ["fid.py recon", "fid.py score", "probe", "sample"]
 
 
 def test_every_arm_of_the_study_is_a_command(fake_python):
