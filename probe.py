@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import scipy.fft
 import scipy.stats
 import torch
 import torch.nn.functional as F
@@ -322,7 +323,7 @@ def evenly(part, count):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The rivals of Figure 2, and two newer ones. All on the posterior mean
+# The rivals of Figure 2, and newer ones. All on the posterior mean
 
 
 def class_accuracy(X, labels, part, device):
@@ -381,14 +382,58 @@ def gmm_nll(train, test, components=10):
         return -mixture.fit(train.numpy()).score(test.numpy()) / c
 
 
-def high_frequency_share(z):
-    """Spectral smoothness (Skorokhodov et al. 2025, arXiv 2502.14831): share of the latent's power, without
-    its mean, above half the Nyquist frequency: z (B, c, h, w) -> [0, 1]. Lower is smoother; noise has 0.8."""
-    power = torch.fft.fft2(z).abs().square().sum((0, 1))  # (h, w)
-    fy, fx = (torch.fft.fftfreq(n, device=z.device) for n in z.shape[-2:])
-    radius = (fy[:, None].square() + fx.square()).sqrt()
+def spectral_energy(z):
+    """SEC (Skorokhodov et al. 2025, arXiv 2502.14831; arXiv 2606.03578): share of the latent's DCT energy,
+    without its mean, above half the Nyquist frequency: z (B, c, h, w) -> [0, 1]. Lower is smoother; noise has
+    1 - pi / 16 = 0.80."""
+    power = np.square(scipy.fft.dctn(z.numpy(), axes=(2, 3), norm="ortho")).sum((0, 1), dtype=np.float64)
+    fy, fx = (np.arange(n) / n for n in power.shape)  # 1 would be the Nyquist frequency
     power[0, 0] = 0
-    return (power[radius > 0.25].sum() / power.sum()).item()
+    return float(power[np.hypot(fy[:, None], fx) > 0.5].sum() / power.sum())
+
+
+def velocity_variance(z, labels):
+    """VIV, the velocity's irreducible variance (arXiv 2606.03578), were the latents of each class Gaussian:
+    the mean over dimensions of the integral over t of lambda / ((1 - t)^2 + t^2 lambda), which is
+    (pi / 2) sqrt(lambda), with lambda the eigenvalues of the class's covariance, taken as a Kronecker product
+    of channels and positions. z (N, c, h, w) standardised, labels (N,) -> the mean over classes of two images
+    or more, None without one. Lower is easier to learn; white noise has pi / 2."""
+    found = []
+    for label in labels.unique():
+        x = z[labels == label].double().flatten(2)  # (n, c, h w)
+        x = x - x.mean(0)
+        total = (len(x) - 1) * x.square().sum()
+        if total > 0:
+            products = torch.einsum("ncp,ndp->cd", x, x), torch.einsum("ncp,ncq->pq", x, x)
+            roots = [torch.linalg.eigvalsh(m).clamp_min(0).sqrt().mean() for m in products]
+            # scaled so that the product's trace is the total variance
+            found.append((math.pi / 2 * roots[0] * roots[1] / total.sqrt()).item())
+    return float(np.mean(found)) if found else None
+
+
+def neighbour_consistency(z, labels, k=10):
+    """LNC (arXiv 2606.03578): of the k latents whose spatial mean is nearest, the share with the same label:
+    z (N, c, h, w), labels (N,) -> [0, 1]. Higher: classes lie apart. None for one class, or k or fewer
+    latents."""
+    if len(z) <= k or len(labels.unique()) < 2:
+        return None
+    x = z.mean((2, 3))
+    nearest = torch.cdist(x, x).fill_diagonal_(torch.inf).topk(k, largest=False).indices
+    return (labels[nearest] == labels[:, None]).float().mean().item()
+
+
+def local_similarity(z, far=6):
+    """LDS (iREPA, arXiv 2512.10794): mean cosine of neighbouring positions minus that of positions `far` or
+    more cells apart (or, of a smaller latent, as far as it goes), counted along rows and columns:
+    z (B, c, h, w) -> float. Higher: more spatial structure. None for latents of fewer than 3 x 1 cells."""
+    h, w = z.shape[-2:]
+    if h + w < 4:
+        return None
+    at = torch.cartesian_prod(torch.arange(h), torch.arange(w)).float()
+    apart = torch.cdist(at, at, p=1)
+    unit = F.normalize(z.flatten(2), dim=1)
+    similar = (unit.mT @ unit).mean(0)  # (h w, h w)
+    return (similar[apart == 1].mean() - similar[apart >= min(far, h + w - 2)].mean()).item()
 
 
 def equivariance(vae, x, z, std):
@@ -413,6 +458,7 @@ def rivals(vae, X, labels, part, pixels, solver):
     chosen = evenly(part["train"], 5000), evenly(part["test"], 5000)
     cut = len(chosen[0])
     z = X[torch.cat(chosen)].float().view(-1, *z_shape)  # (m, c, h, w)
+    of = labels[torch.cat(chosen)]
     mean, std = z.mean((0, 2, 3), keepdim=True), z.std((0, 2, 3), keepdim=True).clamp_min(1e-6)
     z = (z - mean) / std
     u, side = data.draw_noise(0, range(len(z)), 20)[0].view(len(z), 10, 2), torch.tensor(z_shape[1:])
@@ -423,7 +469,8 @@ def rivals(vae, X, labels, part, pixels, solver):
     found = dict(class_accuracy=class_accuracy(X, labels, part, solver),
                  kde_gini=None if None in uniformity else float(np.mean(uniformity)),
                  gmm_nll=gmm_nll(*whiten(vectors[0][:cut], vectors[0][cut:])),
-                 high_frequency_share=high_frequency_share(z))
+                 viv=velocity_variance(z, of), lnc=neighbour_consistency(z[some], of[some]),
+                 lds=local_similarity(z[some]), sec=spectral_energy(z))
     errors, quality = [], []
     for some in pixels.split(16):
         x = data.to_float(some.to(device)).contiguous(memory_format=torch.channels_last)
@@ -432,7 +479,11 @@ def rivals(vae, X, labels, part, pixels, solver):
         errors += [equivariance(vae, x, z, std.to(device))] * len(some)
     found["shift_error"], found["scale_error"] = np.mean(errors, 0).tolist()
     found["psnr"] = torch.cat(quality).mean().item()
-    return {k: v for k, v in found.items() if v is not None and np.isfinite(v)}
+    known = {k: v for k, v in found.items() if v is not None and np.isfinite(v)}
+    if len(known) < len(found):
+        print(f"not defined here: {', '.join(found.keys() - known)} (one class, too few images, or latents "
+              "without spread)")
+    return known
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -311,7 +311,7 @@ testbed() {  # SEED ARM FOLDER
     vavae) align=(--align vavae --grid "$GRID") ;;
     vfm2) choose_vfm lite2 ;;
     lambda0.5 | lambda8) align+=(--lambda-align "${2#lambda}") ;;
-    standardised) align+=(--vfm-standardise 1) ;;  # not in the paper
+    standardised) align+=(--vfm-normalise channel) ;;  # not in the paper
     *-repa)  # REPA in the SiT, on the VAE of that arm
         vae=${dir%-repa}/vae.pt latents=${dir%-repa}/latents align=()
         sit=(--repa 0.5 --data "$DATA" "${vfm[@]}") ;;

@@ -97,10 +97,14 @@ def parse_args():
     p.add_argument("--mapper-mlp", type=common.positive, default=2048, help="width of the mapper's projector")
     p.add_argument("--mapper-warmup", type=common.natural, default=0,
                    help="first steps in which L_align trains the mapper alone")
-    p.add_argument("--noise", **switch, default=1, help="eq. (1) on the latent before the mapper")
-    p.add_argument("--vfm-standardise", **switch, default=0,
-                   help="1: tokens with zero mean and unit deviation per channel, so that the cosine is not "
-                   "ruled by what all tokens share (not in the paper)")
+    p.add_argument("--noise", type=noise_type, default=1, help="a of eq. (1): 1: uniform, the paper's; "
+                   "lognormal: the SiT's times; 0.5: the same for all; 0: no noise")
+    p.add_argument("--align-ratio", **switch, help="1: the alignment's weight times the ratio of gradients "
+                   "in the encoder's last layer, VA-VAE's rule (default: for vavae)")
+    p.add_argument("--vfm-normalise", choices=("none", "channel", "spatial"), default="none",
+                   help="tokens with zero mean and unit deviation: of each channel over all images, so that "
+                   "the cosine is not ruled by what all tokens share; or of each image and channel over its "
+                   "tokens (iREPA, arXiv 2512.10794). Not in the paper")
     common.run_flags(p, save_every=1000)
     args = p.parse_args()
     if args.lambda_align is None:
@@ -109,11 +113,20 @@ def parse_args():
         args.align, args.lambda_align = "none", 0.0
     if (args.init is None) == (args.preset is None):
         p.error("give either --init CKPT (fine-tune) or --preset NAME (from scratch)")
-    if args.vfm_standardise and args.align != "send":
-        p.error("--vfm-standardise: has no effect here; expected --align send")
+    for flag in ("vfm_normalise", "align_ratio"):
+        if getattr(args, flag) not in (None, "none", 0) and args.align != "send":
+            p.error(f"--{flag.replace('_', '-')}: has no effect here; expected --align send")
     if args.cache_vfm and args.align == "none":
         p.error("--cache-vfm: has no effect without alignment")
     return args
+
+
+def noise_type(text):
+    """argparse type of --noise."""
+    if text == "lognormal":
+        return text
+    share = common.share(text)
+    return int(share) if share in (0, 1) else share
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -215,7 +228,7 @@ class LatentStats(nn.Module):
 
     Its gradient is a choice of this project: that of batch norm in training mode, (g - mean(g) - z_n mean(g
     z_n)) / std, with running means too. Without these two terms the encoder escapes the noise of eq. (1) by
-    scaling z up.
+    scaling z up. In evaluation mode it is the plain one.
     """
 
     def __init__(self, channels, device, world=1):
@@ -231,7 +244,7 @@ class LatentStats(nn.Module):
         values = self.mean, (self.var + 1e-4).sqrt(), self.grad_mean, self.grad_scale
         mean, std, grad_mean, grad_scale = (v.view(1, -1, 1, 1) for v in values)
         z_n = (z - mean) / std
-        if z_n.requires_grad:
+        if z_n.requires_grad and self.training:
             value = z_n.detach()
 
             def batch_norm_gradient(g):
@@ -257,11 +270,12 @@ class LatentStats(nn.Module):
         self.sums.zero_()
 
 
-def vavae_ratio(loss, micro_batches, run, stats, lpips):
+def gradient_ratio(loss, micro_batches, run, stats, lpips):
     """VA-VAE's adaptive weight (LDM's, Esser et al. 2021, eq. 7): the norm of the likelihood's gradient over
     the alignment's, by the encoder's last layer, from the whole global batch, in a forward pass of its
     own."""
     layer, sums = loss.vae.encoder.conv_out.weight, [0, 0]
+    stats.eval()
 
     def gradients(x, noise, tokens):  # a function, so that only one graph is alive
         with common.autocast(run.device, run.args.precision):
@@ -272,6 +286,7 @@ def vavae_ratio(loss, micro_batches, run, stats, lpips):
 
     for micro_batch in micro_batches:
         sums = [s + g * run.micro / run.local for s, g in zip(sums, gradients(*micro_batch))]
+    stats.train()
     reference, align = (common.all_reduce(g / run.world).norm() for g in sums)
     return (reference / (align + 1e-4)).clamp(max=1e8)
 
@@ -311,6 +326,13 @@ def build_alignment(args, size, latent_shape):
                        mlp_width=args.mapper_mlp)
 
 
+def noise_levels(u, noise):
+    """a of eq. (1) from u ~ U(0, 1) (B,) as --noise says; None: there is none."""
+    if noise == "lognormal":
+        return torch.sigmoid(torch.special.ndtri(u))  # 1 - t has the distribution of t
+    return None if noise == 0 else u if noise == 1 else torch.full_like(u, noise)
+
+
 def read_step(images, cached, args, rank, world, latent_shape, step):
     """What this process needs of `step` from the CPU: images (B, 3, S, S) uint8; noise: a (B,) of eq. (1) or
     None, eps of the posterior and of eq. (1), (B, c, h, w) each; tokens (B, N, D) of --cache-vfm or None;
@@ -320,7 +342,7 @@ def read_step(images, cached, args, rank, world, latent_shape, step):
     pixels, _, rows, bad = data.read_rows(images, rows, replace=True)
     a, eps_posterior, eps_align = data.draw_noise(args.seed, places, 1, latent_shape, latent_shape)
     tokens = None if cached is None else torch.from_numpy(cached[rows]).float()
-    return pixels, (a[:, 0] if args.noise else None, eps_posterior, eps_align), tokens, bad
+    return pixels, (noise_levels(a[:, 0], args.noise), eps_posterior, eps_align), tokens, bad
 
 
 def read_steps(images, cached, run, latent_shape):
@@ -332,7 +354,7 @@ def read_steps(images, cached, run, latent_shape):
 
 
 def token_statistics(vfm, cached, images, run):
-    """Mean and std (D,) of the VFM's tokens of up to 256 images, for --vfm-standardise."""
+    """Mean and std (D,) of the VFM's tokens of up to 256 images, for --vfm-normalise channel."""
     rows = torch.linspace(0, len(images.files) - 1, min(256, len(images.files))).long().tolist()
     if cached is not None:
         tokens = torch.from_numpy(cached[rows]).float()
@@ -343,10 +365,16 @@ def token_statistics(vfm, cached, images, run):
     return tokens.mean((0, 1)).to(run.device), tokens.std((0, 1)).to(run.device)
 
 
-def to_device(run, vfm, token_scale, part, pixels, noise, tokens):
+def spatial_normalise(tokens):
+    """(B, N, D) -> same: zero mean and unit deviation over the tokens of each image and channel."""
+    std, mean = torch.std_mean(tokens, 1, keepdim=True)
+    return (tokens - mean) / (std + 1e-6)
+
+
+def to_device(run, vfm, normalise, part, pixels, noise, tokens):
     """A slice of what read_steps() yields -> x (B, 3, H, W) in [-1, 1]; noise; the VFM's tokens (B, N, D) of
-    the clean images, from the cache or computed here, None without a VFM. token_scale: of
-    token_statistics()."""
+    the clean images, from the cache or computed here, None without a VFM. normalise(tokens) -> tokens, or
+    None."""
     x = data.to_float(pixels[part].to(run.device, non_blocking=True))
     x = x.contiguous(memory_format=torch.channels_last)
     noise = [n if n is None else n[part].to(run.device, non_blocking=True) for n in noise]
@@ -355,10 +383,7 @@ def to_device(run, vfm, token_scale, part, pixels, noise, tokens):
     elif vfm is not None:
         with common.autocast(run.device, run.args.precision):
             tokens = vfm(x)
-    if token_scale is not None:
-        mean, std = token_scale
-        tokens = (tokens - mean) / (std + 1e-6)
-    return x, noise, tokens
+    return x, noise, normalise(tokens) if normalise else tokens
 
 
 @torch.no_grad()
@@ -376,8 +401,8 @@ def compile_parts(args, vae, mapper, vfm, discriminator, disc_loss):
     """--compile: in place, so that names of parameters stay -> the discriminator as the judge of L_GAN."""
     if not args.compile:
         return discriminator
-    if args.align == "vavae":
-        torch._functorch.config.donated_buffer = False  # vavae_ratio runs parts of the backward pass twice
+    if args.align == "vavae" or args.align_ratio:
+        torch._functorch.config.donated_buffer = False  # gradient_ratio runs parts of the backward pass twice
     vae.encode, vae.decode = (torch.compile(f, fullgraph=True) for f in (vae.encode, vae.decode))
     for module in filter(None, (mapper, vfm, disc_loss)):
         module.compile(fullgraph=module is not vfm)
@@ -400,7 +425,7 @@ def print_plan(args, run, images, vae, latent_shape, vfm, mapper, discriminator)
     else:
         send = args.align == "send"
         text += (f"; mapper {millions(mapper):.2f} M ({args.align}), depth "
-                 f"{args.mapper_depth if send else 0}, noise {'on' if args.noise and send else 'off'}; "
+                 f"{args.mapper_depth if send else 0}, noise {args.noise if send else 0}; "
                  f"{args.vfm} at {vfm.size} x {vfm.size}, {vfm.grid} x {vfm.grid} tokens of {vfm.dim}, "
                  f"lambda {args.lambda_align:g}")
     print(text + (f"; discriminator {millions(discriminator):.2f} M" if discriminator is not None else ""))
@@ -452,6 +477,7 @@ def main():
     if discriminator is not None:
         disc_loss = DiscriminatorLoss(discriminator).to(device, memory_format=torch.channels_last)
         disc_optimizer = adamw(discriminator.parameters())
+    adaptive = args.align == "vavae" if args.align_ratio is None else args.align_ratio
     modules = dict(vae=vae, ema=ema, mapper=mapper, discriminator=discriminator, optimizer=optimizer,
                    disc_optimizer=disc_optimizer, latent_stats=stats)
     record = dict(config=vae.config, mapper_config=mapper and mapper.config)
@@ -467,12 +493,15 @@ def main():
         disc_forward = disc_loss and DDP(disc_loss, device_ids=ids, gradient_as_bucket_view=True)
 
     # Tokens of the VFM: from the cache, or from the VFM in each step
-    cached = token_scale = None
+    cached = normalise = None
     if args.cache_vfm:
         cached = cache_tokens(args.cache_vfm, vfm, inputs["vfm"], images, run)
         vfm.to("meta")  # frees its memory
-    if args.vfm_standardise:
-        token_scale = token_statistics(vfm, cached, images, run)
+    if args.vfm_normalise == "channel":
+        mean, std = token_statistics(vfm, cached, images, run)
+        normalise = lambda tokens: (tokens - mean) / (std + 1e-6)
+    elif args.vfm_normalise == "spatial":
+        normalise = spatial_normalise
     if run.rank == 0:
         print_plan(args, run, images, vae, latent_shape, vfm, mapper, discriminator)
 
@@ -483,7 +512,7 @@ def main():
     draw = partial(draw_images, images, ema, run)
     for step, batch in run.steps(read_steps(images, cached, run, latent_shape), name_images, draw):
         # 1. The batch, in pieces of --micro-batch
-        micro_batches = [to_device(run, vfm, token_scale, slice(i, i + run.micro), *batch)
+        micro_batches = [to_device(run, vfm, normalise, slice(i, i + run.micro), *batch)
                          for i in range(0, run.local, run.micro)]
         share = run.micro / run.local  # of a micro-batch in this process's mean
 
@@ -505,8 +534,8 @@ def main():
             discriminator.requires_grad_(False)
         step_judge = judge if with_gan else None
         parts, fakes, ratio = {}, [], 1.0
-        if args.align == "vavae" and encoder_aligns:
-            ratio = parts["align_ratio"] = vavae_ratio(loss, micro_batches, run, stats, lpips)
+        if adaptive and encoder_aligns:
+            ratio = parts["align_ratio"] = gradient_ratio(loss, micro_batches, run, stats, lpips)
         for i, (x, noise_part, tokens) in enumerate(micro_batches):
             last = i == len(micro_batches) - 1
             with common.autocast(device, args.precision), common.sync_if(forward, last):

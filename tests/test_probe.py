@@ -580,7 +580,7 @@ def test_rivals_know_no_scale(vae_pair):
     labels, pixels = torch.tensor(images.labels)[rows], torch.stack([images[i][0] for i in rows[:20]])
     part = {"train": slice(0, 20), "val": slice(20, 30), "test": slice(30, 40)}
     found, moved = (probe.rivals(model, x, labels, part, pixels, "cpu") for x in (X, 100 * X + 7))
-    for name in ("kde_gini", "gmm_nll", "high_frequency_share"):
+    for name in ("kde_gini", "gmm_nll", "viv", "lnc", "lds", "sec"):
         if name in found or name != "gmm_nll":
             assert found[name] == pytest.approx(moved[name], rel=1e-3)
     decoded = data.to_uint8(model.decode(model.encode(data.to_float(pixels)).mean))
@@ -665,8 +665,8 @@ def test_probe_with_everything(vae_pair, tmp_path):
     result = json.loads((tmp_path / "a.json").read_text())["results"]
     scores = result[str(first)]
     assert "top5_recall" not in scores  # of two attributes it is always 1
-    assert {"f1", "class_accuracy", "kde_gini", "high_frequency_share", "shift_error", "scale_error", "psnr",
-            "f1_interval", "reached", "leak"} <= scores.keys()
+    assert {"f1", "class_accuracy", "kde_gini", "viv", "lnc", "lds", "sec", "shift_error", "scale_error",
+            "psnr", "f1_interval", "reached", "leak"} <= scores.keys()
     assert "minus" in out and ("within chance" in out or "beyond" in out)
     assert Image.open(tmp_path / "a.png").size == (150 + 4 * 198, 2 * (18 + 70))
     rows = list(csv.DictReader(open(tmp_path / "a.csv")))

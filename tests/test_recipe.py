@@ -332,7 +332,7 @@ def test_every_arm_of_the_study_is_a_command(fake_python):
                 "depth2": dict(mapper_depth=2),
                 "lambda0.5": dict(lambda_align=0.5),
                 "lambda8": dict(lambda_align=8.0),
-                "standardised": dict(vfm_standardise=1)}
+                "standardised": dict(vfm_normalise="channel")}
     assert tuned.keys() == expected.keys()
     send = tuned["send"]
     for arm, changes in expected.items():
