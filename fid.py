@@ -139,7 +139,7 @@ class FeatureNet(nn.Module):
 
     Images are resized (bicubic, antialiased when shrinking) to `size` (default: the model's own) and
     normalised with the model's mean and std. "vgg16" with a file: torchvision's convolutions, averaged over
-    the image (what LPIPS's packaged weights hold, extras/vgg16.py). weights=False: random, for a plan.
+    the image (what LPIPS's packaged weights hold, extras/packaged.py). weights=False: random, for a plan.
     """
 
     def __init__(self, name, ckpt=None, size=None, weights=True):

@@ -5,7 +5,9 @@
 #   bash run.sh test [all]       install and run the tests; all: the slow ones too
 #   bash run.sh study            the paper's claims put to the test on the avatars: matched arms, five seeds
 #                                (STUDY_SEEDS; hours: docs/study.md says how many)
-#   bash run.sh study SEED ARM   one arm of it
+#   bash run.sh study QUESTION   one that the paper leaves open, three seeds: vfm, weight, noise, length,
+#                                backbone, discrete, beyond, data, size or transfer
+#   bash run.sh study SEED ARM   one arm
 #   bash run.sh folder DIR       the demo on your own photographs: DIR/class/name.jpg, or DIR/name.jpg, cut
 #                                to RES=32 pixels, a multiple of 8
 #   bash run.sh imagenet DIR [main|table1|...|table6|rival|all]
@@ -26,16 +28,39 @@ STUDY_ARMS=${STUDY_ARMS:-control send random oracle depth0-clean depth1-clean}
 STUDY_MORE=${STUDY_MORE-$more}
 STUDY_LONG=${STUDY_LONG-control-long send-long}
 
+arms_of() {  # QUESTION: its arms besides control and send (docs/study.md)
+    case "$1" in
+    vfm) echo random vfm-fine vfm-vit vfm-vgg16 vfm2 oracle ;;
+    weight) echo lambda0.1 lambda0.5 lambda8 ratio ;;
+    noise) echo noise0.5 lognormal depth0 depth0-clean depth1-clean depth2 depth2-clean ;;
+    length) echo {control,send}-{quarter,x4,x16} ;;
+    backbone) echo {control,send}-{modern,cosine} ;;
+    discrete) echo {control,send}-fsq ;;
+    beyond) echo standardised spatial gram ve ;;
+    data) echo random oracle {control,send}-foreign ;;
+    size) ;;
+    transfer) echo oracle oracle-half ;;
+    *) return 1 ;;
+    esac
+}
+
 fail() { echo "error: $*" >&2; exit 2; }
 
 check_study() {  # the words after run.sh
-    local arms="$STUDY_ARMS $STUDY_MORE $STUDY_LONG"
+    local arms="$STUDY_ARMS $STUDY_MORE $STUDY_LONG" question questions
+    questions="vfm weight noise length backbone discrete beyond data size transfer"
+    [ $# != 2 ] || arms_of "$2" > /dev/null ||
+        fail "'study $2'; expected one of the questions $questions, or a seed and an arm"
+    for question in $questions; do
+        arms+=" $(arms_of "$question")"
+    done
     [[ $STUDY_SEEDS =~ ^[1-9][0-9]*$ && " $STUDY_ARMS " = *" control "* ]] ||
         fail "STUDY_SEEDS '$STUDY_SEEDS', STUDY_ARMS '$STUDY_ARMS'; expected a number of seeds, and control" \
             "among the arms"
     # "study - PART" is how the study itself calls for what its arms share
-    [[ $# = 1 || $# = 3 && ( $2 = - || $2 =~ ^[0-9]+$ && " $arms " = *" $3 "* ) ]] ||
-        fail "'study ${*:2}'; expected: bash run.sh study, or bash run.sh study SEED ARM, ARM one of $arms"
+    [[ $# -le 2 || $# = 3 && ( $2 = - || $2 =~ ^[0-9]+$ && " $arms " = *" $3 "* ) ]] ||
+        fail "'study ${*:2}'; expected: bash run.sh study, or study QUESTION, or study SEED ARM, ARM one of" \
+            "$(printf '%s\n' $arms | awk '!seen[$0]++' | xargs)"
 }
 
 case "${1:-demo}" in
@@ -247,9 +272,11 @@ fi
 
 INIT=${INIT:-results/weights/avatars-f4d16.safetensors}
 TRAIN="--split train" TEST="--split test"
-[ "${1:-}" = folder ] || RES=32
+[ "${1:-}" = folder ] || RES=${STUDY_RES:-32}
 SIT=SiT-demo/1 GRID=$((RES / 4))  # 64 tokens
 [ "$RES" -le 32 ] || SIT=SiT-demo/2 GRID=$((RES / 8))
+SIZE=
+[ "$RES" = 32 ] || SIZE="--resolution $RES"  # than the VAE's own
 
 # The frozen vision models: their weights lie in Python packages, so that no model hub is needed
 package() {
@@ -264,58 +291,95 @@ choose_vfm() {  # NAME: sets `vfm`, the flags of a vision model
     case "$1" in
     lite0) vfm=(--vfm tf_efficientnet_lite0 --vfm-ckpt "$LITE0") ;;
     lite2) vfm=(--vfm tf_efficientnet_lite2 --vfm-ckpt "$LITE2") ;;
-    random | oracle) vfm=(--vfm resnet10t --vfm-ckpt "$SHARED/$1.safetensors") ;;
+    fine) vfm=(--vfm tf_efficientnet_lite0 --vfm-ckpt "$LITE0" --vfm-layer 2) ;;  # stride 8
+    vit) vfm=(--vfm vit_small_patch14_dinov2.lvd142m --vfm-ckpt "$SHARED/vit.pth" --vfm-layer 8) ;;
+    vgg16) vfm=(--vfm vgg16 --vfm-ckpt "$SHARED/vgg16-timm.pth") ;;
+    random | oracle | oracle-half) vfm=(--vfm resnet10t --vfm-ckpt "$SHARED/$1.safetensors") ;;
     esac
     vfm+=(--cache-vfm "$SHARED/tokens-$1")
 }
+
+code=  # the folder of the scripts, for arms of forks/
 
 # NAME SAMPLES [FLAGS]: the distance to the training images. judge2 taught vfm2 alone, judge3 no arm
 judge() {
     local net=("${NET[@]}")
     [ "$1" != judge2 ] || net=(--net tf_efficientnet_lite2 --net-ckpt "$LITE2" --net-size 64)
     [ "$1" != judge3 ] || net=(--net vgg16 --net-ckpt "$SHARED/vgg16.pth" --net-size 32)
-    python fid.py score "$DATA" "$2" $TRAIN --resolution "$RES" "${net[@]}" --cache "$SHARED/$1.npz" "${@:3}"
+    python "${code}fid.py" score "$DATA" "$2" $TRAIN --resolution "$RES" "${net[@]}" \
+        --cache "$SHARED/$1.npz" "${@:3}"
 }
 
 shared() {  # PART: what the arms share
     case "$1" in
-    avatars) [ -d "$DATA" ] || python extras/avatars.py "$DATA" --n 12000 --size 32 ;;
-    vgg16) python extras/vgg16.py "$SHARED/vgg16.pth" ;;  # a judge, and of LPIPS as a score
+    avatars) [ -d "$DATA" ] || python extras/avatars.py "$DATA" --n 12000 --size "$RES" ${STYLES:-} ;;
+    others) python extras/avatars.py "$SHARED/others" --n 8000 --size 32 --styles adventurer avataaars ;;
+    fashion) [ -d "$DATA" ] || python extras/datasets.py fashion "$DATA" ;;
+    fork-*)
+        mkdir -p "$SHARED/$1"
+        cp -r ./*.py extras "$SHARED/$1"
+        (cd "$SHARED/$1" && export GIT_CEILING_DIRECTORIES=$PWD/.. &&
+            git apply "$OLDPWD/forks/${1#fork-}.patch") ;;
+    vgg16) python extras/packaged.py vgg16 "$SHARED/vgg16.pth" ;;  # a judge, and of LPIPS as a score
+    vgg16-timm | vit) python extras/packaged.py "$1" "$SHARED/$1.pth" ;;
     random) python extras/oracle.py "$DATA" "$SHARED/random.safetensors" --steps 0 ;;
     oracle) python extras/oracle.py "$DATA" "$SHARED/oracle.safetensors" ;;
+    oracle-half) python extras/oracle.py "$SHARED/others" "$SHARED/oracle-half.safetensors" ;;
     judge) [ -e "$SHARED/stats.npz" ] || judge judge none --save-stats "$SHARED/stats.npz" ;;
     judge2 | judge3) judge "$1" none ;;
     tokens-*)  # a run of one step fills the cache of the vision model's tokens
         choose_vfm "${1#tokens-}"
         rm -rf "$SHARED/fill-$1"
         python train_vae.py --data "$DATA" --split train --init "$INIT" --flip 0 --lpips 0 --gan 0 \
-            --batch 32 --steps 1 --grid "$GRID" "${vfm[@]}" --out "$SHARED/fill-$1" ;;
+            --batch 32 --steps 1 $SIZE --grid "$GRID" "${vfm[@]}" --out "$SHARED/fill-$1" ;;
     *) fail "'$1': no such part" ;;
     esac
 }
 
 testbed() {  # SEED ARM FOLDER
-    local seed=$1 dir=$3 vae=$3/vae.pt latents=$3/latents vfm
+    local seed=$1 dir=$3 vae=$3/vae.pt latents=$3/latents steps=$VAE_STEPS code= vfm
     local align=(--align send --lambda-align 2 --grid "$GRID" --mapper-mlp 256) sit=(--repa 0)
     choose_vfm lite0
+    [[ $2 != control* ]] || align=(--align none) vfm=()
     case "$2" in
-    control) align=(--align none) vfm=() ;;
-    send) ;;
-    random | oracle) choose_vfm "$2" ;;  # negative and positive control
+    control | send) ;;
+    random | oracle | oracle-half) choose_vfm "$2" ;;  # negative and positive control
     random-matched)  # costs as much PSNR as send
         choose_vfm random
         align+=(--lambda-align 8) ;;
-    depth0-clean) align+=(--mapper-depth 0 --noise 0) ;;
-    depth1-clean) align+=(--mapper-depth 1 --noise 0) ;;
-    depth2) align+=(--mapper-depth 2) ;;
-    vavae) align=(--align vavae --grid "$GRID") ;;
     vfm2) choose_vfm lite2 ;;
-    lambda0.5 | lambda8) align+=(--lambda-align "${2#lambda}") ;;
-    standardised) align+=(--vfm-normalise channel) ;;  # not in the paper
-    *-repa)  # REPA in the SiT, on the VAE of that arm
+    vfm-*) choose_vfm "${2#vfm-}" ;;
+    depth*-clean) align+=(--mapper-depth "${2:5:1}" --noise 0) ;;
+    depth*) align+=(--mapper-depth "${2#depth}") ;;
+    noise*) align+=(--noise "${2#noise}") ;;
+    lognormal) align+=(--noise lognormal) ;;
+    lambda*) align+=(--lambda-align "${2#lambda}") ;;
+    ratio) align+=(--lambda-align 0.1 --align-ratio 1) ;;
+    vavae) align=(--align vavae --grid "$GRID") ;;
+    standardised) align+=(--vfm-normalise channel) ;;  # this and the next three are not in the paper
+    spatial) align+=(--vfm-normalise spatial) ;;
+    gram) code=$SHARED/fork-gram/ align+=(--gram 2) ;;
+    ve) code=$SHARED/fork-ve/ align+=(--ve 0.1 --kl 0) ;;
+    *-quarter) steps=$((VAE_STEPS / 4)) ;;
+    *-x4) steps=$((VAE_STEPS * 4)) ;;
+    *-x16) steps=$((VAE_STEPS * 16)) ;;
+    *-fsq) code=$SHARED/fork-fsq/ align+=(--levels 17) ;;
+    *-foreign)  # aligned on other images: of the study in $FOREIGN
+        mkdir -p "$dir"
+        cp -n "$FOREIGN/seed$seed/${2%-foreign}"/{vae.pt,metrics.jsonl} "$dir"
+        align=() ;;
+    # Below, on the VAE of the arm before the dash, another SiT
+    *-modern)
+        code=$SHARED/fork-modern/
+        vae=${dir%-modern}/vae.pt latents=${dir%-modern}/latents align=() ;;
+    *-cosine)
+        sit+=(--path cosine)
+        vae=${dir%-cosine}/vae.pt latents=${dir%-cosine}/latents align=() ;;
+    *-repa)
+        choose_vfm lite0
         vae=${dir%-repa}/vae.pt latents=${dir%-repa}/latents align=()
         sit=(--repa 0.5 --data "$DATA" "${vfm[@]}") ;;
-    *-long)  # that arm's SiT, trained until it converges
+    *-long)  # until it converges
         vae=${dir%-long}/vae.pt latents=${dir%-long}/latents align=()
         sit+=(--steps 10000 --lr-decay 1 --ema 0.999 --eval-every 1000) ;;
     *) fail "'$2': no such arm" ;;
@@ -323,19 +387,19 @@ testbed() {  # SEED ARM FOLDER
 
     # 1. The VAE. (An empty array counts as unset in old releases of bash)
     [ ${#align[@]} = 0 ] ||
-        python train_vae.py --data "$DATA" $TRAIN --init "$INIT" --rec l1 --lpips 0 --gan 0 \
-            --batch 32 --steps "$VAE_STEPS" --lr 1e-3 --lr-decay 1 --ema 0.99 --flip 0 --seed "$seed" \
-            --save-every 100 "${align[@]}" ${vfm[@]+"${vfm[@]}"} ${VAE_FLAGS:-} --out "$dir"
+        python "${code}train_vae.py" --data "$DATA" $TRAIN --init "$INIT" --rec l1 --lpips 0 --gan 0 \
+            --batch 32 --steps "$steps" --lr 1e-3 --lr-decay 1 --ema 0.99 --flip 0 --seed "$seed" \
+            --save-every 100 $SIZE "${align[@]}" ${vfm[@]+"${vfm[@]}"} ${VAE_FLAGS:-} --out "$dir"
     # 2. Latents
-    python vae.py --vae "$vae" --data "$DATA" $TRAIN --out "$latents"
+    python "${code}vae.py" --vae "$vae" --data "$DATA" $TRAIN --out "$latents"
     # 3. The SiT
-    python train_sit.py --latents "$latents" --model "$SIT" --steps "$SIT_STEPS" --batch 64 \
+    python "${code}train_sit.py" --latents "$latents" --model "$SIT" --steps "$SIT_STEPS" --batch 64 \
         --lr 4e-3 --lr-warmup 50 --ema 0.995 --time lognormal --seed "$seed" --save-every 200 \
         --eval-every 200 --eval-stats "$SHARED/stats.npz" --eval-images 500 --eval-steps 6 \
         "${sit[@]}" ${SIT_FLAGS:-} --out "$dir/sit"
     # 4. Samples, from the same noise and labels in every arm
-    once python sample.py --sit "$dir/sit/sit.pt" --vae "$vae" --images "$SAMPLES" --sampler heun --steps 6 \
-        --labels equal --seed "$seed" --micro-batch 250 ${SAMPLE_FLAGS:-} --out "$dir/samples.npz"
+    once python "${code}sample.py" --sit "$dir/sit/sit.pt" --vae "$vae" --images "$SAMPLES" \
+        --sampler heun --steps 6 --labels equal --seed "$seed" --micro-batch 250 ${SAMPLE_FLAGS:-} --out "$dir/samples.npz"
     # 5. Their scores, by one judge (the demo) or by three
     once judge judge "$dir/samples.npz" --vae "$vae" --json "$dir/fd.json"
     if [ -n "${JUDGES:-}" ]; then
@@ -346,15 +410,15 @@ testbed() {  # SEED ARM FOLDER
     [ "$vae" = "$dir/vae.pt" ] || return 0
     local lpips=(--lpips 0)
     [ -z "${JUDGES:-}" ] || lpips=(--lpips-ckpt "$SHARED/vgg16.pth")
-    once python fid.py recon --vae "$vae" --data "$DATA" $TEST "${NET[@]}" "${lpips[@]}" \
+    once python "${code}fid.py" recon --vae "$vae" --data "$DATA" $TEST "${NET[@]}" "${lpips[@]}" \
         --png "$dir/recon.png" --json "$dir/recon.json"
     [ -z "$TRAIN" ] ||
-        once python probe.py "$vae" --data "$DATA" ${JUDGES:+--rivals} \
+        once python "${code}probe.py" "$vae" --data "$DATA" ${JUDGES:+--rivals} \
             --csv "$dir/probe.csv" --json "$dir/probe.json"
 }
 
-# The demo, and the same on your own images: two arms of the testbed, one seed, a shorter SiT; then a table and a
-# picture. Images without attributes.csv have no splits and no probe: reconstructions are then of the images
+# The demo, and the same on your own images: two arms of the testbed, one seed, a shorter SiT; then a table and
+# a picture. Images without attributes.csv have no splits and no probe: reconstructions are then of the images
 # trained on
 
 own_images() {  # sets what differs from the demo
@@ -422,8 +486,8 @@ pairs() {  # SEEDS ARMS...: arm by arm, so that a study that was stopped has who
     done
 }
 
-without_repa() { printf '%s\n' "$@" | grep -v -e '-repa$' || true; }
-with_repa() { printf '%s\n' "$@" | grep -e '-repa$' || true; }
+own_vae() { printf '%s\n' "$@" | grep -v -e '-\(repa\|modern\|cosine\)$' || true; }
+other_vae() { printf '%s\n' "$@" | grep -e '-\(repa\|modern\|cosine\)$' || true; }
 
 cores() {  # nproc answers with OMP_NUM_THREADS where that is set
     env -u OMP_NUM_THREADS nproc 2> /dev/null || sysctl -n hw.ncpu
@@ -432,8 +496,8 @@ cores() {  # nproc answers with OMP_NUM_THREADS where that is set
 export OUT=${OUT:-out/study} OMP_NUM_THREADS=1 SKIP_INSTALL=1 JUDGES=1
 export VAE_STEPS=600 SIT_STEPS=1000 SAMPLES=2000
 export DATA=${DATA:-$OUT/avatars} SHARED=${SHARED:-$OUT/shared}
-mkdir -p "$OUT/log" "$SHARED"
-if [ $# -gt 1 ]; then
+if [ $# = 3 ]; then
+    mkdir -p "$SHARED"
     if [ "$2" = - ]; then
         shared "$3"
     else
@@ -447,19 +511,38 @@ fi
 JOBS=${JOBS:-$(cores)}
 export -f one
 failed=0
-for parts in avatars "vgg16 random oracle judge judge2" \
-    "judge3 tokens-lite0 tokens-lite2 tokens-random tokens-oracle"; do
+images=avatars vfms="lite0 random oracle" more=""
+case "${2:-}" in  # a question: three seeds, for some of them on other images
+"") vfms="lite0 lite2 random oracle" ;;
+data) FOREIGN=$OUT OUT=$OUT/fashion DATA=$OUT/data images=fashion ;;
+size) OUT=$OUT/size64 DATA=$OUT/avatars STUDY_RES=64 ;;
+transfer)
+    OUT=$OUT/transfer DATA=$OUT/avatars STYLES="--styles micah big-smile pixel-art"
+    vfms+=" oracle-half" images="avatars others" ;;
+vfm) vfms+=" lite2 fine vit vgg16" more="vgg16-timm vit" ;;
+beyond) more="fork-gram fork-ve" ;;
+backbone) more=fork-modern ;;
+discrete) more=fork-fsq ;;
+esac
+if [ -n "${2:-}" ]; then
+    STUDY_SEEDS=3 STUDY_ARMS="control send $(arms_of "$2")" STUDY_MORE="" STUDY_LONG=""
+    SHARED=$OUT/shared
+    export FOREIGN STUDY_RES STYLES
+fi
+mkdir -p "$OUT/log" "$SHARED"
+oracles=$(printf '%s\n' $vfms | grep -e random -e oracle)
+for parts in "$images" "vgg16 $more $oracles judge judge2" "judge3 $(printf 'tokens-%s ' $vfms)"; do
     pool < <(printf -- '- %s\n' $parts)
     [ $failed = 0 ] || exit 1  # every arm needs these
 done
 three=$((STUDY_SEEDS < 3 ? STUDY_SEEDS : 3))
 pool < <(
-    pairs "$STUDY_SEEDS" $(without_repa $STUDY_ARMS)
-    pairs $three $(without_repa $STUDY_MORE)
+    pairs "$STUDY_SEEDS" $(own_vae $STUDY_ARMS)
+    pairs $three $(own_vae $STUDY_MORE)
 )
 pool < <(  # later: these take another arm's VAE
-    pairs "$STUDY_SEEDS" $(with_repa $STUDY_ARMS)
-    pairs $three $(with_repa $STUDY_MORE)
+    pairs "$STUDY_SEEDS" $(other_vae $STUDY_ARMS)
+    pairs $three $(other_vae $STUDY_MORE)
     pairs 1 $STUDY_LONG
 )
 python extras/study.py "$OUT"

@@ -103,10 +103,10 @@ def load_style(style):
 
 def render_avatar(job):
     """Write image i and return its row of attributes; depends on (seed, i) alone. Runs in a worker."""
-    folder, i, size, seed = job
+    folder, i, size, seed, styles = job
     import resvg_py
     from dicebear import Avatar
-    style = list(STYLES)[i % len(STYLES)]
+    style = styles[i % len(styles)]
     rng = np.random.Generator(np.random.Philox(key=np.array([seed, i], np.uint64)))
     options, present = draw_options(style, rng)
     over = STYLES[style].get("over", 1)
@@ -126,7 +126,7 @@ def assign_splits(rows, seed):
         rows[i]["split"] = "val" if rank < n // 12 else "test" if rank < 2 * (n // 12) else "train"
 
 
-def render_avatars(out, n, size, seed):
+def render_avatars(out, n, size, seed, styles=tuple(STYLES)):
     """Render n cartoon faces, size x size pixels, into folder `out`: <style>/<index>.png, attributes.csv
     (0/1, empty = the style has no such attribute) and avatars.json (settings and licences).
 
@@ -142,6 +142,8 @@ def render_avatars(out, n, size, seed):
     packages = {p: metadata.version(p) for p in ("dicebear-core", "dicebear-styles", "resvg-py")}
     drawing = 2  # a new number when the same seed draws other images
     settings = {"n": n, "size": size, "seed": seed, "drawing": drawing, "packages": packages}
+    if len(styles) < len(STYLES):
+        settings["only"] = list(styles)
     if out.exists():
         record = out / "avatars.json"
         found = common.read_json(record) if record.is_file() else {}
@@ -154,19 +156,19 @@ def render_avatars(out, n, size, seed):
     common.open_out(out.parent)
     common.claim(f"{out}.lock", flag="folder")
     shutil.rmtree(part, ignore_errors=True)  # left by a run that was killed
-    for style in STYLES:
+    for style in styles:
         common.open_out(part / style)
-    jobs = [(str(part), i, size, seed) for i in range(n)]
+    jobs = [(str(part), i, size, seed, styles) for i in range(n)]
     with multiprocessing.get_context("spawn").Pool(max(1, min(os.cpu_count() or 1, n // 100))) as pool:
         drawn = pool.imap(render_avatar, jobs, chunksize=32)
         rows = list(tqdm(drawn, "avatars", n, unit="image", disable=None))
     assign_splits(rows, seed)
-    names = list(dict.fromkeys(name for style in STYLES for name in vocabulary(style)))
+    names = list(dict.fromkeys(name for style in styles for name in vocabulary(style)))
     with open(part / "attributes.csv", "w", newline="", encoding="utf-8") as f:
         writer = csv.DictWriter(f, ["file", "split", *names], restval="", lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    metas = {style: read_style(style)["meta"] for style in STYLES}
+    metas = {style: read_style(style)["meta"] for style in styles}
     licences = {s: {k: meta[k] for k in ("license", "creator", "source")} for s, meta in metas.items()}
     text = json.dumps({**settings, "styles": licences}, indent=2, ensure_ascii=False)
     (part / "avatars.json").write_text(text + "\n", "utf-8")
@@ -180,13 +182,14 @@ def main():
     p.add_argument("--n", type=common.positive, default=12000, help="images (default 12000)")
     p.add_argument("--size", type=common.side, default=64, help="pixels a side (default 64)")
     p.add_argument("--seed", type=common.seed, default=0)
+    p.add_argument("--styles", nargs="+", choices=STYLES, default=list(STYLES), help="default: all five")
     p.add_argument("--dry-run", action="store_true", help="print the plan (images, classes, disk), and end")
     args = p.parse_args()
     if args.dry_run:
         disk = args.n * 2.6e3 * args.size / 64 / 2**20
-        return print(f"{args.n} images of {args.size} x {args.size} in {len(STYLES)} classes -> {args.out}, "
-                     f"about {disk:.0f} MiB of disk (2.6 kB an image at 64 pixels)")
-    render_avatars(args.out, args.n, args.size, args.seed)
+        return print(f"{args.n} images of {args.size} x {args.size} in {len(args.styles)} classes -> "
+                     f"{args.out}, about {disk:.0f} MiB of disk (2.6 kB an image at 64 pixels)")
+    render_avatars(args.out, args.n, args.size, args.seed, tuple(dict.fromkeys(args.styles)))
 
 
 if __name__ == "__main__":

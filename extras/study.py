@@ -38,9 +38,28 @@ ARMS = {
     "vfm2": "Send-VAE, EfficientNet-Lite2 as VFM",
     "lambda0.5": "Send-VAE, lambda 0.5",
     "lambda8": "Send-VAE, lambda 8",
-    "standardised": "Send-VAE, tokens standardised (not in the paper)",
+    "standardised": "Send-VAE, tokens standardised per channel (not in the paper)",
+    "spatial": "Send-VAE, tokens standardised per image (iREPA; not in the paper)",
+    "gram": "Send-VAE and a Gram loss (not in the paper)",
+    "ve": "Send-VAE, variance expansion for the KL (not in the paper)",
+    "lambda0.1": "Send-VAE, lambda 0.1",
+    "ratio": "Send-VAE, lambda by VA-VAE's ratio of gradients",
+    "noise0.5": "Send-VAE, a = 0.5 in eq. (1)",
+    "lognormal": "Send-VAE, a as the SiT's times",
+    "depth0": "MLP only, noise",
+    "depth2-clean": "depth 2, no noise",
+    "vfm-fine": "Send-VAE, EfficientNet-Lite0's stride 8",
+    "vfm-vit": "Send-VAE, a ViT-S of DINOv2's shape, block 8",
+    "vfm-vgg16": "Send-VAE, VGG16",
+    "oracle-half": "Send-VAE, VFM trained on the attributes of other styles",
     "control-repa": "control's VAE, REPA in the SiT",
     "send-repa": "Send-VAE's VAE, REPA in the SiT",
+    **{f"{arm}-{name}": f"{words}, {change}" for name, change in {
+        "quarter": "a quarter of the fine-tuning", "x4": "4 times the fine-tuning",
+        "x16": "16 times the fine-tuning", "fsq": "finite scalar quantisation",
+        "foreign": "aligned on other images", "modern": "SiT of RMSNorm, rotary positions and SwiGLU",
+        "cosine": "SiT on the cosine path"}.items()
+       for arm, words in (("control", "control"), ("send", "Send-VAE"))},
     "control-long": "control's VAE, SiT trained longer",
     "send-long": "Send-VAE's VAE, SiT trained longer",
 }
@@ -75,6 +94,8 @@ COLUMNS = (
     ("precision", "precision", 2, "m"), ("recall", "recall", 2, "m"),
     ("class_agreement", "class agreement", 3, "m"),
 )
+OTHER_SIT = ("-repa", "-modern", "-cosine", "-long")  # of arms with another arm's VAE
+LENGTHS = {"quarter": 0.25, "x4": 4, "x16": 16}  # fine-tuning, in that of the others
 LOWER = ("fd", "fd2", "fd3", "rfd", "fd_to_reconstructions")  # are better; the others when higher
 # The demo's table: names in report.json, and digits
 PRINTED = dict(psnr=2, probe_f1=4, fd=1, rfd=1, fd_to_reconstructions=1, precision=3, recall=3,
@@ -134,7 +155,7 @@ def read_scores(folder, owner):
 
 def other_sit(arm):
     """Whether an arm has another arm's VAE, and another SiT than the rest."""
-    return arm.endswith(("-repa", "-long"))
+    return arm.endswith(OTHER_SIT)
 
 
 def read_row(folder):
@@ -143,7 +164,7 @@ def read_row(folder):
     EfficientNet-Lite2 and VGG16; `measure` holds all that must agree between distances. Raises UserError."""
     arm, run = folder.name, folder.parent.name
     again = f"delete that arm and run it again: OUT={folder.parent.parent} bash run.sh study {run[4:]} {arm}"
-    owner = folder.parent / arm.removesuffix("-repa").removesuffix("-long")
+    owner = folder.parent / (arm.rpartition("-")[0] if other_sit(arm) else arm)
     logs = {"train_vae": owner / "metrics.jsonl", "train_sit": folder / "sit/metrics.jsonl"}
     files = {k: folder / f"{k}.json" for k in ("fd", "fd2", "fd3", "samples")}
     files |= {k: owner / f"{k}.json" for k in ("recon", "probe")}
@@ -159,9 +180,10 @@ def read_row(folder):
         fd2, fd3, drawn, tuned, trained = (records[k] for k in ("fd2", "fd3", "samples", *logs))
         (scores["fd2"],), (scores["fd3"],) = fd2["fd"].values(), fd3["fd"].values()
         scores["fd2_to_reconstructions"] = [*fd2["scores"].values()][0]["fd_to_reconstructions"]
+        length = tuned["steps"] / LENGTHS.get(arm.rpartition("-")[2], 1)
         measure = (f"FD({fd['network']})-{scores['fd_n']} (other judges {fd2['network']}, {fd3['network']}), "
                    f"{drawn['sampler']} {drawn['steps']} steps, VAE {tuned['inputs']['init']} trained for "
-                   f"{tuned['steps']} steps of {tuned['batch']}, SiT for {trained['steps']} of "
+                   f"{length:.0f} steps of {tuned['batch']}, SiT for {trained['steps']} of "
                    f"{trained['batch']}; curves {curve_measure}")
         vaes = {records[k]["inputs"]["vae"] for k in ("fd", "fd2", "recon")} | {drawn["vae_hash"]}
         vaes |= {v for k, v in records["probe"]["inputs"].items() if k != "data"}
@@ -226,9 +248,9 @@ def differences(rows, arm, key, reference="control"):
 
 
 def reference_of(rows, arm):
-    """What an arm is compared with: the control, with REPA where the arm has it."""
-    with_repa = arm.endswith("-repa") and arm != "control-repa" and "control-repa" in rows
-    return "control-repa" if with_repa else "control"
+    """What an arm is compared with: the control, or the control with the same suffix where there is one."""
+    same = f"control-{arm.partition('-')[2]}"
+    return same if same in rows and same != arm else "control"
 
 
 def compared(d, key):
@@ -281,8 +303,8 @@ def speed_ups(rows, arm, reference):
 
 
 def arm_means(rows):
-    """One row an arm, the mean over its seeds, for correlate(), which then resamples arms. Without arms with
-    REPA, which is another SiT."""
+    """One row an arm, the mean over its seeds, for correlate(), which then resamples arms. Without those
+    that have another SiT."""
     out = []
     for arm, of in rows.items():
         keys = set.intersection(*(set(numbers(r)) for r in of.values())) | {"psnr"}
@@ -422,10 +444,11 @@ with this scatter show four times out of five.
 ## Arms against the control
 
 {main_table(rows)}
-Probe F1 of the baselines: {simple}. An arm with REPA is compared with `control-repa`, which itself is
-compared with `control`. PSNR and probe F1 are of the test split. Speed-up: steps of the control over steps of
-the arm to the worse of the last distances of their two curves, linear between the points; above 1 the arm is
-faster; geometric mean and interval over seeds; "a bound" where a curve was there at its first point.
+Probe F1 of the baselines: {simple}. An arm `X-suffix` is compared with `control-suffix` where there is one,
+which itself is compared with `control`. PSNR and probe F1 are of the test split. Speed-up: steps of the
+control over steps of the arm to the worse of the last distances of their two curves, linear between the
+points; above 1 the arm is faster; geometric mean and interval over seeds; "a bound" where a curve was there
+at its first point.
 
 ![Distance while the SiT trains, and the arms' final distance minus the control's](convergence.png)
 
@@ -443,12 +466,12 @@ On the VAEs of the arms above, with a decaying learning rate; they enter no tabl
 {curve_table(rows | long)}
 ## Which score of a VAE follows the distance?
 
-Means of the arms without REPA, and correlations with gFD over them; intervals are over resampled arms.
+Means of the arms with the same SiT, and correlations with gFD over them; intervals are over resampled arms.
 {len(correlations)} scores were tried: of those without any relation about one in 20 leaves 0 outside its
 interval. The arms are variations of one recipe on the same pre-trained VAE, not a sample of all VAEs:
 intervals are too narrow for that. `recon_fd`, `rfd`, `lpips` and `ssim` look at the same decoder as gFD.
 
-{correlation_table(means, correlations) if correlations else 'Needs three arms without REPA.'}
+{correlation_table(means, correlations) if correlations else 'Needs three such arms.'}
 ## Where the numbers come from
 
 `rows.json` holds every number, its file and its commands. Commits of the arms: {', '.join(commits)}; torch
@@ -495,7 +518,7 @@ def draw_convergence(rows, long, path):
         mean, main = values.mean(0), arm in ("control", "send")
         own = colour.get(arm.removesuffix("-long"), "grey")
         style = dict(linewidth=3 if main else 1, linestyle="-", zorder=3 if main else 2)
-        style |= dict(linestyle="--") if arm.endswith("-repa") else {}
+        style |= dict(linestyle="--") if other_sit(arm) else {}
         style |= dict(linestyle=":", linewidth=2) if arm in long else {}
         left.plot(steps, mean, color=own, label=arm, **style)
         if len(values) > 1:

@@ -8,6 +8,7 @@ import shutil
 from types import SimpleNamespace
 
 import numpy as np
+import onnx
 import pytest
 import safetensors.torch
 import timm
@@ -26,7 +27,7 @@ import mapper
 import sample
 import vae
 from common import UserError
-from extras import vgg16 as extras_vgg16
+from extras import packaged
 
 
 def test_oracle(tmp_path):
@@ -60,14 +61,55 @@ def test_packaged_vgg16():
     for k, m in enumerate(m for m in model if isinstance(m, nn.Conv2d)):
         kernel = rng.standard_normal((3, 3, m.in_channels, m.out_channels), np.float32)
         arrays[f"Conv_{k}"] = dict(kernel=kernel, bias=np.full(m.out_channels, k, np.float32))
-    state = extras_vgg16.convert(arrays)
+    state = packaged.convert_vgg16(arrays, head=True)
+    timm.create_model("vgg16").load_state_dict(state)
+    state = {k: v for k, v in state.items() if k.startswith("features.")}
     model.load_state_dict({k.removeprefix("features."): v for k, v in state.items()})
     assert state["features.2.weight"][5, 7, 0, 2] == arrays["Conv_1"]["kernel"][0, 2, 7, 5]
     assert state["features.28.bias"][0] == 12
-    read = lambda value: extras_vgg16.ArraysOnly(io.BytesIO(pickle.dumps(value, 3))).load()
+    read = lambda value: packaged.ArraysOnly(io.BytesIO(pickle.dumps(value, 3))).load()
     assert (read(arrays["Conv_0"])["kernel"] == arrays["Conv_0"]["kernel"]).all()
     with pytest.raises(UserError, match="posix.system|nt.system"):
         read(os.system)
+
+
+def test_packaged_vit():
+    """A tensor of the ViT comes to another place, or turned round."""
+    torch.manual_seed(0)
+    expected = timm.create_model("vit_small_patch14_dinov2", num_classes=0).state_dict()
+    expected = {k: torch.randn_like(v) for k, v in expected.items()}
+    parts = {"attn.proj": "attention.output.dense", "mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2"}
+    positions = expected["pos_embed"]
+    tensors = {"backbone.embeddings.cls_token": expected["cls_token"], "onnx::Concat_1": positions[:, :1],
+               "onnx::Reshape_2": positions[:, 1:]}
+    nodes = []
+
+    def put(ours, theirs, linear=False):
+        weight, tensors[f"{theirs}.bias"] = expected[f"{ours}.weight"], expected[f"{ours}.bias"]
+        if not linear:
+            tensors[f"{theirs}.weight"] = weight
+            return
+        tensors[f"onnx::MatMul_{len(nodes)}"] = weight.T
+        nodes.append(onnx.helper.make_node("MatMul", ["x", f"onnx::MatMul_{len(nodes)}"], [f"made_{theirs}"]))
+        nodes.append(onnx.helper.make_node("Add", [f"{theirs}.bias", f"made_{theirs}"], [f"y_{theirs}"]))
+
+    put("patch_embed.proj", "backbone.embeddings.patch_embeddings.projection")
+    put("norm", "backbone.layernorm")
+    for i in range(12):
+        theirs = f"backbone.encoder.layer.{i}"
+        for kind in ("weight", "bias"):
+            three = expected[f"blocks.{i}.attn.qkv.{kind}"].chunk(3)
+            expected |= {f"{part}{i}.{kind}": v for part, v in zip(("query", "key", "value"), three)}
+        for part in ("query", "key", "value"):
+            put(f"{part}{i}", f"{theirs}.attention.attention.{part}", linear=True)
+        for ours, name in parts.items():
+            put(f"blocks.{i}.{ours}", f"{theirs}.{name}", linear=True)
+        for k in (1, 2):
+            put(f"blocks.{i}.norm{k}", f"{theirs}.norm{k}")
+            tensors[f"{theirs}.layer_scale{k}.lambda1"] = expected[f"blocks.{i}.ls{k}.gamma"]
+    stored = [onnx.numpy_helper.from_array(t.contiguous().numpy(), name) for name, t in tensors.items()]
+    found = packaged.convert_vit(onnx.helper.make_graph(nodes, "vit", [], [], stored))
+    assert len(found) == 174 and all(torch.equal(v, expected[k]) for k, v in found.items())
 
 
 def test_exported_weights(tmp_path):

@@ -55,3 +55,45 @@ def test_fsq(small, tmp_path):
     assert (std == 0).all() and {-0.5, 0, 0.5} <= {*np.unique(mean)} <= {-1, -0.5, 0, 0.5, 1}
     moved, before = common.load_checkpoint(tmp_path / "vae/vae.pt")["vae"], tiny_vae().state_dict()
     assert (moved["encoder.conv_in.weight"] - before["encoder.conv_in.weight"]).abs().max() > 5e-4
+
+
+def test_ve(small, tmp_path):
+    """ve.patch does not apply, is at work without its flag, or does not let the variance grow."""
+    run, latents = fork("ve", 14, tmp_path / "copy"), {}
+    command = "train_vae", "--data", small / "images", *ONE_STEP, "--align", "none"
+    do(*command, "--out", tmp_path / "core")
+    run(*command, "--out", tmp_path / "off")
+    assert_same_bits(tmp_path / "off/vae.pt", tmp_path / "core/vae.pt")
+    for weight in (0, 1000):
+        out = tmp_path / f"{weight}"
+        run(*command, "--steps", 20, "--kl", 0, "--ve", weight, "--out", out)
+        do("vae", "--vae", out / "vae.pt", "--data", small / "images", "--out", out / "latents")
+        latents[weight] = np.load(out / "latents/moments.npy")
+    assert "ve" in metrics(tmp_path / "1000")[1][0] and "ve" not in metrics(tmp_path / "0")[1][0]
+    std = {k: np.split(v, 2, axis=2)[1].mean() for k, v in latents.items()}
+    assert std[1000] > 1.01 * std[0]
+
+
+def test_modern(small, tmp_path):
+    """modern.patch does not apply, its SiT does not learn or sample, or its attention sees where a token is
+    and not only how far another lies."""
+    run = fork("modern", 60, tmp_path / "copy")
+    latents = small / "latents"
+    run("train_sit", "--latents", latents, "--model", "SiT-demo/2", "--batch", 8, "--steps", 30, "--lr", 1e-3,
+        "--log-every", 5, "--repa", 0, "--out", tmp_path / "sit")
+    losses = [row["velocity"] for row in metrics(tmp_path / "sit")[1] if "velocity" in row]
+    assert losses[-1] < losses[0]
+    run("sample", "--sit", tmp_path / "sit/sit.pt", "--vae", small / "vae/vae.pt", "--images", 4, "--steps", 2,
+        "--out", tmp_path / "samples.npz")
+    check = """
+import sit, torch
+angle = sit.axial_angles(6, 16, "cpu").view(6, 6, 8)
+q, k = torch.randn(16), torch.randn(16)
+at = lambda x, row, column: sit.rotate(x.view(1, 1, 1, 16), angle[row, column][None]).flatten()
+near = torch.stack([at(q, r, c) @ at(k, r + 1, c + 2) for r in range(5) for c in range(4)])
+assert torch.allclose(near, near[0], atol=1e-4), near
+assert abs(at(q, 0, 0) @ at(k, 2, 1) - near[0]) > 1e-3
+count = lambda m: sum(p.numel() for p in m.parameters())
+assert abs(count(sit.Mlp(128, 512)) / (2 * 128 * 512 + 640) - 1) < 0.05
+"""
+    subprocess.run([sys.executable, "-c", check], cwd=tmp_path / "copy", check=True)

@@ -85,8 +85,9 @@ def test_parts_of_the_study(vgg, tmp_path):
     env = dict(OUT=tmp_path, DATA=images, INIT=init)
     (tmp_path / "shared").mkdir()
     shutil.copy(vgg[1], tmp_path / "shared/vgg16.pth")
-    for part in ("random", "judge3", "tokens-random"):
+    for part in ("random", "judge3", "tokens-random", "fork-fsq"):
         recipe("study", "-", part, **env)
+    assert "--levels" in (tmp_path / "shared/fork-fsq/train_vae.py").read_text()
     written = {path.name for path in (tmp_path / "shared").iterdir()}
     assert {"random.safetensors", "judge3.npz", "tokens-random"} <= written
     do("extras.oracle", images, tmp_path / "oracle.safetensors", "--steps", 2)
@@ -295,19 +296,26 @@ def test_done_is_known_by_its_content(fake_python, tmp_path):
     assert scored(moved, **new) == ["fid.py recon", "fid.py score", "probe", "sample"]
 
 
-def test_every_arm_of_the_study_is_a_command(fake_python):
+def test_every_arm_of_the_study_is_a_command(fake_python, tmp_path):
     """An arm of run.sh is mistyped, or changes something else than its name says."""
-    parsed = {}
+    parsed, forks, foreign = {}, {}, tmp_path / "avatars/seed1"
+    for arm in ("control", "send"):
+        (foreign / arm).mkdir(parents=True)
+        for file in ("vae.pt", "metrics.jsonl"):
+            (foreign / arm / file).write_text(arm)
     for arm in extras_study.ARMS:
-        out, _ = recipe("study", 1, arm, **fake_python)
+        out, _ = recipe("study", 1, arm, **fake_python, FOREIGN=foreign.parent)
         commands = {}
         for line in out.splitlines():
-            line = line.removeprefix("COMMAND ")
+            copy, line = re.fullmatch(r"COMMAND (\S*/shared/fork-\w+/)?(.*)", line).groups()
+            if copy:
+                forks[arm] = Path(copy).name.removeprefix("fork-")
             judged = next((f" {k}" for k in ("fd2", "fd3", "recon") if f"{k}.json" in line), "")
             commands[line.split()[0] + judged] = line
         scripts = ["vae.py", "train_sit.py", "sample.py", "fid.py", "fid.py fd2", "fid.py fd3"]
-        if not arm.endswith(("-repa", "-long")):  # these take another arm's VAE
-            scripts = ["train_vae.py", *scripts, "fid.py recon", "probe.py"]
+        if not extras_study.other_sit(arm):  # these take another arm's VAE
+            scripts = [*scripts, "fid.py recon", "probe.py"]
+            scripts = scripts if arm.endswith("-foreign") else ["train_vae.py", *scripts]
         assert list(commands) == scripts
         for judged, net, cache in (("fid.py", "lite0", "judge"), ("fid.py fd2", "lite2", "judge2"),
                                    ("fid.py fd3", "vgg16", "judge3")):
@@ -315,11 +323,17 @@ def test_every_arm_of_the_study_is_a_command(fake_python):
             assert net in line and f"/{cache}.npz" in line and f"seed1/{arm}/samples.npz" in line
         parsed[arm] = commands
 
-    tuned = {arm: vars(train_vae_args(f"python {commands['train_vae.py']}"))
+    of_forks = r" --(gram|ve|levels) \S+"
+    tuned = {arm: vars(train_vae_args(f"python {re.sub(of_forks, '', commands['train_vae.py'])}"))
              for arm, commands in parsed.items() if "train_vae.py" in commands}
-    assert set(extras_study.ARMS) - set(tuned) == {f"{vae}-{sit}" for vae in ("control",
-                                                                              "send") for sit in ("repa",
-                                                                                                  "long")}
+    flags = {arm: re.search(of_forks, c["train_vae.py"])[1] for arm, c in parsed.items()
+             if re.search(of_forks, c.get("train_vae.py", ""))}
+    assert flags == {"gram": "gram", "ve": "ve", "control-fsq": "levels", "send-fsq": "levels"}
+    assert forks == {"gram": "gram", "ve": "ve", **{f"{arm}-{name}": name for arm in ("control", "send")
+                                                    for name in ("fsq", "modern")}}
+    assert all((tmp_path / f"seed1/{arm}-foreign/vae.pt").read_text() == arm for arm in ("control", "send"))
+    without = {arm for arm in extras_study.ARMS if extras_study.other_sit(arm) or arm.endswith("-foreign")}
+    assert set(extras_study.ARMS) - set(tuned) == without
     expected = {"control": dict(align="none", lambda_align=0.0),
                 "send": {},
                 "random": dict(vfm="resnet10t"),
@@ -332,24 +346,45 @@ def test_every_arm_of_the_study_is_a_command(fake_python):
                 "depth2": dict(mapper_depth=2),
                 "lambda0.5": dict(lambda_align=0.5),
                 "lambda8": dict(lambda_align=8.0),
-                "standardised": dict(vfm_normalise="channel")}
+                "standardised": dict(vfm_normalise="channel"),
+                "spatial": dict(vfm_normalise="spatial"),
+                "gram": {},
+                "ve": dict(kl=0.0),
+                "lambda0.1": dict(lambda_align=0.1),
+                "ratio": dict(lambda_align=0.1, align_ratio=1),
+                "noise0.5": dict(noise=0.5),
+                "lognormal": dict(noise="lognormal"),
+                "depth0": dict(mapper_depth=0),
+                "depth2-clean": dict(mapper_depth=2, noise=0),
+                "vfm-fine": dict(vfm_layer=2),
+                "vfm-vit": dict(vfm="vit_small_patch14_dinov2.lvd142m", vfm_layer=8),
+                "vfm-vgg16": dict(vfm="vgg16"),
+                "oracle-half": dict(vfm="resnet10t"),
+                **{f"{arm}-{name}": dict(none, steps=steps) for name, steps in
+                   (("quarter", 150), ("x4", 2400), ("x16", 9600), ("fsq", 600))
+                   for arm, none in (("control", dict(align="none", lambda_align=0.0)), ("send", {}))}}
+    for changes in expected.values():
+        if changes.get("steps") == 600:
+            del changes["steps"]
     assert tuned.keys() == expected.keys()
     send = tuned["send"]
     for arm, changes in expected.items():
         ignored = {"out", "vfm_ckpt", "cache_vfm"}
-        if arm in ("control", "vavae"):
+        if arm.startswith(("control", "vavae")):
             ignored |= {"vfm", "grid", "mapper_mlp"}
         assert {k: v for k, v in tuned[arm].items() if v != send[k] and k not in ignored} == changes, arm
     assert (send["lambda_align"], send["mapper_depth"], send["noise"], send["seed"]) == (2.0, 1, 1, 1)
     weights = {arm: Path(args["vfm_ckpt"]).stem for arm, args in tuned.items() if args["vfm_ckpt"]}
-    others = {"random": "random", "random-matched": "random", "oracle": "oracle", "vfm2": "lite2"}
-    assert weights == {arm: others.get(arm, "lite0") for arm in tuned if arm != "control"}
-    for arm, name in weights.items():  # or tokens of one model are read as another's
-        assert tuned[arm]["cache_vfm"].endswith(f"/tokens-{name}")
+    others = {"random": "random", "random-matched": "random", "oracle": "oracle", "vfm2": "lite2",
+              "vfm-vit": "vit", "vfm-vgg16": "vgg16-timm", "oracle-half": "oracle-half"}
+    assert weights == {arm: others.get(arm, "lite0") for arm in tuned if not arm.startswith("control")}
+    caches = {arm: Path(tuned[arm]["cache_vfm"]).name.removeprefix("tokens-") for arm in weights}
+    weights |= {"vfm-fine": "fine", "vfm-vgg16": "vgg16"}
+    assert caches == weights  # or tokens of one model are read as another's
 
     sits = {arm: re.sub(r"--(out|latents) \S+", "", c["train_sit.py"]) for arm, c in parsed.items()}
-    assert len({flags for arm, flags in sits.items() if not arm.endswith(("-repa", "-long"))}) == 1
-    for kind, flag in (("repa", "--repa 0.5"), ("long", "--steps 10000")):
+    assert len({f for arm, f in sits.items() if not extras_study.other_sit(arm) or "-modern" in arm}) == 1
+    for kind, flag in (("repa", "--repa 0.5"), ("long", "--steps 10000"), ("cosine", "--path cosine")):
         assert sits[f"control-{kind}"] == sits[f"send-{kind}"] and flag in sits[f"send-{kind}"]
     assert "seed1/send/latents" in parsed["send-repa"]["train_sit.py"]
     assert "seed1/send/vae.pt" in parsed["send-repa"]["sample.py"]
@@ -358,7 +393,7 @@ def test_every_arm_of_the_study_is_a_command(fake_python):
 def test_one_arm_that_fails(fake_python, tmp_path):
     """A failing or mistyped arm of the study stops the others or passes for done, REPA comes before the VAE
     that it needs, or a seed is left out."""
-    out, _ = recipe("study", status=1, **fake_python, STUDY_SEEDS=2, STUDY_ARMS="control depth-2",
+    out, _ = recipe("study", status=1, **fake_python, STUDY_SEEDS=2, STUDY_ARMS="control sned",
                     STUDY_MORE="send-repa send", STUDY_LONG="", FAIL="seed1/control/latents", JOBS=1)
     assert f"COMMAND extras/study.py {tmp_path}" in out.splitlines()
     done = [line.split(":")[0] for line in out.splitlines() if ": done" in line]
@@ -367,7 +402,35 @@ def test_one_arm_that_fails(fake_python, tmp_path):
         "tokens-lite0", "tokens-lite2", "tokens-random", "tokens-oracle")]
     assert done[11:] == ["0 control", "0 send", "1 send", "0 send-repa", "1 send-repa"]
     failed = [line.split(":")[0] for line in out.splitlines() if "FAILED" in line]
-    assert failed == ["1 control", "0 depth-2", "1 depth-2"] and "no such arm" in out
+    assert failed == ["1 control", "0 sned", "1 sned"] and "no such arm" in out
+
+
+@pytest.mark.parametrize("question,parts,arms,words", [
+    ("backbone", "fork-modern vgg16 oracle judge2", "send send-modern control-cosine", []),
+    ("size", "avatars tokens-lite0", "control send",
+     ["avatars.py {}/size64/avatars --n 12000 --size 64", "train_vae.py .*--resolution 64 .*--grid 8 ",
+      "train_sit.py .*SiT-demo/2", "fid.py score .* --resolution 64 "]),
+    ("transfer", "others oracle-half tokens-oracle-half", "oracle-half",
+     ["avatars.py {}/transfer/avatars .*--styles micah big-smile pixel-art$",
+      "oracle.py {}/transfer/shared/others"]),
+    ("data", "fashion", "control-foreign",
+     ["datasets.py fashion {}/fashion/data", "vae.py --vae {}/fashion/seed2/send-foreign/vae.pt"])])
+def test_questions(question, parts, arms, words, fake_python, tmp_path):
+    """A question of the study lacks a part, an arm or a seed, or is asked of the wrong images."""
+    (tmp_path / "bin/python").write_text((tmp_path / "bin/python").read_text().replace(
+        'echo "COMMAND $@"', f'echo "COMMAND $@" | tee -a {tmp_path}/commands'))
+    for seed in range(3):
+        for arm in ("control", "send"):
+            (tmp_path / f"seed{seed}/{arm}").mkdir(parents=True)
+            for file in ("vae.pt", "metrics.jsonl"):
+                (tmp_path / f"seed{seed}/{arm}/{file}").touch()
+    out, _ = recipe("study", question, **fake_python, JOBS=1)
+    done = {line.split(":")[0] for line in out.splitlines() if ": done" in line}
+    assert {f"- {part}" for part in parts.split()} <= done and "FAILED" not in out
+    assert {f"{seed} {arm}" for seed in range(3) for arm in f"control send {arms}".split()} <= done
+    commands = (tmp_path / "commands").read_text()
+    for word in words:
+        assert re.search(f"^COMMAND (extras/)?{word.format(tmp_path)}", commands, re.M), word
 
 
 def test_jobs_are_cores(fake_python, tmp_path):
