@@ -83,8 +83,8 @@ def test_modern(small, tmp_path):
         "--log-every", 5, "--repa", 0, "--out", tmp_path / "sit")
     losses = [row["velocity"] for row in metrics(tmp_path / "sit")[1] if "velocity" in row]
     assert losses[-1] < losses[0]
-    run("sample", "--sit", tmp_path / "sit/sit.pt", "--vae", small / "vae/vae.pt", "--images", 4, "--steps", 2,
-        "--out", tmp_path / "samples.npz")
+    run("sample", "--sit", tmp_path / "sit/sit.pt", "--vae", small / "vae/vae.pt", "--images", 4,
+        "--steps", 2, "--out", tmp_path / "samples.npz")
     check = """
 import sit, torch
 angle = sit.axial_angles(6, 16, "cpu").view(6, 6, 8)

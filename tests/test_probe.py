@@ -17,13 +17,17 @@ import scipy.stats
 import sklearn.linear_model
 import sklearn.metrics
 import sklearn.mixture
+import safetensors.torch
+import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from helpers import (
-    LITE0, assert_refused, call, do, labelled, planted, sklearn_probe, tiny_vae, truncate, write_images)
+    LITE0, assert_refused, call, do, labelled, planted, sklearn_probe, tiny_vae, truncate, write_images,
+    write_npz)
 from PIL import Image
 
+import attributes
 import common
 import correlate
 import data
@@ -706,3 +710,48 @@ def test_bad_probe_inputs(vae_pair, tmp_path, monkeypatch):
     text = (root / "attributes.csv").read_text()
     (root / "attributes.csv").write_text(text.replace("val", "train"))
     assert_refused(call("probe", first, "--data", root), "no attribute", "train, val and test")
+
+
+def test_attributes_of_samples(tmp_path):
+    """Shares of attributes, pairs or impossible ones are counted wrongly, or a class that cannot have an
+    attribute counts among those that do not."""
+    root, lines = tmp_path / "images", ["file,split,red,green"]
+    for i in range(240):
+        label, red, green = "ab"[i % 2], i // 2 % 2, i // 4 % 2
+        path = root / label / f"{i:03d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        green *= label == "a"  # b cannot be green
+        Image.new("RGB", (32, 32), (255 * red, 255 * green, 255 * (label == "b"))).save(path)
+        lines.append(f"{label}/{path.name},{data.SPLITS[i // 8 % 3]},{red},{green if label == 'a' else ''}")
+    (root / "attributes.csv").write_text("\n".join(lines) + "\n")
+    torch.manual_seed(0)
+    net = timm.create_model("resnet10t")
+    safetensors.torch.save_file(net.state_dict(), tmp_path / "oracle.safetensors")
+
+    def sample(name, colours, labels):
+        pixels = np.array(colours, np.uint8)[:, None, None].repeat(32, 1).repeat(32, 2)
+        path = tmp_path / name / "control/samples.npz"
+        path.parent.mkdir(parents=True)
+        write_npz(path, pixels, arr_1=np.array(labels))
+        return path
+
+    black, red, green, both, blue = (0, 0, 0), (255, 0, 0), (0, 255, 0), (255, 255, 0), (0, 0, 255)
+    alike = sample("seed0", [black, red, green, both, blue, (255, 0, 255)], [0] * 4 + [1] * 2)
+    other = sample("seed1", [red] * 3 + [both], [0, 0, 0, 1])  # all red; a green one was to be a b
+    out = do("attributes", root, tmp_path / "oracle.safetensors", alike, other, "--json",
+             tmp_path / "out.json")
+    record = json.loads((tmp_path / "out.json").read_text())
+    assert record["reader_f1"] == 1 and "minus control" not in out
+    real, alike, other = record["scores"].values()
+    for same in (real, alike):
+        assert same == pytest.approx(dict(frequencies=0, pairs=0, rare=1, impossible=0, drift=0), abs=1e-6)
+    assert other["impossible"] == pytest.approx(1 / 4) and other["rare"] == 1  # the only pair there is
+    assert list(record["changes"].values())[2] == {"red": 0.5, "green": -0.5}
+    assert other["pairs"] == pytest.approx(0.25)  # of an a, which alone may be both
+    found = attributes.differences({f"s{s}/{arm}/x.npz": {"k": float(v)} for s, pair in
+                                    enumerate(((1, 2), (3, 5))) for arm, v in zip(("control", "send"), pair)})
+    assert found["send"]["k"][0] == 1.5 and found["send"]["k"][1] < 0 < 3 < found["send"]["k"][2]
+    cut = sample("cut", [black] * 3, [0, 0, 2])
+    assert_refused(call("attributes", root, tmp_path / "oracle.safetensors", cut), "labels 0 to 2")
+    assert_refused(call("attributes", root, tmp_path / "oracle.safetensors", cut, "--size", 16),
+                   "(32, 32, 3)", "(16, 16, 3)")
