@@ -202,6 +202,7 @@ seed = Range(int, 0, 2 ** 32 - 1)  # further ones would meet other streams of no
 side = Range(int, 1, 8192)  # in pixels
 scale = Range(float, 0, 10 ** 9)  # weights of losses, learning rates, guidance
 share = Range(float, 0, 1)
+decay = Range(float, 0, 1 - 1e-7)  # of an average, which 1 would leave at its first value
 norm = Range(float, 1e-9, math.inf)  # inf: gradients are not clipped
 layer = Range(int, -999, 999)  # of a network, which knows how many it has
 

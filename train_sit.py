@@ -44,7 +44,7 @@ def parse_args():
     p.add_argument("--lr-warmup", type=common.natural, default=0, help="steps of linear warm-up")
     p.add_argument("--lr-decay", **switch, default=0, help="1: half a cosine down to zero at --steps")
     p.add_argument("--clip", type=common.norm, default=1.0, help="largest gradient norm")
-    p.add_argument("--ema", type=common.share, default=0.9999, help="decay of the averaged weights")
+    p.add_argument("--ema", type=common.decay, default=0.9999, help="decay of the averaged weights")
     # The flow
     p.add_argument("--path", default="linear", choices=("linear", "cosine"))
     p.add_argument("--time", default="uniform", choices=("uniform", "lognormal"),

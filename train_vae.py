@@ -72,7 +72,7 @@ def parse_args():
     p.add_argument("--lr-decay", **switch, default=0,
                    help="1: half a cosine down to zero at --steps (likewise)")
     p.add_argument("--clip", type=common.norm, default=1.0, help="largest gradient norm")
-    p.add_argument("--ema", type=common.share, default=0.9999, help="decay of the averaged weights")
+    p.add_argument("--ema", type=common.decay, default=0.9999, help="decay of the averaged weights")
     # L_VAE: REPA-E's weights
     p.add_argument("--rec", choices=("l1", "mse"), default="l1",
                    help="weight 1; the paper writes MSE, REPA-E trains L1")
@@ -97,7 +97,7 @@ def parse_args():
     p.add_argument("--mapper-mlp", type=common.positive, default=2048, help="width of the mapper's projector")
     p.add_argument("--mapper-warmup", type=common.natural, default=0,
                    help="first steps in which L_align trains the mapper alone")
-    p.add_argument("--noise", type=noise_type, default=1, help="a of eq. (1): 1: uniform, the paper's; "
+    p.add_argument("--noise", type=NoiseType(float, 0, 1), default=1, help="a of eq. (1): 1: uniform, the paper's; "
                    "lognormal: the SiT's times; 0.5: the same for all; 0: no noise")
     p.add_argument("--align-ratio", **switch, help="1: the alignment's weight times the ratio of gradients "
                    "in the encoder's last layer, VA-VAE's rule (default: for vavae)")
@@ -121,12 +121,14 @@ def parse_args():
     return args
 
 
-def noise_type(text):
+class NoiseType(common.Range):
     """argparse type of --noise."""
-    if text == "lognormal":
-        return text
-    share = common.share(text)
-    return int(share) if share in (0, 1) else share
+
+    def __call__(self, text):
+        if text == "lognormal":
+            return text
+        share = super().__call__(text)
+        return int(share) if share in (0, 1) else share
 
 
 # ------------------------------------------------------------------------------------------------------------
