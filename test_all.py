@@ -1760,40 +1760,6 @@ def test_spectral_energy():
     assert probe.spectral_energy(torch.randn(200, 4, 16, 16)) == pytest.approx(1 - math.pi / 16, abs=0.03)
 
 
-def test_velocity_variance_by_integral():
-    """VIV is not the mean over dimensions of the velocity's variance given x_t, integrated over t, or classes
-    are mixed."""
-    torch.manual_seed(0)
-    mix_channels, mix_positions = torch.randn(3, 3), torch.randn(4, 4) / 2
-    x = torch.einsum("cd,ndp,pq->ncq", mix_channels, torch.randn(20_000, 3, 4), mix_positions)
-    covariance = np.cov(x.flatten(1).double().numpy().T)
-    t, dt = np.linspace(0, 1, 20_001, retstep=True)
-    mean = [np.trapezoid(v / ((1 - t) ** 2 + t ** 2 * v), dx=dt) for v in np.linalg.eigvalsh(covariance)]
-    labels = torch.arange(len(x)) % 2
-    shifted = (x + 9 * labels[:, None, None]).view(-1, 3, 2, 2)
-    assert probe.velocity_variance(shifted, labels) == pytest.approx(np.mean(mean), rel=0.01)
-    lone = torch.arange(3), torch.zeros(2, dtype=torch.long)
-    assert probe.velocity_variance(shifted[:3], lone[0]) is None  # one latent a class
-    assert probe.velocity_variance(shifted[:1].repeat(2, 1, 1, 1), lone[1]) is None  # and without spread
-
-
-def test_neighbours_by_hand():
-    """LNC counts the latent itself or other than the k nearest; LDS other pairs than neighbours and far
-    ones."""
-    at = torch.tensor([0.0, 1, 2, 10, 11, 12])[:, None, None, None] + torch.tensor([[-1.0, 1], [1, -1]])
-    labels = torch.tensor([0, 0, 1, 1, 1, 1])
-    assert probe.neighbour_consistency(at, labels, k=2) == pytest.approx((1 + 1 + 0 + 2 + 2 + 2) / 12)
-    assert probe.neighbour_consistency(at, labels, k=6) is None
-    assert probe.neighbour_consistency(at, torch.zeros(6), k=2) is None
-    angle = torch.arange(8.0)[None] + torch.arange(8.0)[:, None]  # in eighths of a turn, by the distance
-    z = torch.stack([torch.cos(angle * math.pi / 4), torch.sin(angle * math.pi / 4)])[None]
-    far = [math.cos((i + j - k - m) * math.pi / 4) for i in range(8) for j in range(8) for k in range(8)
-           for m in range(8) if abs(i - k) + abs(j - m) >= 6]
-    assert probe.local_similarity(z) == pytest.approx(math.cos(math.pi / 4) - np.mean(far), abs=1e-5)
-    assert probe.local_similarity(z[..., :2, :2]) == pytest.approx(math.cos(math.pi / 4) - 0.5, abs=1e-5)
-    assert probe.local_similarity(z[..., :2, :1]) is None
-
-
 def test_equivariance_by_hand():
     """An encoder that moves and shrinks with its image has an error; one that does not has none."""
     class Linear:
