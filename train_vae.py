@@ -97,8 +97,8 @@ def parse_args():
     p.add_argument("--mapper-mlp", type=common.positive, default=2048, help="width of the mapper's projector")
     p.add_argument("--mapper-warmup", type=common.natural, default=0,
                    help="first steps in which L_align trains the mapper alone")
-    p.add_argument("--noise", type=NoiseType(float, 0, 1), default=1, help="a of eq. (1): 1: uniform, the paper's; "
-                   "lognormal: the SiT's times; 0.5: the same for all; 0: no noise")
+    p.add_argument("--noise", type=NoiseType(float, 0, 1), default=1, help="a of eq. (1): 1: uniform, the "
+                   "paper's; lognormal: the SiT's times; 0.5: the same for all; 0: no noise")
     p.add_argument("--align-ratio", **switch, help="1: the alignment's weight times the ratio of gradients "
                    "in the encoder's last layer, VA-VAE's rule (default: for vavae)")
     p.add_argument("--vfm-normalise", choices=("none", "channel", "spatial"), default="none",
