@@ -1,8 +1,9 @@
 """The paper's idea (arXiv 2601.05823, section 3): noised latents must predict a frozen vision model's patch
 tokens.
 
-    z   = V_theta.encode(x).sample()                     latent, normalised per channel       vae.py
+    z   = V_theta.encode(x).sample()                     latent                               vae.py
     z_t = (1 - a) eps + a z,  eps ~ N(0, I), a ~ U(0, 1)                              (1)     add_noise
+          z normalised per channel                                     LatentStats of train_vae.py
     y   = f(x)                                           tokens of the frozen VFM             VFM
     L_align = mean_n [1 - cos(h_phi(z_t)[n], y[n])]                                 (2)     Mapper, align_loss
     L(theta, phi) = lambda_align L_align + L_VAE                                      (3)     train_vae.py
@@ -273,7 +274,7 @@ def state_in_order(model, ckpt):
 # --cache-vfm: the tokens of each crop on disk, so that no step computes them
 
 
-def cache_size(vfm, count):
+def describe_cache(vfm, count):
     """What a cache of `count` crops holds, in words."""
     size = 2 * count * vfm.grid ** 2 * vfm.dim / 2 ** 30
     return f"{count} crops x {vfm.grid ** 2} tokens x {vfm.dim} in float16, {size:.2f} GiB of disk"
@@ -297,7 +298,7 @@ def cache_tokens(folder, vfm, weights, images, run):
     store = common.RowFiles(*files, mode="r" if is_complete(files) else "r+")
     if run.rank == 0:
         missing = int((store.done == 0).sum())
-        print(f"--cache-vfm {folder}: {cache_size(vfm, shape[0])}; {missing} crops to go")
+        print(f"--cache-vfm {folder}: {describe_cache(vfm, shape[0])}; {missing} crops to go")
     chunks = common.chunks(store.missing(run.rank, run.world), run.args.micro_batch or 64)
     bar = tqdm(data.load_batches(images, chunks, run.args.workers, replace=True), "tokens", len(chunks),
                disable=run.rank > 0 or None)

@@ -1331,7 +1331,8 @@ def test_one_sit_step_is_the_peers(tmp_path, monkeypatch):
     v = peer((1 - t.view(-1, 1, 1, 1)) * x + t.view(-1, 1, 1, 1) * eps, t, y)
     cosine = F.cosine_similarity(peer.projectors[0](hidden[0]), tokens, dim=-1).mean()
     expected = (v - (eps - x)).square().mean() - 0.5 * cosine
-    total, _, _ = train_sit.SiTLoss(model, "linear", 0.5)(x, y, t, eps, tokens)
+    parts, _ = train_sit.SiTLoss(model, "linear")(x, y, t, eps, tokens)
+    total = parts["velocity"] + 0.5 * parts["repa"]
     assert total.item() == pytest.approx(expected.item(), rel=1e-5)
     theirs = {k: p for k, p in peer.named_parameters() if k != "pos_embed"}
     for loss, parameters in ((expected, list(theirs.values())), (total, list(model.parameters()))):
@@ -2249,22 +2250,22 @@ def test_a_step_that_is_not_finite(script, small, tmp_path, monkeypatch):
     do(*command, "--steps", 2)
     before = (tmp_path / NAME[script]).read_bytes()
     loss = train_vae.VAELoss if script == "train_vae" else train_sit.SiTLoss
-    normal, calls = loss.forward, []
+    normal, calls, name = loss.forward, [], "rec" if script == "train_vae" else "velocity"
 
-    def ill(self, *inputs, **options):  # in the second step from here, image 1 of the batch
+    def ill(self, *inputs):  # in the second step from here, image 1 of the batch
         calls.append(1)
-        total, parts, *rest = normal(self, *inputs, **options)
+        parts, *rest = normal(self, *inputs)
         if len(calls) == 2:
             rest[0] = rest[0].clone()
-            rest[0][1], parts["ill"] = float("nan"), torch.tensor(float("nan"))
-        return total, parts, *rest
+            rest[0][1], parts[name] = float("nan"), parts[name] * float("nan")
+        return parts, *rest
 
     with monkeypatch.context() as m:
         m.setattr(loss, "forward", ill)
         images = data.ImageFolder(small / "images", 32, flip=script == "train_vae")
         (row,) = data.sample_order(len(images), 0, [3 * 4 + 1])  # step 4 of batches of 4, place 1
         result = call(*command, "--steps", 8, "--log-every", 5)
-        assert_refused(result, "step 4: ill", f"1 of the batch's images, 1 ({images.files[row % 40]});")
+        assert_refused(result, f"step 4: {name}", f"1 of the batch's images, 1 ({images.files[row % 40]});")
     monkeypatch.setattr(nn.utils, "clip_grad_norm_", lambda *_: torch.tensor(float("nan")))
     assert_refused(call(*command, "--steps", 8), "step 3: ", "grad_norm", "not finite")
     assert (tmp_path / NAME[script]).read_bytes() == before
@@ -2326,7 +2327,8 @@ def fast_step(loss, model, optimizer, precision, *inputs):
     """A training step of ours on a CPU -> its loss. optimizer: fused AdamW, as in both trainers."""
     optimizer.zero_grad(set_to_none=True)
     with common.autocast(torch.device("cpu"), precision):
-        total, *_ = loss(*inputs)
+        parts = loss(*inputs)[0]
+        total = sum(dict(rec=1.0, kl=1e-6, velocity=1.0, repa=0.5)[k] * v for k, v in parts.items())
     total.backward()
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
@@ -2360,7 +2362,7 @@ def test_twenty_steps_of_sit(precision, tolerance):
     rounding."""
     model = small_sit()
     plain = peers.sit_step(model, SimpleNamespace(lr=1e-3, path="linear", repa=0.5), "fp32")
-    loss, optimizer = train_sit.SiTLoss(model, "linear", 0.5), fast_adamw(model, 1e-3)
+    loss, optimizer = train_sit.SiTLoss(model, "linear"), fast_adamw(model, 1e-3)
     for k in range(20):
         batch, tokens = sit_batch(k)
         expected = plain(batch, tokens)
@@ -2394,7 +2396,7 @@ def test_ten_steps_of_vae(precision, tolerance):
     model = small_vae()
     plain = peers.to_diffusers(model)
     ema, plain_optimizer = copy.deepcopy(plain), torch.optim.AdamW(plain.parameters(), 3e-5, weight_decay=0)
-    loss = train_vae.VAELoss(model, None, dict(rec=1.0, kl=1e-6, align=0.0), "mse", "none")
+    loss = train_vae.VAELoss(model, None, {}, "mse", "none")
     loss.to(memory_format=torch.channels_last)
     optimizer = fast_adamw(model, 3e-5)
     for k in range(10):
@@ -2414,7 +2416,7 @@ def test_grad_checkpointing():
     for on in (False, True):
         model, kept = small_sit(), []
         model.checkpointing = on
-        loss, optimizer = train_sit.SiTLoss(model, "linear", 0.5), fast_adamw(model, 1e-3)
+        loss, optimizer = train_sit.SiTLoss(model, "linear"), fast_adamw(model, 1e-3)
         keep = lambda v, kept=kept: kept.append(v.nbytes) or v
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda v: v):
             losses = [fast_step(loss, model, optimizer, "fp32", *batch, tokens)

@@ -21,7 +21,7 @@ import common
 import data
 from common import UserError
 from fid import frechet_distance, load_stats, statistics
-from mapper import VFM, cache_size, cache_tokens, vfm_flags
+from mapper import VFM, describe_cache, cache_tokens, vfm_flags
 from sit import SIT_MODELS, draw_time, interpolate, repa_loss, sample_ode, velocity_loss
 from vae import load_vae
 
@@ -44,7 +44,8 @@ def parse_args():
     p.add_argument("--lr-warmup", type=common.natural, default=0, help="steps of linear warm-up")
     p.add_argument("--lr-decay", **switch, default=0, help="1: half a cosine down to zero at --steps")
     p.add_argument("--clip", type=common.norm, default=1.0, help="largest gradient norm")
-    p.add_argument("--ema", type=common.decay, default=0.9999, help="decay of the averaged weights")
+    p.add_argument("--ema", type=common.decay, default=0.9999,
+                   help="decay of the averaged weights, at most (1 + step) / (10 + step)")
     # The flow
     p.add_argument("--path", default="linear", choices=("linear", "cosine"))
     p.add_argument("--time", default="uniform", choices=("uniform", "lognormal"),
@@ -78,11 +79,11 @@ def parse_args():
 
 
 class SiTLoss(nn.Module):
-    """Velocity loss, plus REPA: (weighted sum, each part, the velocity loss of each image)."""
+    """The velocity loss, and REPA's: (each part, the velocity loss of each image)."""
 
-    def __init__(self, model, path, repa):
+    def __init__(self, model, path):
         super().__init__()
-        self.model, self.path, self.repa = model, path, repa
+        self.model, self.path = model, path
 
     def forward(self, x, y, t, eps, tokens):
         """x, eps (B, c, h, w); y, t (B,); tokens (B, N, D) of the VFM or None."""
@@ -93,11 +94,9 @@ class SiTLoss(nn.Module):
             v, projection = self.model(x_t, t, y, features=True)
         each = velocity_loss(v, target)  # (B,)
         parts = {"velocity": each.mean()}
-        total = parts["velocity"]
         if tokens is not None:
             parts["repa"] = repa_loss(projection, tokens)
-            total = total + self.repa * parts["repa"]
-        return total, {k: v.detach() for k, v in parts.items()}, each.detach()
+        return parts, each
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -193,7 +192,7 @@ class Sampler:
 
 
 class Evaluation:
-    """Fréchet distance of samples of the averaged model: --eval-steps steps, equal class counts."""
+    """Fréchet distance of samples of the averaged model: --eval-steps steps, the classes in turn."""
 
     def __init__(self, run, sample):
         self.run, self.sample, args = run, sample, run.args
@@ -210,7 +209,7 @@ class Evaluation:
         for rows in common.chunks(common.split_rows(args.eval_images, run.rank, run.world), 64):
             images = self.sample(model, rows, torch.tensor(rows) % model.num_classes, args.eval_steps)
             with torch.backends.cudnn.flags(allow_tf32=False):
-                features[list(rows)] = self.net(images).cpu()
+                features[rows] = self.net(images).cpu()
         features = common.all_reduce(features)
         reference = self.stats["mu"], self.stats["sigma"]
         return {self.name: 0.0 if run.rank else frechet_distance(*reference, *statistics(features))}
@@ -230,7 +229,7 @@ def print_plan(args, run, latents, model, vfm, pair):
     if args.dry_run:
         print(f"disk {3 * 16 * size / 1e9:.1f} GB for checkpoints")
         if args.cache_vfm:
-            print(f"--cache-vfm: {cache_size(vfm, len(pair[0]))}")
+            print(f"--cache-vfm: {describe_cache(vfm, len(pair[0]))}")
 
 
 def main():
@@ -263,7 +262,7 @@ def main():
     model = model.to(device)
     ema = copy.deepcopy(model).requires_grad_(False)
     model.checkpointing = bool(args.grad_checkpointing)
-    loss = SiTLoss(model, args.path, args.repa)
+    loss, weights = SiTLoss(model, args.path), dict(velocity=1.0, repa=args.repa)
     fused = device.type in ("cpu", "cuda")
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=0.0, fused=fused)
     meta = latents.meta
@@ -310,26 +309,28 @@ def main():
         rows = data.sample_order(n, args.seed, [step * args.batch + p for p in places])
         return [latents.files[row] for row in rows]
 
-    for step, (batch, pixels, known) in run.steps(read_steps(latents, pair, cached, run), name_images, draw):
+    batches = read_steps(latents, pair, cached, run)
+    for step, (batch, pixels, cached_tokens) in run.steps(batches, name_images, draw):
         # 1. Forward and backward, in pieces of --micro-batch
         learning_rate = common.learning_rate(args, step)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
         optimizer.zero_grad(set_to_none=True)
-        parts, losses, share = {}, [], run.micro / run.local
+        parts, of_images, share = {}, [], run.micro / run.local
         for i in range(0, run.local, run.micro):
             part = slice(i, i + run.micro)
             x, y, t, eps = (v[part].to(device, non_blocking=True) for v in batch)
-            tokens = None if known is None else known[part].to(device, non_blocking=True)
+            tokens = None if cached_tokens is None else cached_tokens[part].to(device, non_blocking=True)
             with common.autocast(device, args.precision), common.sync_if(forward, i + run.micro == run.local):
                 if pixels is not None:
                     images = data.to_float(pixels[part].to(device, non_blocking=True))
                     tokens = vfm(images.contiguous(memory_format=torch.channels_last))  # (B, N, D)
-                total, found, each = forward(x, y, t, eps, tokens)
+                losses, each = forward(x, y, t, eps, tokens)
+                total = sum(weights[k] * v for k, v in losses.items())
                 (total * share).backward()
-            for k, v in found.items():
-                parts[k] = parts.get(k, 0) + v * share
-            losses.append(each)
+            for k, v in losses.items():
+                parts[k] = parts.get(k, 0) + v.detach() * share
+            of_images.append(each.detach())
 
         # 2. Clip, step, averaged weights
         parts["grad_norm"] = nn.utils.clip_grad_norm_(model.parameters(), args.clip)
@@ -338,7 +339,7 @@ def main():
 
         # 3. Log, score the averaged model, save and stop where it is due
         scores = evaluate is not None and run.due(args.eval_every, step + 1)
-        run.after_step(parts, each=torch.cat(losses), t=batch[2],
+        run.after_step(parts, each=torch.cat(of_images), t=batch[2],
                        score=partial(evaluate, ema) if scores else None)
 
 

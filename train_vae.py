@@ -39,7 +39,7 @@ from mapper import (
     Mapper,
     add_noise,
     align_loss,
-    cache_size,
+    describe_cache,
     cache_tokens,
     vavae_loss,
     vfm_flags,
@@ -65,14 +65,16 @@ def parse_args():
                    help="optimiser steps (80 ImageNet epochs at 1024: 100,000)")
     p.add_argument("--batch", type=common.positive, default=1024, help="images a step, over all processes")
     p.add_argument("--micro-batch", type=common.positive,
-                   help="images per forward pass and process (default: all); memory only, divides its share")
+                   help="images per forward pass and process (default: --batch / processes, which it must "
+                   "divide); changes memory alone")
     p.add_argument("--lr", type=common.scale, default=3e-4, help="AdamW, betas 0.9 0.999, no weight decay")
     p.add_argument("--lr-warmup", type=common.natural, default=0,
                    help="steps of linear warm-up (not of the discriminator)")
     p.add_argument("--lr-decay", **switch, default=0,
                    help="1: half a cosine down to zero at --steps (likewise)")
     p.add_argument("--clip", type=common.norm, default=1.0, help="largest gradient norm")
-    p.add_argument("--ema", type=common.decay, default=0.9999, help="decay of the averaged weights")
+    p.add_argument("--ema", type=common.decay, default=0.9999,
+                   help="decay of the averaged weights, at most (1 + step) / (10 + step)")
     # L_VAE: REPA-E's weights
     p.add_argument("--rec", choices=("l1", "mse"), default="l1",
                    help="weight 1; the paper writes MSE, REPA-E trains L1")
@@ -97,25 +99,29 @@ def parse_args():
     p.add_argument("--mapper-mlp", type=common.positive, default=2048, help="width of the mapper's projector")
     p.add_argument("--mapper-warmup", type=common.natural, default=0,
                    help="first steps in which L_align trains the mapper alone")
-    p.add_argument("--noise", type=NoiseType(float, 0, 1), default=1, help="a of eq. (1): 1: uniform, the "
-                   "paper's; lognormal: the SiT's times; 0.5: the same for all; 0: no noise")
+    p.add_argument("--noise", type=NoiseType(float, 0, 1), default=1, help="1: a ~ U(0, 1) in eq. (1), "
+                   "the paper's; 0: no noise (a = 1); between: this a for all; lognormal: as train_sit.py "
+                   "--time lognormal")
     p.add_argument("--align-ratio", **switch, help="1: the alignment's weight times the ratio of gradients "
                    "in the encoder's last layer, VA-VAE's rule (default: for vavae)")
     p.add_argument("--vfm-normalise", choices=("none", "channel", "spatial"), default="none",
-                   help="tokens with zero mean and unit deviation: of each channel over all images, so that "
+                   help="tokens with zero mean and unit deviation: of each channel over 256 images, so that "
                    "the cosine is not ruled by what all tokens share; or of each image and channel over its "
                    "tokens (iREPA, arXiv 2512.10794). Not in the paper")
     common.run_flags(p, save_every=1000)
     args = p.parse_args()
     if args.lambda_align is None:
         args.lambda_align = {"send": 1.0, "vavae": 0.1, "none": 0.0}[args.align]
+    if args.align == "none" and args.lambda_align:
+        p.error(f"--lambda-align {args.lambda_align:g}: has no effect with --align none")
     if args.align == "none" or not args.lambda_align:
         args.align, args.lambda_align = "none", 0.0
     if (args.init is None) == (args.preset is None):
         p.error("give either --init CKPT (fine-tune) or --preset NAME (from scratch)")
-    for flag in ("vfm_normalise", "align_ratio"):
-        if getattr(args, flag) not in (None, "none", 0) and args.align != "send":
-            p.error(f"--{flag.replace('_', '-')}: has no effect here; expected --align send")
+    if args.vfm_normalise != "none" and args.align != "send":
+        p.error("--vfm-normalise: has no effect here; expected --align send")
+    if args.align_ratio and args.align == "none":
+        p.error("--align-ratio: has no effect without alignment")
     if args.cache_vfm and args.align == "none":
         p.error("--cache-vfm: has no effect without alignment")
     return args
@@ -136,17 +142,17 @@ class NoiseType(common.Range):
 
 
 class VAELoss(nn.Module):
-    """Eq. (3) in one forward pass: images -> (weighted sum, each part, reconstruction, latent)."""
+    """The parts of eq. (3) in one forward pass: images -> (each part, reconstruction, latent)."""
 
     def __init__(self, vae, mapper, weights, rec, align):
         """weights: {name of a part: its weight}; rec "l1" or "mse"; align "send", "vavae" or "none"."""
         super().__init__()
         self.vae, self.mapper, self.weights, self.rec, self.align = vae, mapper, weights, rec, align
 
-    def losses(self, x, noise, tokens, stats, encoder_aligns, judge, lpips):
+    def forward(self, x, noise, tokens, stats, align_encoder, critic, lpips):
         """x (B, 3, H, W); noise: a (B,) or None, eps of the posterior and of eq. (1), (B, c, h, w) each;
-        tokens (B, N, D) of the VFM or None; stats: LatentStats; judge: the frozen discriminator or None;
-        lpips: the frozen metric or None -> (each part of the loss, reconstruction, latent)."""
+        tokens (B, N, D) of the VFM or None; stats: LatentStats; critic: the frozen discriminator or None;
+        lpips: the frozen metric or None."""
         a, eps_posterior, eps_align = noise
         posterior = self.vae.encode(x)
         z = posterior.sample(eps_posterior)  # (B, c, h, w)
@@ -155,9 +161,9 @@ class VAELoss(nn.Module):
                  "kl": posterior.kl()}
         if lpips is not None:
             parts["lpips"] = lpips(x_rec, x).mean()
-        if judge is not None:
-            parts["gan"] = -judge(x_rec).mean()
-        aligned = z if encoder_aligns else z.detach()
+        if critic is not None:
+            parts["gan"] = -critic(x_rec).mean()
+        aligned = z if align_encoder else z.detach()
         if self.align == "send":
             z_n = stats.normalise(aligned)
             z_t = z_n if a is None else add_noise(z_n, a=a, eps=eps_align)  # eq. (1)
@@ -165,14 +171,6 @@ class VAELoss(nn.Module):
         elif self.align == "vavae":  # the latent as it is, without noise
             parts["align"] = vavae_loss(self.mapper(aligned), tokens)
         return parts, x_rec, z
-
-    def forward(self, *inputs, ratio=1.0):
-        """inputs as losses(); ratio: what the alignment's weight is multiplied with (VA-VAE's ratio of
-        gradients)."""
-        parts, x_rec, z = self.losses(*inputs)
-        weights = {**self.weights, "align": self.weights["align"] * ratio}
-        total = sum(weights[k] * v for k, v in parts.items())
-        return total, {k: v.detach() for k, v in parts.items()}, x_rec.detach(), z.detach()
 
 
 class PatchGAN(nn.Module):
@@ -273,17 +271,17 @@ class LatentStats(nn.Module):
 
 
 def gradient_ratio(loss, micro_batches, run, stats, lpips):
-    """VA-VAE's adaptive weight (LDM's, Esser et al. 2021, eq. 7): the norm of the likelihood's gradient over
-    the alignment's, by the encoder's last layer, from the whole global batch, in a forward pass of its
-    own."""
+    """VA-VAE's adaptive weight (LDM's, Esser et al. 2021, eq. 7): the norm of the reconstruction's gradient
+    over the alignment's, by the encoder's last layer, from the whole global batch, in a forward pass of its
+    own. Of Send-VAE's alignment the plain gradient is measured, without LatentStats' two terms."""
     layer, sums = loss.vae.encoder.conv_out.weight, [0, 0]
     stats.eval()
 
     def gradients(x, noise, tokens):  # a function, so that only one graph is alive
         with common.autocast(run.device, run.args.precision):
-            parts, _, _ = loss.losses(x, noise, tokens, stats, True, None, lpips)
-        likelihood = sum(loss.weights[k] * parts[k] for k in ("rec", "lpips") if k in parts)
-        pair = likelihood, parts["align"]
+            parts, _, _ = loss(x, noise, tokens, stats, True, None, lpips)
+        reconstruction = sum(loss.weights[k] * parts[k] for k in ("rec", "lpips") if k in parts)
+        pair = reconstruction, parts["align"]
         return [torch.autograd.grad(v, layer, retain_graph=True)[0].float() for v in pair]
 
     for micro_batch in micro_batches:
@@ -400,7 +398,7 @@ def draw_images(images, vae, run):
 
 
 def compile_parts(args, vae, mapper, vfm, discriminator, disc_loss):
-    """--compile: in place, so that names of parameters stay -> the discriminator as the judge of L_GAN."""
+    """--compile: in place, so that names of parameters stay -> the discriminator as the critic of L_GAN."""
     if not args.compile:
         return discriminator
     if args.align == "vavae" or args.align_ratio:
@@ -408,7 +406,7 @@ def compile_parts(args, vae, mapper, vfm, discriminator, disc_loss):
     vae.encode, vae.decode = (torch.compile(f, fullgraph=True) for f in (vae.encode, vae.decode))
     for module in filter(None, (mapper, vfm, disc_loss)):
         module.compile(fullgraph=module is not vfm)
-    # Compiled apart from its own loss: as the judge it is frozen, and its input has gradients
+    # The critic is compiled apart: frozen, but with gradients to its input
     return discriminator and torch.compile(lambda x: discriminator(x), fullgraph=True)
 
 
@@ -435,7 +433,7 @@ def print_plan(args, run, images, vae, latent_shape, vfm, mapper, discriminator)
         size = sum(map(millions, filter(None, (vae, mapper, discriminator))))
         print(f"disk {3 * 16 * size / 1e3:.1f} GB for checkpoints")
         if args.cache_vfm:
-            print(f"--cache-vfm: {cache_size(vfm, len(images))}")
+            print(f"--cache-vfm: {describe_cache(vfm, len(images))}")
 
 
 def main():
@@ -486,8 +484,8 @@ def main():
     if not run.resume(modules, inputs, record):
         return
 
-    # Compile and wrap what a step calls: the plain modules remain for checkpoints and EMA
-    judge = compile_parts(args, vae, mapper, vfm, discriminator, disc_loss)
+    # Compile, and share between processes, what a step calls: checkpoints and EMA see the plain modules
+    compiled_critic = compile_parts(args, vae, mapper, vfm, discriminator, disc_loss)
     forward, disc_forward = loss, disc_loss
     if run.world > 1:
         ids = [device.index] if device.type == "cuda" else None
@@ -530,24 +528,25 @@ def main():
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
         optimizer.zero_grad(set_to_none=True)
-        encoder_aligns = step >= args.mapper_warmup
+        align_encoder = step >= args.mapper_warmup
         with_gan = discriminator is not None and step >= args.gan_start
         if with_gan:
             discriminator.requires_grad_(False)
-        step_judge = judge if with_gan else None
-        parts, fakes, ratio = {}, [], 1.0
-        if adaptive and encoder_aligns:
+        critic = compiled_critic if with_gan else None
+        parts, fakes, step_weights = {}, [], weights
+        if adaptive and align_encoder:
             ratio = parts["align_ratio"] = gradient_ratio(loss, micro_batches, run, stats, lpips)
-        for i, (x, noise_part, tokens) in enumerate(micro_batches):
+            step_weights = {**weights, "align": args.lambda_align * ratio}
+        for i, (x, noise, tokens) in enumerate(micro_batches):
             last = i == len(micro_batches) - 1
             with common.autocast(device, args.precision), common.sync_if(forward, last):
-                total, found, x_rec, z = forward(x, noise_part, tokens, stats, encoder_aligns, step_judge,
-                                                 lpips, ratio=ratio)
+                losses, x_rec, z = forward(x, noise, tokens, stats, align_encoder, critic, lpips)
+                total = sum(step_weights[k] * v for k, v in losses.items())
                 (total * share).backward()
-            for k, v in found.items():
-                parts[k] = parts.get(k, 0) + v * share
-            stats.add(z)
-            fakes.append(x_rec)
+            for k, v in losses.items():
+                parts[k] = parts.get(k, 0) + v.detach() * share
+            stats.add(z.detach())
+            fakes.append(x_rec.detach())
 
         # 4. Clip and step. The mapper apart, so that its gradient does not shorten the VAE's step
         parts["grad_norm"] = nn.utils.clip_grad_norm_(vae.parameters(), args.clip)
@@ -564,15 +563,16 @@ def main():
             for i, ((x, _, _), fake) in enumerate(zip(micro_batches, fakes)):
                 last = i == len(micro_batches) - 1
                 with common.autocast(device, args.precision), common.sync_if(disc_forward, last):
-                    found = disc_forward(x, fake) * share
-                    found.backward()
-                parts["disc"] = parts["disc"] + found.detach()
+                    disc = disc_forward(x, fake) * share
+                    disc.backward()
+                parts["disc"] = parts["disc"] + disc.detach()
             parts["disc_grad_norm"] = nn.utils.clip_grad_norm_(discriminator.parameters(), args.clip)
             disc_optimizer.step()
 
         # 6. Averaged weights; then log, save and stop where it is due
         common.update_ema(ema, vae, step, args.ema)
-        run.after_step(parts, each=torch.cat([x_rec.sum((1, 2, 3)) for x_rec in fakes]))
+        finite = torch.cat([x_rec.sum((1, 2, 3)) for x_rec in fakes])  # or not: says of which image
+        run.after_step(parts, each=finite)
 
 
 if __name__ == "__main__":

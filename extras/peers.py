@@ -61,11 +61,12 @@ def sit_step(model, args, precision, compiled=False):
     plain.blocks = nn.ModuleList(Block(config["hidden_size"], config["num_heads"]) for _ in model.blocks)
     plain.load_state_dict(model.state_dict())
     ema, optimizer = copy.deepcopy(plain), torch.optim.AdamW(plain.parameters(), args.lr, weight_decay=0)
-    loss = torch.compile(train_sit.SiTLoss(plain, args.path, args.repa), disable=not compiled)
+    loss = torch.compile(train_sit.SiTLoss(plain, args.path), disable=not compiled)
 
     def step(batch, tokens):
         with common.autocast(tokens.device, precision):
-            total, *_ = loss(*batch, tokens)
+            parts, _ = loss(*batch, tokens)
+            total = parts["velocity"] + args.repa * parts["repa"]
         total.backward()
         update(plain, ema, optimizer)
         return total.item()

@@ -107,12 +107,13 @@ def test_plain_vae_step():
     x = F.interpolate(x, (32, 32))  # the PatchGAN needs that many pixels
     noise = noise[0], *(F.interpolate(n, (16, 16)) for n in noise[1:])
     expected = peers.vae_step(model, h, disc, flags)(x, noise, tokens)
-    loss = train_vae.VAELoss(model, h, dict(rec=1.0, kl=1e-6, gan=0.1, align=1.0), "l1", "send")
+    weights = dict(rec=1.0, kl=1e-6, gan=0.1, align=1.0)
+    loss = train_vae.VAELoss(model, h, weights, "l1", "send")
     stats = train_vae.LatentStats(3, torch.device("cpu"))
     stats.add(model.encode(x).sample(noise[1]).detach())
     stats.update(momentum=1.0)
-    found = loss(x, noise, tokens, stats, True, disc, None)[0]
-    assert expected == pytest.approx(found.item(), rel=1e-5)
+    parts, _, _ = loss(x, noise, tokens, stats, True, disc, None)
+    assert expected == pytest.approx(sum(weights[k] * v.item() for k, v in parts.items()), rel=1e-5)
 
 
 def test_flops_by_hand():
