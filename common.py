@@ -347,8 +347,11 @@ def commit():
     """The commit of the code, with "-dirty" when files differ from it; None outside a git repository."""
     here = str(Path(__file__).resolve().parent)
     words = ["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    fork = Path(here, "FORK")  # run.sh writes it beside a copy with a patch of forks/
+    fork = f"+{fork.read_text().strip()}" if fork.exists() else ""
     try:
-        return subprocess.run(words, capture_output=True, text=True, check=True, timeout=60).stdout.strip()
+        done = subprocess.run(words, capture_output=True, text=True, check=True, timeout=60)
+        return done.stdout.strip() + fork
     except (OSError, subprocess.SubprocessError):
         return None
 

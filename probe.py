@@ -383,38 +383,50 @@ def gmm_nll(train, test, components=10):
 
 
 def spectral_energy(z):
-    """SEC (Skorokhodov et al. 2025, arXiv 2502.14831; arXiv 2606.03578): share of the latent's DCT energy,
-    without its mean, above half the Nyquist frequency: z (B, c, h, w) -> [0, 1]. Lower is smoother; noise has
-    1 - pi / 16 = 0.80."""
+    """SEC (arXiv 2606.03578, eq. 9): share of the latent's DCT energy at frequencies u + v above half of the
+    largest: z (B, c, h, w) -> [0, 1]. Lower is smoother; noise has about a half."""
     power = np.square(scipy.fft.dctn(z.numpy(), axes=(2, 3), norm="ortho")).sum((0, 1), dtype=np.float64)
-    fy, fx = (np.arange(n) / n for n in power.shape)  # 1 would be the Nyquist frequency
-    power[0, 0] = 0
-    return float(power[np.hypot(fy[:, None], fx) > 0.5].sum() / power.sum())
+    u, v = np.indices(power.shape)
+    return float(power[u + v > (sum(power.shape) - 2) / 2].sum() / power.sum())
 
 
 def velocity_variance(z, labels):
     """VIV, the velocity's irreducible variance (arXiv 2606.03578), were the latents of each class Gaussian:
     the mean over dimensions of the integral over t of lambda / ((1 - t)^2 + t^2 lambda), which is
     (pi / 2) sqrt(lambda), with lambda the eigenvalues of the class's covariance, taken as a Kronecker product
-    of channels and positions. z (N, c, h, w) standardised, labels (N,) -> the mean over classes of two images
-    or more, None without one. Lower is easier to learn; white noise has pi / 2."""
-    found = []
+    of channels and positions. z (N, c, h, w) standardised, labels (N,) -> the mean over classes of enough
+    images, 8 for each number that a factor of the product has, or more; None without one. Lower is easier to
+    learn; white noise has pi / 2."""
+    found, (c, h, w) = [], z.shape[1:]
     for label in labels.unique():
         x = z[labels == label].double().flatten(2)  # (n, c, h w)
         x = x - x.mean(0)
-        total = (len(x) - 1) * x.square().sum()
-        if total > 0:
-            products = torch.einsum("ncp,ndp->cd", x, x), torch.einsum("ncp,ncq->pq", x, x)
-            roots = [torch.linalg.eigvalsh(m).clamp_min(0).sqrt().mean() for m in products]
-            # scaled so that the product's trace is the total variance
-            found.append((math.pi / 2 * roots[0] * roots[1] / total.sqrt()).item())
+        if len(x) > 8 * max(c / (h * w), h * w / c) and x.square().sum() > 0:
+            roots = [torch.linalg.eigvalsh(m).clamp_min(0).sqrt().mean() for m in kronecker_factors(x)]
+            found.append((math.pi / 2 * roots[0] * roots[1]).item())
     return float(np.mean(found)) if found else None
 
 
+def kronecker_factors(x, steps=5):
+    """Covariance of x (n, c, p) without mean as a product of (c, c) and (p, p): the likeliest such, found in
+    turn."""
+    n, c, p = x.shape
+    channels = torch.eye(c, dtype=x.dtype)
+    for _ in range(steps):
+        positions = torch.einsum("ncp,ncq->pq", x, inverse(channels) @ x) / (n - 1) / c
+        channels = torch.einsum("ncp,ndp->cd", x, x @ inverse(positions)) / (n - 1) / p
+    return channels, positions
+
+
+def inverse(m):
+    """Of a covariance, on the directions that have variance."""
+    return torch.linalg.pinv(m, rtol=1e-9, hermitian=True)
+
+
 def neighbour_consistency(z, labels, k=10):
-    """LNC (arXiv 2606.03578): of the k latents whose spatial mean is nearest, the share with the same label:
-    z (N, c, h, w), labels (N,) -> [0, 1]. Higher: classes lie apart. None for one class, or k or fewer
-    latents."""
+    """LNC (arXiv 2606.03578, there of the foreground alone): of the k latents whose spatial mean is nearest,
+    the share with the same label: z (N, c, h, w), labels (N,) -> [0, 1]. Higher: classes lie apart. None for
+    one class, or k or fewer latents."""
     if len(z) <= k or len(labels.unique()) < 2:
         return None
     x = z.mean((2, 3))
@@ -432,7 +444,7 @@ def local_similarity(z, far=6):
     at = torch.cartesian_prod(torch.arange(h), torch.arange(w)).float()
     apart = torch.cdist(at, at, p=1)
     unit = F.normalize(z.flatten(2), dim=1)
-    similar = (unit.mT @ unit).mean(0)  # (h w, h w)
+    similar = torch.einsum("bcp,bcq->pq", unit, unit) / len(unit)
     return (similar[apart == 1].mean() - similar[apart >= min(far, h + w - 2)].mean()).item()
 
 
@@ -481,8 +493,8 @@ def rivals(vae, X, labels, part, pixels, solver):
     found["psnr"] = torch.cat(quality).mean().item()
     known = {k: v for k, v in found.items() if v is not None and np.isfinite(v)}
     if len(known) < len(found):
-        print(f"not defined here: {', '.join(found.keys() - known)} (one class, too few images, or latents "
-              "without spread)")
+        print(f"not defined here: {', '.join(k for k in found if k not in known)} (one class, too few images "
+              "of a class, latents without spread, or no difference)")
     return known
 
 

@@ -22,7 +22,6 @@ esac
 cd "$(dirname "$0")"
 
 # The study's arms, in the order in which they run: with all seeds, with three, and with one
-STUDY_SEEDS=${STUDY_SEEDS:-5}
 more="random-matched vavae vfm2 depth2 lambda0.5 lambda8 standardised control-repa send-repa"
 STUDY_ARMS=${STUDY_ARMS:-control send random oracle depth0-clean depth1-clean}
 STUDY_MORE=${STUDY_MORE-$more}
@@ -54,9 +53,9 @@ check_study() {  # the words after run.sh
     for question in $questions; do
         arms+=" $(arms_of "$question")"
     done
-    [[ $STUDY_SEEDS =~ ^[1-9][0-9]*$ && " $STUDY_ARMS " = *" control "* ]] ||
-        fail "STUDY_SEEDS '$STUDY_SEEDS', STUDY_ARMS '$STUDY_ARMS'; expected a number of seeds, and control" \
-            "among the arms"
+    [[ ${STUDY_SEEDS:-5} =~ ^[1-9][0-9]*$ && " $STUDY_ARMS " = *" control "* ]] ||
+        fail "STUDY_SEEDS '${STUDY_SEEDS:-5}', STUDY_ARMS '$STUDY_ARMS'; expected a number of seeds, and" \
+            "control among the arms"
     # "study - PART" is how the study itself calls for what its arms share
     [[ $# -le 2 || $# = 3 && ( $2 = - || $2 =~ ^[0-9]+$ && " $arms " = *" $3 "* ) ]] ||
         fail "'study ${*:2}'; expected: bash run.sh study, or study QUESTION, or study SEED ARM, ARM one of" \
@@ -130,8 +129,8 @@ state() {
 # ImageNet, the paper's settings
 #
 # INIT=weights is the folder of the VAEs to start from, and of ADM's references; a VAE that is not there comes
-# from the hub (docs/imagenet.md). GPUS=8: as many. SIT_TAG=-800 names another folder for the SiT. SHOW=1 prints
-# the commands and runs none. VAE_FLAGS, ENCODE_FLAGS, SIT_FLAGS, SAMPLE_FLAGS, SCORE_FLAGS, RECON_FLAGS,
+# from the hub (docs/imagenet.md). GPUS=8: as many. SIT_TAG=-800 names another folder for the SiT. SHOW=1
+# prints the commands and runs none. VAE_FLAGS, ENCODE_FLAGS, SIT_FLAGS, SAMPLE_FLAGS, SCORE_FLAGS, RECON_FLAGS,
 # PROBE_FLAGS are added to the commands.
 # PROBE=DIR probes every VAE on the attributes of DIR (CelebA, ...); then
 # `python extras/correlate.py out/imagenet/*/SiT-B-1` compares.
@@ -273,10 +272,10 @@ fi
 INIT=${INIT:-results/weights/avatars-f4d16.safetensors}
 TRAIN="--split train" TEST="--split test"
 [ "${1:-}" = folder ] || RES=${STUDY_RES:-32}
-SIT=SiT-demo/1 GRID=$((RES / 4))  # 64 tokens
+SIT=SiT-demo/1 GRID=$((RES / 4))  # at 32 pixels 64 tokens
 [ "$RES" -le 32 ] || SIT=SiT-demo/2 GRID=$((RES / 8))
 SIZE=
-[ "$RES" = 32 ] || SIZE="--resolution $RES"  # than the VAE's own
+[ "$RES" = 32 ] || SIZE="--resolution $RES"  # the shipped VAE's own is 32
 
 # The frozen vision models: their weights lie in Python packages, so that no model hub is needed
 package() {
@@ -312,14 +311,23 @@ judge() {
 
 shared() {  # PART: what the arms share
     case "$1" in
-    avatars) [ -d "$DATA" ] || python extras/avatars.py "$DATA" --n 12000 --size "$RES" ${STYLES:-} ;;
+    avatars)
+        [ -d "$DATA" ] || python extras/avatars.py "$DATA" --n 12000 --size "$RES" ${STUDY_STYLES:-} ;;
     others) python extras/avatars.py "$SHARED/others" --n 8000 --size 32 --styles adventurer avataaars ;;
-    fashion) [ -d "$DATA" ] || python extras/datasets.py fashion "$DATA" ;;
-    fork-*)
-        mkdir -p "$SHARED/$1"
-        cp -r ./*.py extras "$SHARED/$1"
-        (cd "$SHARED/$1" && export GIT_CEILING_DIRECTORIES=$PWD/.. &&
-            git apply "$OLDPWD/forks/${1#fork-}.patch") ;;
+    fashion) [ -f "$DATA/attributes.csv" ] || python extras/datasets.py fashion "$DATA" ;;
+    fork-*)  # the code with a patch; its name goes into the commit that outputs tell
+        local copy=$SHARED/$1
+        rm -rf "$copy.part"
+        mkdir -p "$copy.part/extras"
+        cp ./*.py "$copy.part"
+        cp extras/*.py "$copy.part/extras"
+        echo "${1#fork-}" > "$copy.part/FORK"
+        (export GIT_CEILING_DIRECTORIES=$(cd "$SHARED" && pwd) patch=$PWD/forks/${1#fork-}.patch &&
+            cd "$copy.part" && git apply "$patch")
+        if ! diff -r -x __pycache__ "$copy.part" "$copy" > /dev/null 2>&1; then
+            rm -rf "$copy"
+            mv "$copy.part" "$copy"
+        fi ;;
     vgg16) python extras/packaged.py vgg16 "$SHARED/vgg16.pth" ;;  # a judge, and of LPIPS as a score
     vgg16-timm | vit) python extras/packaged.py "$1" "$SHARED/$1.pth" ;;
     random) python extras/oracle.py "$DATA" "$SHARED/random.safetensors" --steps 0 ;;
@@ -334,6 +342,18 @@ shared() {  # PART: what the arms share
             --batch 32 --steps 1 $SIZE --grid "$GRID" "${vfm[@]}" --out "$SHARED/fill-$1" ;;
     *) fail "'$1': no such part" ;;
     esac
+}
+
+foreign() {  # SEED ARM FOLDER: the VAE of the study in $FOREIGN
+    local file from=${FOREIGN:-out/study}/seed$1/$2
+    for file in vae.pt metrics.jsonl; do
+        [ -e "$from/$file" ] || fail "$from/$file is not there; run: bash run.sh study $1 $2"
+        mkdir -p "$3"
+        if ! cmp -s "$from/$file" "$3/$file"; then
+            cp "$from/$file" "$3/$file.part"
+            mv "$3/$file.part" "$3/$file"
+        fi
+    done
 }
 
 testbed() {  # SEED ARM FOLDER
@@ -359,14 +379,13 @@ testbed() {  # SEED ARM FOLDER
     standardised) align+=(--vfm-normalise channel) ;;  # this and the next three are not in the paper
     spatial) align+=(--vfm-normalise spatial) ;;
     gram) code=$SHARED/fork-gram/ align+=(--gram 2) ;;
-    ve) code=$SHARED/fork-ve/ align+=(--ve 0.1 --kl 0) ;;
+    ve) code=$SHARED/fork-ve/ align+=(--ve 1e-4 --kl 0) ;;
     *-quarter) steps=$((VAE_STEPS / 4)) ;;
     *-x4) steps=$((VAE_STEPS * 4)) ;;
     *-x16) steps=$((VAE_STEPS * 16)) ;;
     *-fsq) code=$SHARED/fork-fsq/ align+=(--levels 17) ;;
-    *-foreign)  # aligned on other images: of the study in $FOREIGN
-        mkdir -p "$dir"
-        cp -n "$FOREIGN/seed$seed/${2%-foreign}"/{vae.pt,metrics.jsonl} "$dir"
+    *-foreign)  # aligned on other images
+        foreign "$seed" "${2%-foreign}" "$dir"
         align=() ;;
     # Below, on the VAE of the arm before the dash, another SiT
     *-modern)
@@ -384,14 +403,17 @@ testbed() {  # SEED ARM FOLDER
         sit+=(--steps 10000 --lr-decay 1 --ema 0.999 --eval-every 1000) ;;
     *) fail "'$2': no such arm" ;;
     esac
+    [ -z "$code" ] || [ -d "$code" ] ||
+        fail "$code is not there; run: bash run.sh study - $(basename "$code")"
 
     # 1. The VAE. (An empty array counts as unset in old releases of bash)
     [ ${#align[@]} = 0 ] ||
         python "${code}train_vae.py" --data "$DATA" $TRAIN --init "$INIT" --rec l1 --lpips 0 --gan 0 \
             --batch 32 --steps "$steps" --lr 1e-3 --lr-decay 1 --ema 0.99 --flip 0 --seed "$seed" \
             --save-every 100 $SIZE "${align[@]}" ${vfm[@]+"${vfm[@]}"} ${VAE_FLAGS:-} --out "$dir"
-    # 2. Latents
-    python "${code}vae.py" --vae "$vae" --data "$DATA" $TRAIN --out "$latents"
+    # 2. Latents, once for all arms that share the VAE
+    [ "$vae" != "$dir/vae.pt" ] ||
+        python "${code}vae.py" --vae "$vae" --data "$DATA" $TRAIN --out "$latents"
     # 3. The SiT
     python "${code}train_sit.py" --latents "$latents" --model "$SIT" --steps "$SIT_STEPS" --batch 64 \
         --lr 4e-3 --lr-warmup 50 --ema 0.995 --time lognormal --seed "$seed" --save-every 200 \
@@ -399,7 +421,8 @@ testbed() {  # SEED ARM FOLDER
         "${sit[@]}" ${SIT_FLAGS:-} --out "$dir/sit"
     # 4. Samples, from the same noise and labels in every arm
     once python "${code}sample.py" --sit "$dir/sit/sit.pt" --vae "$vae" --images "$SAMPLES" \
-        --sampler heun --steps 6 --labels equal --seed "$seed" --micro-batch 250 ${SAMPLE_FLAGS:-} --out "$dir/samples.npz"
+        --sampler heun --steps 6 --labels equal --seed "$seed" --micro-batch 250 ${SAMPLE_FLAGS:-} \
+        --out "$dir/samples.npz"
     # 5. Their scores, by one judge (the demo) or by three
     once judge judge "$dir/samples.npz" --vae "$vae" --json "$dir/fd.json"
     if [ -n "${JUDGES:-}" ]; then
@@ -417,13 +440,16 @@ testbed() {  # SEED ARM FOLDER
             --csv "$dir/probe.csv" --json "$dir/probe.json"
 }
 
-# The demo, and the same on your own images: two arms of the testbed, one seed, a shorter SiT; then a table and
-# a picture. Images without attributes.csv have no splits and no probe: reconstructions are then of the images
-# trained on
+# The demo, and the same on your own images: two arms of the testbed, one seed, a shorter SiT; then a table
+# and a picture. Images without attributes.csv have no splits and no probe: reconstructions are then of the
+# images trained on
 
 own_images() {  # sets what differs from the demo
     DATA=$(cd "$ROOT" && pwd)
-    OUT=${OUT:-out/folder/$(basename "$DATA")}
+    local name
+    name=$(basename "$DATA")
+    [ "$RES" = 32 ] || name=$name-$RES
+    OUT=${OUT:-out/folder/$name}
     curves=()
     [ -f "$DATA/attributes.csv" ] || TRAIN='' TEST=''
     # All that later stages need of the images, to be known before the VAEs are trained
@@ -493,8 +519,33 @@ cores() {  # nproc answers with OMP_NUM_THREADS where that is set
     env -u OMP_NUM_THREADS nproc 2> /dev/null || sysctl -n hw.ncpu
 }
 
+parts_of() {  # ARMS...: what they need beside the rest, a line each: what to make, then tokens
+    local arm
+    for arm in "$@"; do
+        case "$arm" in
+        random*) echo random tokens-random ;;
+        oracle-half) echo oracle-half tokens-oracle-half ;;
+        oracle) echo oracle tokens-oracle ;;
+        vfm2) echo - tokens-lite2 ;;
+        vfm-vgg16) echo vgg16-timm tokens-vgg16 ;;
+        vfm-vit) echo vit tokens-vit ;;
+        vfm-*) echo - "tokens-${arm#vfm-}" ;;
+        gram | ve) echo "fork-$arm" - ;;
+        *-fsq | *-modern) echo "fork-${arm##*-}" - ;;
+        esac
+    done | sort -u
+}
+
 export OUT=${OUT:-out/study} OMP_NUM_THREADS=1 SKIP_INSTALL=1 JUDGES=1
 export VAE_STEPS=600 SIT_STEPS=1000 SAMPLES=2000
+images=avatars
+case "${2:-}" in  # questions on other images
+data) export FOREIGN=$OUT OUT=$OUT/fashion images=fashion DATA=${DATA:-$OUT/fashion/images} ;;
+size) export OUT=$OUT/size64 STUDY_RES=64 ;;
+transfer)
+    export OUT=$OUT/transfer STUDY_STYLES="--styles micah big-smile pixel-art"
+    images="avatars others" ;;
+esac
 export DATA=${DATA:-$OUT/avatars} SHARED=${SHARED:-$OUT/shared}
 if [ $# = 3 ]; then
     mkdir -p "$SHARED"
@@ -505,43 +556,38 @@ if [ $# = 3 ]; then
     fi
     exit
 fi
+seeds=${STUDY_SEEDS:-5}
+if [ $# = 2 ]; then
+    seeds=${STUDY_SEEDS:-3} STUDY_ARMS="control send $(arms_of "$2")" STUDY_MORE="" STUDY_LONG=""
+fi
+for arm in $([ "${2:-}" != data ] || echo control send); do  # what is to be copied, before hours of work
+    for seed in $(seq 0 $((seeds - 1))); do
+        [ -e "$FOREIGN/seed$seed/$arm/vae.pt" ] ||
+            fail "$FOREIGN/seed$seed/$arm/vae.pt is not there; run first: bash run.sh study"
+    done
+done
 if command -v nvidia-smi > /dev/null; then
     JOBS=${JOBS:-1}
 fi
 JOBS=${JOBS:-$(cores)}
 export -f one
-failed=0
-images=avatars vfms="lite0 random oracle" more=""
-case "${2:-}" in  # a question: three seeds, for some of them on other images
-"") vfms="lite0 lite2 random oracle" ;;
-data) FOREIGN=$OUT OUT=$OUT/fashion DATA=$OUT/data images=fashion ;;
-size) OUT=$OUT/size64 DATA=$OUT/avatars STUDY_RES=64 ;;
-transfer)
-    OUT=$OUT/transfer DATA=$OUT/avatars STYLES="--styles micah big-smile pixel-art"
-    vfms+=" oracle-half" images="avatars others" ;;
-vfm) vfms+=" lite2 fine vit vgg16" more="vgg16-timm vit" ;;
-beyond) more="fork-gram fork-ve" ;;
-backbone) more=fork-modern ;;
-discrete) more=fork-fsq ;;
-esac
-if [ -n "${2:-}" ]; then
-    STUDY_SEEDS=3 STUDY_ARMS="control send $(arms_of "$2")" STUDY_MORE="" STUDY_LONG=""
-    SHARED=$OUT/shared
-    export FOREIGN STUDY_RES STYLES
-fi
 mkdir -p "$OUT/log" "$SHARED"
-oracles=$(printf '%s\n' $vfms | grep -e random -e oracle)
-for parts in "$images" "vgg16 $more $oracles judge judge2" "judge3 $(printf 'tokens-%s ' $vfms)"; do
+failed=0
+own=$(parts_of $STUDY_ARMS $STUDY_MORE)
+for parts in "$images" "vgg16 judge judge2" "judge3 tokens-lite0"; do
     pool < <(printf -- '- %s\n' $parts)
     [ $failed = 0 ] || exit 1  # every arm needs these
 done
-three=$((STUDY_SEEDS < 3 ? STUDY_SEEDS : 3))
+for column in 1 2; do  # of these one that fails stops its own arms
+    pool < <(echo "$own" | awk -v c=$column '$c != "-" && $c != "" {print "-", $c}' | sort -u)
+done
+three=$((seeds < 3 ? seeds : 3))
 pool < <(
-    pairs "$STUDY_SEEDS" $(own_vae $STUDY_ARMS)
+    pairs "$seeds" $(own_vae $STUDY_ARMS)
     pairs $three $(own_vae $STUDY_MORE)
 )
 pool < <(  # later: these take another arm's VAE
-    pairs "$STUDY_SEEDS" $(other_vae $STUDY_ARMS)
+    pairs "$seeds" $(other_vae $STUDY_ARMS)
     pairs $three $(other_vae $STUDY_MORE)
     pairs 1 $STUDY_LONG
 )

@@ -21,7 +21,7 @@ import common
 import data
 from common import UserError
 from fid import frechet_distance, load_stats, statistics
-from mapper import VFM, describe_cache, cache_tokens, vfm_flags
+from mapper import VFM, cache_tokens, describe_cache, vfm_flags
 from sit import SIT_MODELS, draw_time, interpolate, repa_loss, sample_ode, velocity_loss
 from vae import load_vae
 

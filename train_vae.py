@@ -21,6 +21,8 @@ L_align is Send-VAE's or VA-VAE's):
     L_align            x                   x
     L_disc                                              x
 """
+import argparse
+import contextlib
 import copy
 from functools import partial
 
@@ -39,8 +41,8 @@ from mapper import (
     Mapper,
     add_noise,
     align_loss,
-    describe_cache,
     cache_tokens,
+    describe_cache,
     vavae_loss,
     vfm_flags,
 )
@@ -104,7 +106,7 @@ def parse_args():
                    "--time lognormal")
     p.add_argument("--align-ratio", **switch, help="1: the alignment's weight times the ratio of gradients "
                    "in the encoder's last layer, VA-VAE's rule (default: for vavae)")
-    p.add_argument("--vfm-normalise", choices=("none", "channel", "spatial"), default="none",
+    p.add_argument("--vfm-normalise", choices=("channel", "spatial"),
                    help="tokens with zero mean and unit deviation: of each channel over 256 images, so that "
                    "the cosine is not ruled by what all tokens share; or of each image and channel over its "
                    "tokens (iREPA, arXiv 2512.10794). Not in the paper")
@@ -118,7 +120,7 @@ def parse_args():
         args.align, args.lambda_align = "none", 0.0
     if (args.init is None) == (args.preset is None):
         p.error("give either --init CKPT (fine-tune) or --preset NAME (from scratch)")
-    if args.vfm_normalise != "none" and args.align != "send":
+    if args.vfm_normalise and args.align != "send":
         p.error("--vfm-normalise: has no effect here; expected --align send")
     if args.align_ratio and args.align == "none":
         p.error("--align-ratio: has no effect without alignment")
@@ -133,8 +135,10 @@ class NoiseType(common.Range):
     def __call__(self, text):
         if text == "lognormal":
             return text
-        share = super().__call__(text)
-        return int(share) if share in (0, 1) else share
+        with contextlib.suppress(argparse.ArgumentTypeError):
+            share = super().__call__(text)
+            return int(share) if share in (0, 1) else share
+        raise argparse.ArgumentTypeError(f"{text!r}; expected a number from 0 to 1, or lognormal")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -228,7 +232,8 @@ class LatentStats(nn.Module):
 
     Its gradient is a choice of this project: that of batch norm in training mode, (g - mean(g) - z_n mean(g
     z_n)) / std, with running means too. Without these two terms the encoder escapes the noise of eq. (1) by
-    scaling z up. In evaluation mode it is the plain one.
+    scaling z up. In evaluation mode (gradient_ratio) the means are those of the images at hand, and no sum is
+    kept.
     """
 
     def __init__(self, channels, device, world=1):
@@ -244,10 +249,13 @@ class LatentStats(nn.Module):
         values = self.mean, (self.var + 1e-4).sqrt(), self.grad_mean, self.grad_scale
         mean, std, grad_mean, grad_scale = (v.view(1, -1, 1, 1) for v in values)
         z_n = (z - mean) / std
-        if z_n.requires_grad and self.training:
+        if z_n.requires_grad:
             value = z_n.detach()
 
             def batch_norm_gradient(g):
+                if not self.training:
+                    mean, scale = (v.mean((0, 2, 3), keepdim=True) for v in (g, g * value))
+                    return g - mean - scale * value
                 self.sums[3] += g.sum((0, 2, 3))
                 self.sums[4] += (g * value).sum((0, 2, 3))
                 return g - self.world * (grad_mean + grad_scale * value)
@@ -273,7 +281,7 @@ class LatentStats(nn.Module):
 def gradient_ratio(loss, micro_batches, run, stats, lpips):
     """VA-VAE's adaptive weight (LDM's, Esser et al. 2021, eq. 7): the norm of the reconstruction's gradient
     over the alignment's, by the encoder's last layer, from the whole global batch, in a forward pass of its
-    own. Of Send-VAE's alignment the plain gradient is measured, without LatentStats' two terms."""
+    own."""
     layer, sums = loss.vae.encoder.conv_out.weight, [0, 0]
     stats.eval()
 

@@ -10,7 +10,8 @@ with it which attributes there can be: those that the table knows of an image of
 
     frequencies   mean |share in the samples - share in the training images| over attributes
     pairs         the same over pairs of attributes
-    rare          of the rarest 1 % of the pairs that the training images have, the share that is there
+    rare          of the rarest 1 % of the pairs that the training images have, the share that is there (it
+                  grows with the number of samples)
     impossible    share of images with an attribute that their class does not have
     drift         slope of (share in the samples - share) over share: above 0 the common becomes more common
     skin, glasses, headgear   frequencies, of these attributes alone
@@ -39,14 +40,20 @@ GROUPS = {"skin": ("skin_",), "glasses": ("glasses", "sunglasses"),
 
 def read_samples(path, size, classes):
     """An .npz of sample.py -> uint8 (N, 3, S, S), labels (N,). Raises UserError."""
-    found = common.read_npz(path, "arr_0", "arr_1")
-    images, labels = found["arr_0"], found["arr_1"]
-    if images.shape[1:] != (size, size, 3):
-        raise UserError(f"{path}: images {images.shape[1:]}; expected {(size, size, 3)}, or another --size")
-    if len(images) < 2 or labels.shape != (len(images),) or not 0 <= labels.min() <= labels.max() < classes:
-        raise UserError(f"{path}: {len(images)} images with labels {labels.min()} to {labels.max()}; "
-                        f"expected two or more, of the {classes} classes of the data")
-    return torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(labels)
+    try:
+        found = common.read_npz(path, "arr_0", "arr_1")
+        images, labels = found["arr_0"], found["arr_1"]
+    except common.BROKEN as e:
+        raise UserError(f"{path}: no samples in it ({common.brief(e)}); expected an .npz of "
+                        "sample.py") from None
+    if images.shape[1:] != (size, size, 3) or images.dtype != np.uint8:
+        raise UserError(f"{path}: images {images.dtype} {images.shape[1:]}; expected uint8 "
+                        f"{(size, size, 3)}, or another --size")
+    known = labels.shape == (len(images),) and labels.dtype.kind in "iu"
+    if len(images) < 2 or not known or not 0 <= labels.min() <= labels.max() < classes:
+        raise UserError(f"{path}: {len(images)} images, labels {labels.dtype} {labels.shape}; expected two "
+                        f"or more, each with its label 0 to {classes - 1}, as the classes of the data")
+    return torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(labels.astype(np.int64))
 
 
 def train_reader(table, keep, images, applies, features):
@@ -82,16 +89,18 @@ def compare(predicted, labels, applies, names, expected, rare):
     images; rare: (P, 2) pairs of attributes."""
     each, pairs = shares(predicted, labels, applies)
     change, upper = each - expected[0], np.triu_indices(len(names), 1)
-    has, spread = predicted.numpy(), expected[0] - expected[0].mean()
+    has, known = (predicted & applies[labels]).numpy(), ~np.isnan(change)
+    spread = expected[0][known] - expected[0][known].mean()
     result = dict(frequencies=np.nanmean(abs(change)),
                   pairs=np.nanmean(abs(pairs - expected[1])[upper]),
                   rare=np.mean([(has[:, a] & has[:, b]).any() for a, b in rare]),
                   impossible=(predicted & ~applies[labels]).any(1).double().mean().item(),
-                  drift=(spread @ change) / max(spread @ spread, 1e-12))
+                  drift=(spread @ change[known]) / max(spread @ spread, 1e-12))
     for group, prefixes in GROUPS.items():
         of = [i for i, name in enumerate(names) if name.startswith(prefixes)]
-        result |= {group: np.mean(abs(change[of]))} if of else {}
-    return {k: float(v) for k, v in result.items()}, dict(zip(names, change.round(4).tolist()))
+        result |= {group: np.nanmean(abs(change[of]))} if known[of].any() else {}
+    return ({k: float(v) for k, v in result.items()},
+            {name: round(v, 4) for name, v in zip(names, change.tolist()) if not np.isnan(v)})
 
 
 def rarest(table, keep, share=0.01):
@@ -111,7 +120,8 @@ def differences(results):
     control, out = runs.pop("control", {}), {}
     for arm, of in runs.items():
         seeds = [seed for seed in of if seed in control]
-        out |= {arm: {k: (float(np.mean(d)), *interval(d)) for k in next(iter(of.values()))
+        keys = [k for k in next(iter(of.values())) if all(k in of[s] and k in control[s] for s in seeds)]
+        out |= {arm: {k: (float(np.mean(d)), *interval(d)) for k in keys
                       for d in [[of[s][k] - control[s][k] for s in seeds]]}} if len(seeds) > 1 else {}
     return out
 
@@ -125,10 +135,15 @@ def main():
     p.add_argument("--json", help="write all scores here, and each attribute's change")
     args = p.parse_args()
     device, _, _ = common.setup()
+    if args.json:
+        common.open_out(Path(args.json).parent, flag="--json")
     table, images = data.read_attributes(args.data), data.ImageFolder(args.data, args.size)
     keep = data.usable_attributes(table)
     names, classes = [table.names[a] for a in keep], len(images.classes)
     samples = {path: read_samples(path, args.size, classes) for path in args.samples}
+    if not Path(args.oracle).is_file():
+        raise UserError(f"{args.oracle}: no such file; make it with: python extras/oracle.py {args.data} "
+                        f"{args.oracle}")
     net = pretrained(NET, args.oracle, "oracle").to(device, memory_format=torch.channels_last).eval()
     features = torch.no_grad()(lambda pixels: logits(net, pixels, device).cpu())
 
@@ -153,7 +168,7 @@ def main():
     width = max(map(len, results))
     print(f"{'':{width}}" + "".join(f"{k:>13}" for k in keys))
     for name, scores in results.items():
-        print(f"{name:{width}}" + "".join(f"{scores[k]:13.4f}" for k in keys))
+        print(f"{name:{width}}" + "".join(f"{scores[k]:13.4f}" if k in scores else " " * 13 for k in keys))
     found = differences(results)
     for arm, scores in found.items():
         print(f"{arm} minus control: " + ", ".join(f"{k} {m:+.4f} [{low:+.4f}, {high:+.4f}]"

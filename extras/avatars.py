@@ -142,8 +142,7 @@ def render_avatars(out, n, size, seed, styles=tuple(STYLES)):
     packages = {p: metadata.version(p) for p in ("dicebear-core", "dicebear-styles", "resvg-py")}
     drawing = 2  # a new number when the same seed draws other images
     settings = {"n": n, "size": size, "seed": seed, "drawing": drawing, "packages": packages}
-    if len(styles) < len(STYLES):
-        settings["only"] = list(styles)
+    settings["only"] = list(styles) if len(styles) < len(STYLES) else None
     if out.exists():
         record = out / "avatars.json"
         found = common.read_json(record) if record.is_file() else {}
@@ -170,6 +169,7 @@ def render_avatars(out, n, size, seed, styles=tuple(STYLES)):
         writer.writerows(rows)
     metas = {style: read_style(style)["meta"] for style in styles}
     licences = {s: {k: meta[k] for k in ("license", "creator", "source")} for s, meta in metas.items()}
+    settings = {k: v for k, v in settings.items() if v is not None}
     text = json.dumps({**settings, "styles": licences}, indent=2, ensure_ascii=False)
     (part / "avatars.json").write_text(text + "\n", "utf-8")
     part.rename(out)
@@ -189,7 +189,7 @@ def main():
         disk = args.n * 2.6e3 * args.size / 64 / 2**20
         return print(f"{args.n} images of {args.size} x {args.size} in {len(args.styles)} classes -> "
                      f"{args.out}, about {disk:.0f} MiB of disk (2.6 kB an image at 64 pixels)")
-    render_avatars(args.out, args.n, args.size, args.seed, tuple(dict.fromkeys(args.styles)))
+    render_avatars(args.out, args.n, args.size, args.seed, tuple(s for s in STYLES if s in args.styles))
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ def convert_vgg16(arrays, head):
         state[f"features.{place}.weight"] = kernel.contiguous()
         state[f"features.{place}.bias"] = torch.tensor(layer["bias"])
     for name, shape in HEAD.items() if head else ():
-        state |= {f"{name}.weight": torch.zeros(shape), f"{name}.bias": torch.zeros(shape[0])}
+        state |= {f"{name}.weight": torch.zeros(1).expand(shape), f"{name}.bias": torch.zeros(shape[0])}
     return state
 
 

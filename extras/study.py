@@ -163,7 +163,7 @@ def read_row(folder):
     the scores of read_scores}; None when it is not finished. fd2 and fd3 are the distances by
     EfficientNet-Lite2 and VGG16; `measure` holds all that must agree between distances. Raises UserError."""
     arm, run = folder.name, folder.parent.name
-    again = f"delete that arm and run it again: OUT={folder.parent.parent} bash run.sh study {run[4:]} {arm}"
+    again = "delete that arm's folder and run the study's command again"
     owner = folder.parent / (arm.rpartition("-")[0] if other_sit(arm) else arm)
     logs = {"train_vae": owner / "metrics.jsonl", "train_sit": folder / "sit/metrics.jsonl"}
     files = {k: folder / f"{k}.json" for k in ("fd", "fd2", "fd3", "samples")}
@@ -214,8 +214,8 @@ def read_study(root):
         else:
             group.setdefault(folder.name, {})[row["run"]] = row
     if "control" not in rows:
-        raise UserError(f"{root}: no finished seed*/control, with which every arm is compared; run: "
-                        f"OUT={root} bash run.sh study")
+        raise UserError(f"{root}: no finished seed*/control, with which every arm is compared; run: bash "
+                        "run.sh study, or the question whose folder this is")
     for group in (rows, long):
         measures = {r["measure"] for of in group.values() for r in of.values()}
         if len(measures) > 1:
@@ -476,8 +476,7 @@ intervals are too narrow for that. `recon_fd`, `rfd`, `lpips` and `ssim` look at
 
 `rows.json` holds every number, its file and its commands. Commits of the arms: {', '.join(commits)}; torch
 {made['versions']['torch']}. This report: `{made['command']}` at {made['commit']}, on {common.cpu_name()}.
-An arm again: `rm -r {root}/seed0/ARM; OUT={root} bash run.sh study 0 ARM; python extras/study.py {root}`,
-with the variables that the study was run with; then the same for its `-repa` and `-long`.
+An arm again: delete its folder, and those of its `-repa` and `-long`, and run the study's command again.
 """
     common.write_text(root / "report.md", text)
 

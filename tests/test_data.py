@@ -104,7 +104,7 @@ def test_avatars_are_rendered(tmp_path, monkeypatch):
 
     style = list(extras_avatars.STYLES)[2]
     (tmp_path / style).mkdir()
-    row = extras_avatars.render_avatar((str(tmp_path), 7, 32, 0))  # alone, in this process
+    row = extras_avatars.render_avatar((str(tmp_path), 7, 32, 0, tuple(extras_avatars.STYLES)))  # alone
     assert row["file"] == f"{style}/00007.png"
     assert (tmp_path / row["file"]).read_bytes() == (root / row["file"]).read_bytes()
     at = table.files.index(row["file"])
@@ -115,3 +115,7 @@ def test_avatars_are_rendered(tmp_path, monkeypatch):
     assert "already" in do(*command, 30)
     assert (root / "attributes.csv").stat().st_mtime_ns == before
     assert_refused(call(*command, 31), "'n': 30", "'n': 31")
+    assert "already" in do(*command, 30, "--styles", *reversed(extras_avatars.STYLES))
+    assert_refused(call(*command, 30, "--styles", "micah"), "'only': None", "'only': ['micah']")
+    do("extras.avatars", tmp_path / "two", "--size", 32, "--n", 10, "--styles", "pixel-art", "micah")
+    assert data.ImageFolder(tmp_path / "two", 32).classes == ["micah", "pixel-art"]

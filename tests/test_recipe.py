@@ -4,6 +4,8 @@ import os
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -88,6 +90,9 @@ def test_parts_of_the_study(vgg, tmp_path):
     for part in ("random", "judge3", "tokens-random", "fork-fsq"):
         recipe("study", "-", part, **env)
     assert "--levels" in (tmp_path / "shared/fork-fsq/train_vae.py").read_text()
+    command = [sys.executable, "-c", "import common; print(common.commit())"]
+    told = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path / "shared/fork-fsq")
+    assert told.stdout == "None\n" or told.stdout.endswith("+fsq\n")
     written = {path.name for path in (tmp_path / "shared").iterdir()}
     assert {"random.safetensors", "judge3.npz", "tokens-random"} <= written
     do("extras.oracle", images, tmp_path / "oracle.safetensors", "--steps", 2)
@@ -303,6 +308,10 @@ def test_every_arm_of_the_study_is_a_command(fake_python, tmp_path):
         (foreign / arm).mkdir(parents=True)
         for file in ("vae.pt", "metrics.jsonl"):
             (foreign / arm / file).write_text(arm)
+    _, err = recipe("study", 1, "gram", status=2, **fake_python)
+    assert_refused((2, "", err), "fork-gram", "bash run.sh study - fork-gram")
+    for name in ("gram", "ve", "fsq", "modern"):
+        (tmp_path / f"shared/fork-{name}").mkdir()
     for arm in extras_study.ARMS:
         out, _ = recipe("study", 1, arm, **fake_python, FOREIGN=foreign.parent)
         commands = {}
@@ -312,9 +321,9 @@ def test_every_arm_of_the_study_is_a_command(fake_python, tmp_path):
                 forks[arm] = Path(copy).name.removeprefix("fork-")
             judged = next((f" {k}" for k in ("fd2", "fd3", "recon") if f"{k}.json" in line), "")
             commands[line.split()[0] + judged] = line
-        scripts = ["vae.py", "train_sit.py", "sample.py", "fid.py", "fid.py fd2", "fid.py fd3"]
+        scripts = ["train_sit.py", "sample.py", "fid.py", "fid.py fd2", "fid.py fd3"]
         if not extras_study.other_sit(arm):  # these take another arm's VAE
-            scripts = [*scripts, "fid.py recon", "probe.py"]
+            scripts = ["vae.py", *scripts, "fid.py recon", "probe.py"]
             scripts = scripts if arm.endswith("-foreign") else ["train_vae.py", *scripts]
         assert list(commands) == scripts
         for judged, net, cache in (("fid.py", "lite0", "judge"), ("fid.py fd2", "lite2", "judge2"),
@@ -397,16 +406,19 @@ def test_one_arm_that_fails(fake_python, tmp_path):
                     STUDY_MORE="send-repa send", STUDY_LONG="", FAIL="seed1/control/latents", JOBS=1)
     assert f"COMMAND extras/study.py {tmp_path}" in out.splitlines()
     done = [line.split(":")[0] for line in out.splitlines() if ": done" in line]
-    assert done[:11] == [f"- {part}" for part in (
-        "avatars", "vgg16", "random", "oracle", "judge", "judge2", "judge3",
-        "tokens-lite0", "tokens-lite2", "tokens-random", "tokens-oracle")]
-    assert done[11:] == ["0 control", "0 send", "1 send", "0 send-repa", "1 send-repa"]
+    assert done[:6] == [f"- {part}" for part in ("avatars", "vgg16", "judge", "judge2", "judge3",
+                                                 "tokens-lite0")]
+    assert done[6:] == ["0 control", "0 send", "1 send", "0 send-repa", "1 send-repa"]
     failed = [line.split(":")[0] for line in out.splitlines() if "FAILED" in line]
     assert failed == ["1 control", "0 sned", "1 sned"] and "no such arm" in out
 
 
 @pytest.mark.parametrize("question,parts,arms,words", [
-    ("backbone", "fork-modern vgg16 oracle judge2", "send send-modern control-cosine", []),
+    ("backbone", "fork-modern vgg16 judge2", "send send-modern control-cosine", []),
+    ("vfm", "vit vgg16-timm random oracle tokens-vit tokens-vgg16 tokens-lite2 tokens-fine", "vfm-vgg16", []),
+    ("beyond", "fork-gram fork-ve", "spatial ve", []), ("discrete", "fork-fsq", "control-fsq", []),
+    ("length", "judge3", "send-x16 control-quarter", []), ("weight", "judge3", "lambda0.1 ratio", []),
+    ("noise", "judge3", "depth2-clean lognormal", []),
     ("size", "avatars tokens-lite0", "control send",
      ["avatars.py {}/size64/avatars --n 12000 --size 64", "train_vae.py .*--resolution 64 .*--grid 8 ",
       "train_sit.py .*SiT-demo/2", "fid.py score .* --resolution 64 "]),
@@ -414,7 +426,7 @@ def test_one_arm_that_fails(fake_python, tmp_path):
      ["avatars.py {}/transfer/avatars .*--styles micah big-smile pixel-art$",
       "oracle.py {}/transfer/shared/others"]),
     ("data", "fashion", "control-foreign",
-     ["datasets.py fashion {}/fashion/data", "vae.py --vae {}/fashion/seed2/send-foreign/vae.pt"])])
+     ["datasets.py fashion {}/fashion/images", "vae.py --vae {}/fashion/seed2/send-foreign/vae.pt"])])
 def test_questions(question, parts, arms, words, fake_python, tmp_path):
     """A question of the study lacks a part, an arm or a seed, or is asked of the wrong images."""
     (tmp_path / "bin/python").write_text((tmp_path / "bin/python").read_text().replace(
@@ -425,12 +437,29 @@ def test_questions(question, parts, arms, words, fake_python, tmp_path):
             for file in ("vae.pt", "metrics.jsonl"):
                 (tmp_path / f"seed{seed}/{arm}/{file}").touch()
     out, _ = recipe("study", question, **fake_python, JOBS=1)
+    knows = "oracle" in parts.split() or question in ("data", "transfer")
+    assert ("- oracle: done" in out) == knows
     done = {line.split(":")[0] for line in out.splitlines() if ": done" in line}
     assert {f"- {part}" for part in parts.split()} <= done and "FAILED" not in out
     assert {f"{seed} {arm}" for seed in range(3) for arm in f"control send {arms}".split()} <= done
     commands = (tmp_path / "commands").read_text()
     for word in words:
         assert re.search(f"^COMMAND (extras/)?{word.format(tmp_path)}", commands, re.M), word
+
+
+def test_images_of_another_study(fake_python, tmp_path):
+    """A VAE of another study that is not there is found out after hours, or a cut copy of it is kept."""
+    _, err = recipe("study", "data", status=2, **fake_python)
+    assert_refused((2, "", err), f"{tmp_path}/seed0/control/vae.pt", "run first: bash run.sh study")
+    _, err = recipe("study", 0, "send-foreign", status=2, **fake_python, FOREIGN=tmp_path / "gone")
+    assert_refused((2, "", err), "gone/seed0/send/vae.pt")
+    there, copy = tmp_path / "avatars/seed0/send", tmp_path / "seed0/send-foreign"
+    for folder in (there, copy):
+        folder.mkdir(parents=True)
+        (folder / "metrics.jsonl").touch()
+        (folder / "vae.pt").write_text("whole" if folder == there else "who")
+    recipe("study", 0, "send-foreign", **fake_python, FOREIGN=tmp_path / "avatars")
+    assert (copy / "vae.pt").read_text() == "whole"
 
 
 def test_jobs_are_cores(fake_python, tmp_path):

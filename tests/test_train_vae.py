@@ -27,9 +27,10 @@ def test_normalised_tokens(small, tmp_path):
     assert spatial.mean(1).abs().max() < 1e-3 and (spatial.std(1) - 1).abs().median() < 1e-3
     command, losses = ("train_vae", "--data", small / "images", *ONE_STEP, *VFM), {}
     for kind in ("none", "channel", "spatial"):
+        flag = () if kind == "none" else ("--vfm-normalise", kind)
         for cache in ((), ("--cache-vfm", tmp_path / "tokens")):
             out = tmp_path / f"{kind}{len(cache)}"
-            do(*command, "--vfm-normalise", kind, *cache, "--out", out)
+            do(*command, *flag, *cache, "--out", out)
             losses[out.name] = metrics(out)[1][0]["align"]
         assert losses[f"{kind}0"] == pytest.approx(losses[f"{kind}2"], abs=1e-3)
     assert min(abs(losses[a] - losses[b]) for a, b in
@@ -50,7 +51,7 @@ def test_levels_of_noise(small, tmp_path):
         do(*command, "--noise", noise, "--out", tmp_path / noise)
         losses.add(metrics(tmp_path / noise)[1][0]["align"])
     assert len(losses) == 4
-    assert_refused(call(*command, "--noise", "2", "--out", tmp_path / "x"), "--noise", "from 0 to 1")
+    assert_refused(call(*command, "--noise", "2", "--out", tmp_path / "x"), "--noise", "0 to 1, or lognormal")
 
 
 def test_weight_by_ratio(small, tmp_path):
@@ -68,6 +69,21 @@ def test_weight_by_ratio(small, tmp_path):
                                    atol=1e-9)
     assert_refused(call(*command, "--align", "none", "--align-ratio", 1, "--out", tmp_path / "x"),
                    "--align-ratio")
+
+
+def test_a_run_from_before_a_flag(small, tmp_path):
+    """A run that was begun before a flag existed cannot go on, or goes on although the flag now says
+    something else."""
+    command = ("train_vae", "--data", small / "images", *ONE_STEP, *VFM, "--out", tmp_path)
+    do(*command)
+    checkpoint = common.load_checkpoint(tmp_path / "vae.pt")
+    for flag in ("vfm_normalise", "align_ratio"):
+        del checkpoint["args"][flag]
+    common.save_checkpoint(tmp_path / "vae.pt", checkpoint)
+    for flag in (("--vfm-normalise", "spatial"), ("--align-ratio", 1)):
+        assert_refused(call(*command, "--steps", 2, *flag), flag[0], "to go on")
+    do(*command, "--steps", 2)
+    assert common.load_checkpoint(tmp_path / "vae.pt")["step"] == 2
 
 
 def test_a_pretrained_discriminator(small, tmp_path):
