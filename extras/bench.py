@@ -488,6 +488,8 @@ def largest_batch(words, path):
 
 def rehearsal(line):
     """The same command, small enough for a CPU."""
+    if line.startswith("peers vae"):  # diffusers has no VAE as narrow as the demo's
+        return re.sub(r"batch \d+", "batch 2", line) + " --resolution 64 --steps 1"
     for name, small in (("SiT-XL/1", "SiT-demo/1"), ("SiT-B/1", "SiT-demo/1"), ("f16d32", "demo"),
                         ("--sampler-steps 250", "--sampler-steps 2")):
         line = line.replace(name, small)
