@@ -986,7 +986,8 @@ def run_flags(p, save_every):
     p.add_argument("--deterministic", action="store_true",
                    help="equal bits in each run on CUDA too, slower (a CPU needs no flag)")
     p.add_argument("--compile", type=int, default=int(on_gpu), choices=(0, 1))
-    p.add_argument("--workers", type=natural, default=4 if on_gpu else 0, help="processes that read batches")
+    p.add_argument("--workers", type=Range(int, 0, 256), default=4 if on_gpu else 0,
+                   help="processes that read batches")
     p.add_argument("--save-every", type=positive, default=save_every, help="steps between checkpoints")
     p.add_argument("--log-every", type=positive, default=50, help="steps between lines of metrics.jsonl")
     p.add_argument("--log-to", choices=("tensorboard", "wandb"), help="numbers and samples go there too")

@@ -86,7 +86,9 @@ esac
 if [ -z "${SHOW:-}" ]; then
     # An environment: the active one, or .venv made here
     if [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]; then
-        [ -x .venv/bin/python ] || python3 -m venv .venv
+        # one that was stopped while it was made has no pip
+        .venv/bin/python -m pip --version > /dev/null 2>&1 && [ -e .venv/bin/activate ] ||
+            python3 -m venv --clear .venv
         . .venv/bin/activate
     fi
     # Installs what is missing; the mark saves the look-up when the lists have not changed. SKIP_INSTALL=1
@@ -309,6 +311,11 @@ judge() {
         --cache "$SHARED/$1.npz" "${@:3}"
 }
 
+reference() {  # - DATA RES FILE: the statistics that the SiTs are scored against; of other images: anew
+    rm -f "$SHARED/judge.npz"
+    judge judge none --save-stats "$4"
+}
+
 shared() {  # PART: what the arms share
     case "$1" in
     avatars)
@@ -333,7 +340,7 @@ shared() {  # PART: what the arms share
     random) python extras/oracle.py "$DATA" "$SHARED/random.safetensors" --steps 0 ;;
     oracle) python extras/oracle.py "$DATA" "$SHARED/oracle.safetensors" ;;
     oracle-half) python extras/oracle.py "$SHARED/others" "$SHARED/oracle-half.safetensors" ;;
-    judge) [ -e "$SHARED/stats.npz" ] || judge judge none --save-stats "$SHARED/stats.npz" ;;
+    judge) once reference - "$DATA" "$RES" "$SHARED/stats.npz" ;;
     judge2 | judge3) judge "$1" none ;;
     tokens-*)  # a run of one step fills the cache of the vision model's tokens
         choose_vfm "${1#tokens-}"

@@ -292,6 +292,11 @@ def test_done_is_known_by_its_content(fake_python, tmp_path):
     assert lines[0].startswith(f"COMMAND data.py check {images} --size 40 --batch 8\nCOMMAND train_vae.py")
     for words in ("train_vae.*demo --resolution 40 ", "train_vae.*--grid 5 ", "fid.py score.* 40 --net "):
         assert re.search(f"COMMAND {words}", lines[0])
+    judged = "--save-stats"
+    assert judged in lines[0] and scored(out) == [] and judged not in lines[-1]
+    write_images(images, 3)
+    scored(out)
+    assert judged in lines[-1]  # of other images the reference is another
     assert scored(out) == [] and scored(out, **new) == ["fid.py score"] * 2 + ["sample"] * 2
     shutil.copytree(out, moved)
     for i, path in enumerate(sorted(moved.rglob("*"))):
