@@ -557,24 +557,22 @@ def draw_demo(run, arms, study):
     and their reconstructions: RUN/report.png. study: rows whose longer curves are drawn behind."""
     samples = {a: common.read_npz(run / a / "samples.npz", "arr_0")["arr_0"][:40] for a in arms}
     curves = {a: read_curve(run / a / "sit/metrics.jsonl") for a in arms}
-    measured = all(curve for _, curve in curves.values())
-    figure = new_figure(4.6 * (len(arms) + measured), 5.8)
+    figure = new_figure(4.6 * (len(arms) + 1), 5.8)
     above, below = figure.subfigures(2, 1, height_ratios=(2.9, 1 + 0.1 * len(arms)))
-    *panels, last = above.subplots(1, len(arms) + measured, squeeze=False)[0]
-    for axis, arm in zip((*panels, last), arms):
+    *panels, last = above.subplots(1, len(arms) + 1)
+    for axis, arm in zip(panels, arms):
         show(axis, samples[arm], 8, title=f"{arm}: samples")
     colours = kind_colours(arms)
-    for arm, (measure, curve) in curves.items() if measured else ():
+    for arm, (measure, curve) in curves.items():
         colour = colours[arm]
         last.plot(*zip(*curve), "o-", color=colour, label=arm)
         for r in study:
             if r["arm"] == f"{arm}-long" and r["curve_measure"] == measure:
                 last.plot(*zip(*r["curve"]), color=colour, alpha=0.35, lw=3, label=f"{r['arm']} (study)")
                 last.set(xscale="log")
-    if measured:
-        last.set(xlabel="steps of the SiT", ylabel="gFD (lower is better)",
-                 title="The same SiT on each arm's latents")
-        last.legend()
+    last.set(xlabel="steps of the SiT", ylabel="gFD (lower is better)",
+             title="The same SiT on each arm's latents")
+    last.legend()
     size = samples[arms[0]].shape[1]
     strips = {"originals": sheet_images(run / arms[0] / "recon.png", size, 0, 0.5)}
     strips |= {f"{a}: reconstructions": sheet_images(run / a / "recon.png", size, 0.5, 1) for a in arms}

@@ -214,12 +214,10 @@ def test_report_of_the_demo(tmp_path, monkeypatch):
     assert [p[0] for p in plotted] == [(100, 200), (100, 200), (1000, 2000)]
     with Image.open(tmp_path / "report.png") as picture:
         assert picture.width > 800 and len(picture.convert("RGB").getcolors(10 ** 6)) > 20
-    for arm in ("control", "send"):  # as of run.sh folder: no attributes, no distances while the SiT trains
+    for arm in ("control", "send"):  # as of run.sh folder: no attributes
         (tmp_path / arm / "probe.json").unlink()
-        log = tmp_path / arm / "sit/metrics.jsonl"
-        log.write_text("".join(line + "\n" for line in log.read_text().splitlines() if "FD(" not in line))
     plotted.clear()
-    assert "no probe" in do("study", "demo", tmp_path) and plotted == []
+    assert "no probe" in do("study", "demo", tmp_path) and len(plotted) == 2
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     result = call("study", "demo", tmp_path)
     assert_refused(result, "requirements-dev.txt")
