@@ -625,7 +625,8 @@ def report_demo(run, names, study):
     for key, value in baselines.items():
         print(f"{key:30}" + ("" if value is None else f"{value:12.4g}"))
     if not simple:
-        print(f"no probe: no {run}/{names[0]}/probe.json (images without attributes.csv have none)")
+        print(f"no probe: no {run}/{names[0]}/probe.json (images without attributes.csv have none, "
+              "nor splits: reconstructions are then of the images trained on)")
     for name, a in arms.items():
         warn_of_blur(a, f"{name}: ")
         print(f"{name}, seconds: " + ", ".join(f"{k} {v:.0f}" for k, v in a["seconds"].items()))
