@@ -171,11 +171,21 @@ def run_script(main):
     os._exit(status) if dist.is_initialized() else sys.exit(status)
 
 
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """The module's docstring as it is written, and every default."""
+
+    def add_argument(self, action):
+        none = any(action.default is v for v in (None, False, argparse.SUPPRESS))
+        if not none and "default" not in (action.help or ""):
+            action.help = f"{action.help or ''} (default: %(default)s)".strip()
+        super().add_argument(action)
+
+
 class Parser(argparse.ArgumentParser):
-    """argparse with one line for an error, and the module's docstring as it is written."""
+    """argparse with one line for an error, and help by HelpFormatter."""
 
     def __init__(self, **settings):
-        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
+        super().__init__(formatter_class=HelpFormatter, **settings)
 
     def error(self, message):
         raise UserError(f"{self.prog}: {message} (--help lists the flags)")

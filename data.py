@@ -538,7 +538,7 @@ class Latents:
 def load_latents(folder):
     """Open a latent cache. Raises UserError when it is missing, unfinished or damaged."""
     folder = Path(folder)
-    again = f"make it with: python vae.py --vae CKPT --data DIR --out {folder}"
+    again = "make it with: python vae.py --vae CKPT --data DIR --out LATENTS"
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; if it has moved, give its new place; else {again}")
     if not (folder / "meta.json").is_file():  # written last
@@ -605,6 +605,10 @@ def check_images(images):
         flat += [images.files[row] for row, span in zip(kept, spans) if span < 8]
     print(f"{images.name}: {len(images) - len(images.bad)} images in {len(images.classes)} classes, "
           f"{len(images.bad)} unreadable")
+    small = median_short_side(images)
+    if small is not None and small < images.size:
+        print(f"warning: the median short side is {small} pixels, below the crop of {images.size}: training "
+              "refuses that; see --size")
     if flat:
         print(f"warning: {len(flat)} images are of one colour (within 8 levels of 256), as {flat[0]}")
     images.max_bad = MAX_BAD

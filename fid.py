@@ -607,8 +607,8 @@ def score(args):
     device, _, _ = common.setup()
     torch.backends.cudnn.allow_tf32 = False  # float32 means float32
     begin = time.time()
-    net = load_net(args.net, args.net_ckpt, args.net_size, weights=not args.dry_run)
     reference, *samples = load_sources(args)
+    net = load_net(args.net, args.net_ckpt, args.net_size, weights=not args.dry_run)
     if args.dry_run:
         counts = " and ".join(f"{s.n} images of {s.name}" for s in (reference, *samples))
         return print(f"{net.label}, {sum(p.numel() for p in net.parameters()) / 1e6:.1f} M: {counts}")
@@ -844,7 +844,7 @@ def main():
     args = parse_args()
     for flag in () if args.dry_run else ("json", "png", "cache", "save_stats"):
         if getattr(args, flag, None):
-            common.open_out(Path(getattr(args, flag)).parent)
+            common.open_out(Path(getattr(args, flag)).parent, flag=f"--{flag.replace('_', '-')}")
     dict(score=score, recon=recon)[args.command](args)
 
 

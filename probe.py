@@ -591,8 +591,11 @@ def check_args(args):
         raise UserError(f"{max(args.vae, key=args.vae.count)} is given twice; expected different checkpoints")
     if args.rivals and not importlib.util.find_spec("sklearn"):
         raise UserError("--rivals needs scikit-learn: pip install scikit-learn")
-    for path in () if args.dry_run else filter(None, (args.png, args.json, args.csv)):
-        common.open_out(Path(path).parent)
+    for flag in () if args.dry_run else ("png", "json", "csv"):
+        path = getattr(args, flag)
+        if path is None:
+            continue
+        common.open_out(Path(path).parent, flag=f"--{flag}")
         if Path(path).is_dir():
             raise UserError(f"{path}: is a folder; expected the name of a file")
 

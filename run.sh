@@ -63,7 +63,10 @@ check_study() {  # the words after run.sh
 }
 
 case "${1:-demo}" in
-demo) ;;
+demo) [ $# -le 1 ] || fail "'demo ${*:2}'; expected: bash run.sh, or bash run.sh demo" ;;
+-h | --help)
+    sed -n '2,/^set/s/^# \{0,1\}//p' run.sh
+    exit ;;
 test)
     [[ $# = 1 || $# = 2 && $2 = all ]] ||
         fail "'test ${*:2}'; expected: bash run.sh test, or bash run.sh test all" ;;
@@ -83,14 +86,20 @@ imagenet)
 *) fail "'$1'; expected nothing, test, study, folder DIR, or imagenet DIR" ;;
 esac
 
+for number in GPUS JOBS SEED; do
+    [[ ${!number:-0} =~ ^[0-9]{1,9}$ ]] || fail "$number '${!number}'; expected a number"
+done
+
 if [ -z "${SHOW:-}" ]; then
     # An environment: the active one, or .venv made here
     if [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]; then
         # one that was stopped while it was made has no pip
         .venv/bin/python -m pip --version > /dev/null 2>&1 && [ -e .venv/bin/activate ] ||
-            python3 -m venv --clear .venv
+            python3 -m venv --clear .venv || fail "python3 -m venv failed: see above"
         . .venv/bin/activate
     fi
+    python -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
+        fail "$(python --version) at $(command -v python); expected 3.10 or later"
     # Installs what is missing; the mark saves the look-up when the lists have not changed. SKIP_INSTALL=1
     # takes the environment as it is
     mark="$(python -c 'import sys; print(sys.prefix)')/.send-vae-requirements"
@@ -105,6 +114,27 @@ if [ "${1:-demo}" = test ]; then
     exec python -m pytest -q -n 2 -o tmp_path_retention_policy=failed -o tmp_path_retention_count=1 \
         test_all.py ${2:+tests}
 fi
+
+# The flags in VAE_FLAGS and the like, before the hours after which each would be read
+check_flags() {
+    [ -n "${SHOW:-}" ] || python - << 'END' || exit 2
+import importlib
+import os
+import sys
+
+for script, variable, required in (
+        ("train_vae", "VAE_FLAGS", "--data . --out . --init ."), ("vae", "ENCODE_FLAGS", "--vae . --data . --out ."),
+        ("train_sit", "SIT_FLAGS", "--latents . --out . --data ."),
+        ("sample", "SAMPLE_FLAGS", "--sit . --out a.npz"), ("fid", "SCORE_FLAGS", "score . a.npz"),
+        ("fid", "RECON_FLAGS", "recon --vae . --data ."), ("probe", "PROBE_FLAGS", ". --data .")):
+    sys.argv = [variable, *required.split(), *os.environ.get(variable, "").split()]
+    if os.environ.get(variable):
+        try:
+            importlib.import_module(script).parse_args()
+        except ValueError as error:
+            sys.exit(f"error: {error}")
+END
+}
 
 # -----------------------------------------------------------------------------------------------------------
 # What is done is not done again
@@ -258,6 +288,7 @@ imagenet() {
 
 if [ "${1:-}" = imagenet ]; then
     OUT=${OUT:-out/imagenet} INIT=${INIT:-weights}
+    check_flags
     imagenet "${3:-main}"
     exit
 fi
@@ -271,6 +302,7 @@ fi
 # $SHARED. One thread a command, so that the numbers do not depend on how many run at a time. VAE_FLAGS,
 # SIT_FLAGS, SAMPLE_FLAGS are added to the commands.
 
+[ $# = 3 ] || check_flags  # the study calls for its arms one by one
 INIT=${INIT:-results/weights/avatars-f4d16.safetensors}
 TRAIN="--split train" TEST="--split test"
 [ "${1:-}" = folder ] || RES=${STUDY_RES:-32}
@@ -476,17 +508,22 @@ if [[ ${1:-demo} =~ ^(demo|folder)$ ]]; then
     export OUT=${OUT:-out/demo} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
     export VAE_STEPS=300 SIT_STEPS=550 SAMPLES=1000
     export DATA=${DATA:-$OUT/avatars} SHARED=${SHARED:-$OUT/shared}
-    mkdir -p "$SHARED"
+    mkdir -p "$SHARED" || fail "the folder cannot be made: choose another OUT"
     shared avatars
     OMP_NUM_THREADS=2 shared judge  # nothing runs beside it yet
-    testbed "${SEED:-0}" control "$OUT/control" 2>&1 | sed -u 's/^/control: /' &
-    control=$!
-    testbed "${SEED:-0}" send "$OUT/send" 2>&1 | sed -u 's/^/send: /' &
-    send=$!
+    arms=()
+    set -m  # a process group each: a signal goes to both, and the arms save before run.sh ends
+    for arm in control send; do
+        testbed "${SEED:-0}" $arm "$OUT/$arm" 2>&1 | (trap '' INT TERM; exec sed -u "s/^/$arm: /") &
+        arms+=($!)
+    done
+    set +m
+    trap 'kill -INT -- $(jobs -p | sed s/^/-/) 2> /dev/null; wait; exit 130' INT TERM
     failed=0
-    wait $control || failed=1
-    wait $send || failed=1
-    [ $failed = 0 ] || exit 1
+    for arm in "${arms[@]}"; do
+        wait "$arm" || failed=$?
+    done
+    [ $failed = 0 ] || exit $failed
     python extras/study.py demo "$OUT" --arms control send ${curves[@]+"${curves[@]}"}
     echo "run.sh: $SECONDS s"
     exit

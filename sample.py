@@ -250,6 +250,8 @@ def main():
                 remove_unfinished(out)
             print(f"{out}: already there")
         return
+    if rank == 0 and out.exists() and not os.path.exists(f"{out}.run"):
+        print(f"{out}: of other settings; drawn anew")
     store = open_store(out, settings, shape, rank)
     batches = common.chunks(store.missing(rank, world), args.micro_batch)
 

@@ -224,6 +224,8 @@ def load_sit(path, weights="ema"):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such checkpoint") from None
+    except IsADirectoryError:
+        raise ValueError(f"{path}: a folder; expected a file in it, as sit.pt") from None
     except UNREADABLE as e:
         text = " ".join(str(e).split())
         text = text[max(0, text.find("GLOBAL")):][:120]

@@ -2448,10 +2448,12 @@ def test_wrong_words(tmp_path):
     (tmp_path / "val").mkdir()
     for side in (8, 28, "x"):
         assert f"RES '{side}'; expected" in recipe("folder", tmp_path, status=2, RES=side)[1]
+    for wrong in (dict(SEED=-1), dict(GPUS="x"), dict(SAMPLE_FLAGS="--setps 9"), dict(SIT_FLAGS="--lr x")):
+        assert [*wrong][0] in recipe(status=2, **wrong)[1]
     study = (["study", "x"], ["study", 0], ["study", 0, "nothing"], ["study", 0, "control", "more"])
     folder = (["folder"], ["folder", tmp_path / "gone"])
     imagenet = (["imagenet"], ["imagenet", HERE], ["imagenet", tmp_path, "table7"], ["imagenet", tmp_path])
-    for arguments in (["nothing"], ["test", "some"], *study, *folder, *imagenet):
+    for arguments in (["nothing"], ["demo", "more"], ["test", "some"], *study, *folder, *imagenet):
         _, err = recipe(*arguments, status=2)
         assert err.startswith("error: ") and len(err.splitlines()) == 1, arguments
     assert "curl -o weights/adm-256.npz https://" in err and "256_labeled.npz" in err  # the last

@@ -83,7 +83,7 @@ def explain_hub(error, errors, cache, repo, file):
         return f"no such file; {page}/tree/main lists them"
     if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EDQUOT):
         return f"{cache} cannot be written ({error.strerror}); name another folder with HF_HOME"
-    files = file or "config.json and diffusion_pytorch_model.safetensors, or the checkpoint,"
+    files = file or "the checkpoint (of diffusers: config.json and diffusion_pytorch_model.safetensors)"
     return (f"no such path, and the hub gives no answer ({common.brief(error, 80)}); put {files} of "
             f"{page}/tree/main anywhere and give that path; or copy {cache} from where 'hf download {repo}' "
             "ran")

@@ -215,7 +215,7 @@ def read_study(root):
             group.setdefault(folder.name, {})[row["run"]] = row
     if "control" not in rows:
         raise UserError(f"{root}: no finished seed*/control, with which every arm is compared; run: bash "
-                        "run.sh study, or the question whose folder this is")
+                        "run.sh study, or the question whose folder this is (of a demo: study.py demo RUN)")
     for group in (rows, long):
         measures = {r["measure"] for of in group.values() for r in of.values()}
         if len(measures) > 1:

@@ -245,14 +245,22 @@ def test_both_resolutions(size, tmp_path):
 @pytest.fixture
 def fake_python(tmp_path):
     """The environment of a run.sh in which python prints its command line, and writes it to the .npz or .json
-    in OUT that stands last; it fails where that line holds $FAIL. Asked for a package's weights (-c) it names
+    in OUT that stands last; it fails where that line holds $FAIL. With STOP, a trainer of the control stops
+    run.sh after 2 seconds, and each saves for one more. Asked for a package's weights (-c) it names
     the package."""
     fake = tmp_path / "bin/python"
     fake.parent.mkdir()
     fake.write_text("""#!/bin/sh
-case "$1" in -c) echo "$2" | grep -o 'lite[02]' | head -n 1; exit 0 ;; esac
+case "$1" in -) exit 0 ;; -c) echo "$2" | grep -o 'lite[02]' | head -n 1; exit 0 ;; esac
 echo "COMMAND $@"
 case "$*" in *${FAIL:-nothing at all}*) exit 3 ;; esac
+case "$STOP $*" in
+1*train_vae.py*)
+    trap 'sleep 1; echo saved; exit 130' INT
+    sleep 2
+    case "$*" in *none*) kill -TERM $(ps -o ppid= $PPID) ;; esac
+    sleep 9 ;;
+esac
 for last; do :; done
 case "$last" in "$OUT"/*.npz | "$OUT"/*.json) mkdir -p "${last%/*}"; echo "$@" > "$last" ;; esac
 """)
@@ -274,6 +282,13 @@ def test_demo_is_two_arms(fake_python, tmp_path):
     as_control = [line.replace(f"{tmp_path}/send", f"{tmp_path}/control") for line in own["send"]]
     assert own["control"][1:] == as_control[1:]
     assert f"COMMAND extras/study.py demo {tmp_path} --arms control send" in lines[-2]
+
+
+def test_a_stopped_demo_waits_for_its_arms(fake_python):
+    """run.sh ends before its trainers have saved, or goes on with the next stage."""
+    lines = recipe(status=130, STOP=1, **fake_python)[0].splitlines()
+    last = {line for line in lines if re.match("control|send", line) and "train_vae" not in line}
+    assert last == {"control: saved", "send: saved"}
 
 
 def test_done_is_known_by_its_content(fake_python, tmp_path):
