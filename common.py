@@ -448,6 +448,13 @@ def open_out(folder, need_bytes=0, flag="--out"):
     return folder
 
 
+def open_file(path, flag):
+    """Make the folder of a file that will be written. Raises UserError, which names the `flag`."""
+    open_out(Path(path).parent, flag=flag)
+    if Path(path).is_dir():
+        raise UserError(f"{flag} {path}: is a folder; expected the name of a file")
+
+
 def sync(path):
     """A file's content, or a folder's names, on disk."""
     handle = os.open(path, os.O_RDONLY)
@@ -991,11 +998,11 @@ class Stop:
 def run_flags(p, save_every):
     """The flags of Run, for an argument parser."""
     on_gpu = torch.cuda.is_available()
-    p.add_argument("--seed", type=seed, default=0)
+    p.add_argument("--seed", type=seed, default=0, help="of weights, order and noise")
     p.add_argument("--precision", choices=("bf16", "fp32"), help="default: bf16 where it is fast")
     p.add_argument("--deterministic", action="store_true",
                    help="equal bits in each run on CUDA too, slower (a CPU needs no flag)")
-    p.add_argument("--compile", type=int, default=int(on_gpu), choices=(0, 1))
+    p.add_argument("--compile", type=int, default=int(on_gpu), choices=(0, 1), help="1: torch.compile")
     p.add_argument("--workers", type=Range(int, 0, 256), default=4 if on_gpu else 0,
                    help="processes that read batches")
     p.add_argument("--save-every", type=positive, default=save_every, help="steps between checkpoints")
@@ -1026,6 +1033,10 @@ class Run:
                             f"--micro-batch {self.micro}")
         self.sample_every = 500 if args.sample_every is None else args.sample_every
         self.tracker = import_tracker(args.log_to) if args.log_to and self.rank == 0 else None
+        other = self.path.with_name({"vae.pt": "sit.pt", "sit.pt": "vae.pt"}[name])
+        if other.exists() and not self.path.exists():
+            raise UserError(f"--out {args.out}: holds another stage's run ({other.name}); choose another "
+                            "folder")
         if not args.dry_run:
             open_out(args.out)
             if self.rank == 0:

@@ -45,6 +45,7 @@ SPLITS = ("train", "val", "test")
 DAMAGED_IMAGE = (*common.BROKEN, OSError, Image.DecompressionBombError)
 OF_A_FILE = (*common.OF_A_FILE, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG)
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # open_image refuses these
+warnings.filterwarnings("ignore", category=UserWarning, module="PIL")  # broken EXIF costs no pixels
 
 
 class UnreadableImage(UserError):
@@ -516,6 +517,10 @@ def usable_attributes(table):
     """Indices of attributes with both values in every split. Raises UserError when there is none."""
     splits = np.asarray(table.splits)
     parts = [table.values[splits == s] for s in SPLITS]
+    empty = [s for s, v in zip(SPLITS, parts) if not len(v)]
+    if empty:
+        raise UserError(f"attributes.csv: no image has split '{empty[0]}'; the probe needs "
+                        f"{', '.join(SPLITS)}")
     usable = np.all([(v == 0).any(0) & (v == 1).any(0) for v in parts], axis=0)
     if not usable.any():
         raise UserError("no attribute of attributes.csv has both values in each of train, val and test; the "
@@ -582,11 +587,15 @@ def check_latents(latents):
 # ------------------------------------------------------------------------------------------------------------
 
 
-def check_stages(parts, table, batch):
+def check_stages(parts, table, batches):
     """Refuse images with which a later stage of run.sh folder would stop: parts, the ImageFolder of each of
-    SPLITS, or with table None the one of all images."""
-    # latents of RES / 4, in patches of 2
-    check_folder(parts[0], batch, step=8, flags=("SIT_FLAGS=--batch=", "RES="))
+    SPLITS, or with table None the one of all images; batches: of the VAE and of the SiT."""
+    check_folder(parts[0], step=8, flags=(None, "RES="))  # latents of RES / 4, in patches of 2
+    n, names = len(parts[0].files), ("VAE_FLAGS", "SIT_FLAGS")
+    large = [f"{name}=--batch={n}" for name, batch in zip(names, batches) if batch > n]
+    if large:
+        raise UserError(f"{parts[0].name}: {n} images, less than a batch of {max(batches)}; run it with "
+                        f"{' '.join(large)}")
     for images in (parts[0], parts[-1]):  # scored
         if len(images) < 4:
             raise UserError(f"{images.name}: {len(images)} images; a covariance needs 4")
@@ -605,10 +614,10 @@ def check_images(images):
         flat += [images.files[row] for row, span in zip(kept, spans) if span < 8]
     print(f"{images.name}: {len(images) - len(images.bad)} images in {len(images.classes)} classes, "
           f"{len(images.bad)} unreadable")
-    small = median_short_side(images)
-    if small is not None and small < images.size:
-        print(f"warning: the median short side is {small} pixels, below the crop of {images.size}: training "
-              "refuses that; see --size")
+    sides = np.array(short_sides(images))
+    if (sides < images.size).any():
+        print(f"warning: {(sides < images.size).sum()} of {len(sides)} images looked at are smaller than the "
+              f"crop of {images.size} (median {np.median(sides):.0f}; training refuses a median below it)")
     if flat:
         print(f"warning: {len(flat)} images are of one colour (within 8 levels of 256), as {flat[0]}")
     images.max_bad = MAX_BAD
@@ -619,10 +628,10 @@ def main():
     p = common.Parser(description=__doc__)
     commands = p.add_subparsers(dest="command", required=True)
     c = commands.add_parser("check", help="read every image of a folder and its attribute table")
-    c.add_argument("dir")
-    c.add_argument("--size", type=common.side, default=64, help="crop, in pixels (default 64)")
-    c.add_argument("--batch", type=common.positive, help="refuse, too, what would stop run.sh folder later; "
-                   "this is the batch of its SiT")
+    c.add_argument("dir", help="class/name.png, or name.png")
+    c.add_argument("--size", type=common.side, default=64, help="crop, in pixels")
+    c.add_argument("--batch", type=common.positive, nargs=2, metavar=("VAE", "SIT"), help="refuse, too, what "
+                   "would stop run.sh folder later; these are its batches")
     commands.add_parser("avatars", help="now: python extras/avatars.py")
     args, others = p.parse_known_args()
     if args.command == "avatars":
@@ -636,7 +645,10 @@ def main():
     for images in parts:
         check_images(images)
     if table:
-        print(f"attributes.csv: {len(table.names)} attributes")
+        rows, count = Counter(table.splits), len(find_images(args.dir))
+        of = ", ".join(f"{rows[split]} {split}" for split in SPLITS)
+        print(f"attributes.csv: {len(table.names)} attributes of images: {of}, {count - len(table.files)} "
+              "without a row")
 
 
 if __name__ == "__main__":

@@ -664,7 +664,8 @@ def describe(args, net, weights, reference, samples):
 
 def print_scores(result, skipped):
     """Scores by their names in the record."""
-    metric, counts = result["metric"], sorted(set(result["n"].values()) - {0})
+    metric, counts = result["metric"], set(result["n"].values()) - {0}
+    fewest = min({result["n_reference"] or float("inf")} | counts)
     print(f"reference {result['reference']} ({result['split'] or 'all'}): "
           f"{result['n_reference'] or 'unknown number of'} images" + f", {skipped} unreadable" * bool(skipped)
           + f"; network {result['network']}, weights {result['weights']}, resize {result['resize']}")
@@ -678,9 +679,9 @@ def print_scores(result, skipped):
     if "floor" in result:
         print(f"{metric}-{count_name(result['floor_n'])} {result['floor']:.2f}  floor: one half of the "
               "reference's images against the other")
-    if counts and (len(counts) > 1 or counts[0] < 2048):
-        print(f"warning: samples of {' and '.join(map(str, counts))} images: the fewer, the higher the "
-              "distance; compare equal counts only")
+    if len(counts) > 1 or fewest < 2048:
+        print(f"warning: a set of {fewest} images: the fewer, the higher the distance; compare equal counts "
+              "only")
 
 
 def warn_of_blur(scores, whose=""):
@@ -702,7 +703,7 @@ def load_stats(path):
     try:
         source = load_source(path)
         if source.stats is None or not {"net", "net_ckpt", "net_size", "weights"} <= source.stats.keys():
-            raise UserError(f"expected a file of: python fid.py score REFERENCE none --save-stats {path}")
+            raise UserError("expected a file of: python fid.py score REFERENCE none --save-stats FILE")
         net = load_net(*(source.stats[k].item() or None for k in ("net", "net_ckpt", "net_size")))
         check_statistics(source, net, common.weights_hash(net.state_dict()))
     except UserError as e:
@@ -816,7 +817,7 @@ def parse_args():
     s.add_argument("--save-stats", type=common.npz_name, metavar="FILE",
                    help="write the reference's statistics to this .npz")
     r = commands.add_parser("recon", help="rFID, PSNR, SSIM and LPIPS of a VAE")
-    r.add_argument("--vae", required=True)
+    r.add_argument("--vae", required=True, help="checkpoint, in any format of load_vae")
     r.add_argument("--data", required=True, help="image folder")
     r.add_argument("--lpips", type=int, default=1, choices=(0, 1))
     r.add_argument("--lpips-ckpt", help="local torchvision VGG16 weights instead of the download")
@@ -829,7 +830,7 @@ def parse_args():
         c.add_argument("--net-ckpt", help="local weights of the network")
         c.add_argument("--net-size", type=common.side, help="input size of a timm model in pixels "
                        "(default: its own)")
-        c.add_argument("--precision", choices=("bf16", "fp32"), default="fp32")
+        c.add_argument("--precision", choices=("bf16", "fp32"), default="fp32", help="of the networks")
         c.add_argument("--json", metavar="FILE", help="write the scores here")
         c.add_argument("--dry-run", action="store_true", help="print what would be scored, and end")
     args = p.parse_args()
@@ -844,7 +845,10 @@ def main():
     args = parse_args()
     for flag in () if args.dry_run else ("json", "png", "cache", "save_stats"):
         if getattr(args, flag, None):
-            common.open_out(Path(getattr(args, flag)).parent, flag=f"--{flag.replace('_', '-')}")
+            common.open_file(getattr(args, flag), f"--{flag.replace('_', '-')}")
+    stats = getattr(args, "save_stats", None)
+    if stats and Path(stats).exists() and load_source(stats).stats is None:
+        raise UserError(f"--save-stats {stats}: holds images; choose another name")
     dict(score=score, recon=recon)[args.command](args)
 
 

@@ -17,7 +17,6 @@ import time
 import warnings
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import scipy.fft
@@ -592,12 +591,8 @@ def check_args(args):
     if args.rivals and not importlib.util.find_spec("sklearn"):
         raise UserError("--rivals needs scikit-learn: pip install scikit-learn")
     for flag in () if args.dry_run else ("png", "json", "csv"):
-        path = getattr(args, flag)
-        if path is None:
-            continue
-        common.open_out(Path(path).parent, flag=f"--{flag}")
-        if Path(path).is_dir():
-            raise UserError(f"{path}: is a folder; expected the name of a file")
+        if getattr(args, flag):
+            common.open_file(getattr(args, flag), f"--{flag}")
 
 
 def by_image(table, keep, files):

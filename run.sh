@@ -62,7 +62,7 @@ check_study() {  # the words after run.sh
             "$(printf '%s\n' $arms | awk '!seen[$0]++' | xargs)"
 }
 
-case "${1:-demo}" in
+case "${1-demo}" in
 demo) [ $# -le 1 ] || fail "'demo ${*:2}'; expected: bash run.sh, or bash run.sh demo" ;;
 -h | --help)
     sed -n '2,/^set/s/^# \{0,1\}//p' run.sh
@@ -72,12 +72,13 @@ test)
         fail "'test ${*:2}'; expected: bash run.sh test, or bash run.sh test all" ;;
 study) check_study "$@" ;;
 folder)
-    [ -d "$ROOT" ] || fail "'${2:-}'; expected: bash run.sh folder DIR, a folder of images"
+    [ -d "$ROOT" ] && [ $# = 2 ] ||
+        fail "'${*:2}'; expected: bash run.sh folder DIR, a folder of images (RES=64 bash ... for 64 pixels)"
     [[ ${RES:=32} =~ ^[1-9][0-9]{1,3}$ && $((RES % 8)) = 0 ]] ||
         fail "RES '$RES'; expected a multiple of 8 from 16" ;;
 imagenet)
-    [ -d "$ROOT/train" ] && [ -d "$ROOT/val" ] ||
-        fail "'${2:-}'; expected: bash run.sh imagenet DIR, with the folders train/ and val/ in DIR," \
+    [ -d "$ROOT/train" ] && [ -d "$ROOT/val" ] && [ $# -le 3 ] ||
+        fail "'${*:2}'; expected: bash run.sh imagenet DIR, with the folders train/ and val/ in DIR," \
             "a folder a class in each"
     case "${3:-main}" in
     main | table[1-6] | rival | all) ;;
@@ -123,11 +124,13 @@ import os
 import sys
 
 for script, variable, required in (
-        ("train_vae", "VAE_FLAGS", "--data . --out . --init ."), ("vae", "ENCODE_FLAGS", "--vae . --data . --out ."),
-        ("train_sit", "SIT_FLAGS", "--latents . --out . --data ."),
+        ("train_vae", "VAE_FLAGS", "--data . --out . --init ."),
+        ("train_vae", "VAE_FLAGS", "--data . --out . --init . --align none"),
+        ("vae", "ENCODE_FLAGS", "--vae . --data . --out ."),
+        ("train_sit", "SIT_FLAGS", "--latents . --out . --data . --eval-stats ."),
         ("sample", "SAMPLE_FLAGS", "--sit . --out a.npz"), ("fid", "SCORE_FLAGS", "score . a.npz"),
         ("fid", "RECON_FLAGS", "recon --vae . --data ."), ("probe", "PROBE_FLAGS", ". --data .")):
-    sys.argv = [variable, *required.split(), *os.environ.get(variable, "").split()]
+    sys.argv = [f"{variable} of {script}.py", *required.split(), *os.environ.get(variable, "").split()]
     if os.environ.get(variable):
         try:
             importlib.import_module(script).parse_args()
@@ -483,6 +486,8 @@ testbed() {  # SEED ARM FOLDER
 # and a picture. Images without attributes.csv have no splits and no probe: reconstructions are then of the
 # images trained on
 
+batch_of() { [[ $1 =~ .*--batch[\ =]+([0-9]+) ]] && echo "${BASH_REMATCH[1]}"; }  # the last one counts
+
 own_images() {  # sets what differs from the demo
     DATA=$(cd "$ROOT" && pwd)
     local name
@@ -492,8 +497,8 @@ own_images() {  # sets what differs from the demo
     curves=()
     [ -f "$DATA/attributes.csv" ] || TRAIN='' TEST=''
     # All that later stages need of the images, to be known before the VAEs are trained
-    [[ "--batch 64 ${SIT_FLAGS:-}" =~ .*--batch[\ =]+([0-9]+) ]]  # the last one counts
-    [ -e "$OUT/control/vae.pt" ] || python data.py check "$DATA" --size "$RES" --batch "${BASH_REMATCH[1]}"
+    [ -e "$OUT/control/vae.pt" ] || python data.py check "$DATA" --size "$RES" \
+        --batch "$(batch_of "--batch 32 ${VAE_FLAGS:-}")" "$(batch_of "--batch 64 ${SIT_FLAGS:-}")"
     [ "$RES" != 32 ] || return 0
     # The shipped VAE is one for 32 pixels: another size begins with a small VAE of its own
     INIT=$OUT/pretrain/vae.pt
@@ -514,11 +519,11 @@ if [[ ${1:-demo} =~ ^(demo|folder)$ ]]; then
     arms=()
     set -m  # a process group each: a signal goes to both, and the arms save before run.sh ends
     for arm in control send; do
-        testbed "${SEED:-0}" $arm "$OUT/$arm" 2>&1 | (trap '' INT TERM; exec sed -u "s/^/$arm: /") &
+        testbed "${SEED:-0}" $arm "$OUT/$arm" 2>&1 | (trap '' INT TERM HUP; exec sed -u "s/^/$arm: /") &
         arms+=($!)
     done
     set +m
-    trap 'kill -INT -- $(jobs -p | sed s/^/-/) 2> /dev/null; wait; exit 130' INT TERM
+    trap 'kill -INT -- $(jobs -p | sed s/^/-/) 2> /dev/null; wait; exit 130' INT TERM HUP
     failed=0
     for arm in "${arms[@]}"; do
         wait "$arm" || failed=$?

@@ -42,18 +42,19 @@ def parse_args():
     p.add_argument("--images", type=common.positive, default=50_000, help="how many")
     p.add_argument("--sampler", default="sde", choices=("sde", "euler", "heun"),
                    help="sde: Euler-Maruyama, w(t) = 2t (paper)")
-    p.add_argument("--steps", type=common.positive, default=250)
+    p.add_argument("--steps", type=common.positive, default=250, help="of the sampler (paper: 250)")
     p.add_argument("--cfg", type=common.scale, default=1.0, help="guidance scale s (paper: 2.5)")
     p.add_argument("--guide", help="AutoGuidance: a weaker SiT (smaller, or trained for less)")
     p.add_argument("--interval", type=common.share, nargs=2, default=(0.0, 0.75), metavar=("LOW", "HIGH"),
-                   help="times t with guidance (REPA-E: 0 0.75)")
+                   help="times t with guidance (default: 0 0.75, as REPA-E)")
     p.add_argument("--labels", default="random", choices=("random", "equal", "blocks"),
                    help="random classes; equal counts, 0 1 2 ... 0 1 2 ...; equal counts, class after class")
-    p.add_argument("--weights", choices=("ema", "model"), default="ema")
-    p.add_argument("--seed", type=common.seed, default=0)
+    p.add_argument("--weights", choices=("ema", "model"), default="ema", help="averaged, or not")
+    p.add_argument("--seed", type=common.seed, default=0, help="of noise and random labels")
     p.add_argument("--micro-batch", type=common.positive, default=64, help="images at a time: memory only")
     p.add_argument("--precision", choices=("bf16", "fp32"), help="default: bf16 where it is fast")
-    p.add_argument("--compile", type=int, default=int(torch.cuda.is_available()), choices=(0, 1))
+    p.add_argument("--compile", type=int, default=int(torch.cuda.is_available()), choices=(0, 1),
+                   help="1: torch.compile")
     p.add_argument("--deterministic", action="store_true", help="equal bits in each run on CUDA too, slower")
     p.add_argument("--dry-run", action="store_true", help="print the plan (images, NFE, disk), and end")
     args = p.parse_args()

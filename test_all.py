@@ -1521,7 +1521,7 @@ def test_score_is_adms(inception, tmp_path, monkeypatch):
     assert 0 < s["interval"] < s["fd"] and result["n"] == {str(tmp_path / "one.npz"): 10}
     assert f"FID-10 {s['fd']:.2f} +- {s['interval']:.2f}, sfid {s['sfid']:.4f}, inception_score" in out
     assert (result["metric"], result["network"]) == ("FID", "inception") and "TensorFlow" in result["resize"]
-    assert "samples of 10 images" in out and "floor" in out and result["weights"] in out
+    assert "a set of 10 images" in out and "floor" in out and result["weights"] in out
     saved = np.load(tmp_path / "stats.npz")
     adm = {k: saved[k] for k in ("mu", "sigma", "mu_s", "sigma_s")}
     assert saved["mu_s"].shape == (48,) and saved["n"] == 10
@@ -2158,9 +2158,11 @@ vae --precision fp8                                                 | 'fp8'
 train_sit --latents LATENTS SMALL_SIT --repa 0 --batch 41 --out O   | --batch 41 | 40
 train_sit --latents LATENTS SMALL_SIT --out O                       | --data
 train_sit --latents none --repa 0 --out O                           | no such folder; if it has moved
+train_sit --latents LATENTS SMALL_SIT --repa 0 --out VAE_FOLDER     | another stage's run (vae.pt)
 train_sit --latnts x                                                | --latents, --out
 sample --sit SIT --images 2 --out a.zip                             | .npz
 sample --sit VAE --out a.npz                                        | vae.pt | a VAE goes to --vae
+sample --sit VAE_FOLDER --out a.npz                                 | a folder | sit.pt
 sample --sit moved.pt --out a.npz                                   | gone.pt, which is not there | --vae
 sample --sit SIT --vae OTHER --images 2 --out a.npz                 | other/vae.pt | vae/vae.pt
 sample                                                              | --sit, --out | --help
@@ -2168,6 +2170,8 @@ sample --sit SIT --images 2 --interval 0.75 0 --out a.npz           | --interval
 sample --sit SIT --images 2 --interval 0 1.5 --out a.npz            | --interval | '1.5'
 sample --sit SIT --images 2 --seed 4294967296 --out a.npz           | --seed | from 0 to 4,294,967,295
 fid score IMAGES none --save-stats ref                              | --save-stats | 'ref' | .npz
+fid score IMAGES none --save-stats held.npz                         | held.npz: holds images
+fid score IMAGES none --json VAE_FOLDER                             | --json | is a folder
 fid score IMAGES IMAGES --net dinov9                                | dinov9
 fid score                                                           | required
 fid recon --vae VAE --data IMAGES --net none --resolution 8         | 8 | 11 pixels
@@ -2184,6 +2188,7 @@ def test_bad_commands(line, small, tmp_path, monkeypatch):
     write_table(small / "images")
     monkeypatch.chdir(tmp_path)
     Path("text.pt").write_text("no checkpoint")
+    np.savez("held.npz", arr_0=np.zeros((4, 8, 8, 3), np.uint8))
     torch.save(dict(common.load_checkpoint(small / "sit/sit.pt"), vae="gone.pt"), "moved.pt")
     flags = dict(SMALL_VAE=SMALL_VAE, SMALL_SIT=SMALL_SIT, PLAIN=PLAIN, VFM=VFM)
     files = dict(IMAGES="images", VAE="vae/vae.pt", VAE_FOLDER="vae", OTHER="other/vae.pt", LATENTS="latents",
@@ -2238,7 +2243,7 @@ def test_images_of_all_stages(kind, words, tmp_path):
     (root / "attributes.csv").write_text("\n".join(["file,split,a", *rows]) + "\n")
     if kind == "bad":
         (root / files[0]).write_text("no image")
-    result = call("data", "check", root, "--size", 32, "--batch", 25 if kind == "few train" else 24)
+    result = call("data", "check", root, "--size", 32, "--batch", 24, 25 if kind == "few train" else 24)
     assert result[0] == (2 if words else 0)
     if words:
         assert_refused(result, *words)
@@ -2450,8 +2455,9 @@ def test_wrong_words(tmp_path):
         assert f"RES '{side}'; expected" in recipe("folder", tmp_path, status=2, RES=side)[1]
     for wrong in (dict(SEED=-1), dict(GPUS="x"), dict(SAMPLE_FLAGS="--setps 9"), dict(SIT_FLAGS="--lr x")):
         assert [*wrong][0] in recipe(status=2, **wrong)[1]
+    assert "none" in recipe(status=2, VAE_FLAGS="--lambda-align 3")[1]  # of the control
     study = (["study", "x"], ["study", 0], ["study", 0, "nothing"], ["study", 0, "control", "more"])
-    folder = (["folder"], ["folder", tmp_path / "gone"])
+    folder = (["folder"], ["folder", tmp_path / "gone"], ["folder", tmp_path, 64], [""])
     imagenet = (["imagenet"], ["imagenet", HERE], ["imagenet", tmp_path, "table7"], ["imagenet", tmp_path])
     for arguments in (["nothing"], ["demo", "more"], ["test", "some"], *study, *folder, *imagenet):
         _, err = recipe(*arguments, status=2)

@@ -33,7 +33,7 @@ def parse_args():
     p.add_argument("--out", required=True, help="folder for sit.pt and metrics.jsonl")
     p.add_argument("--model", default="SiT-XL/1", choices=SIT_MODELS,
                    help="size / patch (paper: XL/1 on f16, XL/2 on f8)")
-    p.add_argument("--qk-norm", **switch, default=0)
+    p.add_argument("--qk-norm", **switch, default=0, help="1: RMS norm of queries and keys")
     # Optimisation: the paper's values
     p.add_argument("--steps", type=common.positive, default=400_000,
                    help="optimiser steps (80 ImageNet epochs at 256: 400,000)")
@@ -47,7 +47,7 @@ def parse_args():
     p.add_argument("--ema", type=common.decay, default=0.9999,
                    help="decay of the averaged weights, at most (1 + step) / (10 + step)")
     # The flow
-    p.add_argument("--path", default="linear", choices=("linear", "cosine"))
+    p.add_argument("--path", default="linear", choices=("linear", "cosine"), help="from data to noise")
     p.add_argument("--time", default="uniform", choices=("uniform", "lognormal"),
                    help="distribution of t in training")
     p.add_argument("--label-dropout", type=common.share, default=0.1,
@@ -239,8 +239,8 @@ def main():
     latents = data.load_latents(args.latents)
     n, flips, c2, side, _ = latents.moments.shape
     if args.batch > n:
-        raise UserError(f"--batch {args.batch} is larger than the {n} latents of {args.latents}; use a "
-                        "smaller one")
+        raise UserError(f"--batch {args.batch} is larger than the {n} latents of {args.latents}; use {n} "
+                        "or less")
     make = SIT_MODELS[args.model]
     patch = make.keywords["patch_size"]
     if side % patch:

@@ -355,7 +355,7 @@ def parse_args():
     p.add_argument("--micro-batch", type=common.positive, default=64, help="images at a time: memory only")
     p.add_argument("--precision", choices=("bf16", "fp32"), help="default: bf16 where it is fast")
     gpu = torch.cuda.is_available()
-    p.add_argument("--compile", type=int, default=int(gpu), choices=(0, 1))
+    p.add_argument("--compile", type=int, default=int(gpu), choices=(0, 1), help="1: torch.compile")
     p.add_argument("--workers", type=common.natural, default=4 if gpu else 0, help="image reading processes")
     p.add_argument("--deterministic", action="store_true", help="equal bits in each run on CUDA too, slower")
     p.add_argument("--dry-run", action="store_true", help="print the plan (images, disk), and end")

@@ -136,7 +136,7 @@ def main():
     args = p.parse_args()
     device, _, _ = common.setup()
     if args.json:
-        common.open_out(Path(args.json).parent, flag="--json")
+        common.open_file(args.json, "--json")
     table, images = data.read_attributes(args.data), data.ImageFolder(args.data, args.size)
     keep = data.usable_attributes(table)
     names, classes = [table.names[a] for a in keep], len(images.classes)

@@ -519,7 +519,7 @@ def main():
     p.add_argument("--images", type=common.positive, default=10_000, help="fid: of precision and recall")
     args, flags = p.parse_known_args()
     if args.json:
-        common.open_out(Path(args.json).parent, flag="--json")
+        common.open_file(args.json, "--json")
     if args.stage == "gpu":
         if flags:
             p.error(f"gpu takes --json alone, found {' '.join(flags)}")

@@ -75,7 +75,7 @@ def test_demo_recipe(vgg, tmp_path):
 
     (out / "send/fd.json").write_text("{}")
     assert_refused(call("extras.study", "demo", out), "send", "fd.json")
-    said, _ = recipe(status=1, **{**env, "OUT": tmp_path / "other", "INIT": tmp_path / "gone.safetensors"})
+    said, _ = recipe(status=2, **{**env, "OUT": tmp_path / "other", "INIT": tmp_path / "gone.safetensors"})
     assert "control: error: " in said and "gone.safetensors: no such checkpoint" in said
 
 
@@ -245,9 +245,9 @@ def test_both_resolutions(size, tmp_path):
 @pytest.fixture
 def fake_python(tmp_path):
     """The environment of a run.sh in which python prints its command line, and writes it to the .npz or .json
-    in OUT that stands last; it fails where that line holds $FAIL. With STOP, a trainer of the control stops
-    run.sh after 2 seconds, and each saves for one more. Asked for a package's weights (-c) it names
-    the package."""
+    in OUT that stands last; it fails where that line holds $FAIL. With the signal STOP, a trainer of the
+    control stops run.sh after 2 seconds, and each saves for one more. Asked for a package's weights (-c) it
+    names the package."""
     fake = tmp_path / "bin/python"
     fake.parent.mkdir()
     fake.write_text("""#!/bin/sh
@@ -255,10 +255,10 @@ case "$1" in -) exit 0 ;; -c) echo "$2" | grep -o 'lite[02]' | head -n 1; exit 0
 echo "COMMAND $@"
 case "$*" in *${FAIL:-nothing at all}*) exit 3 ;; esac
 case "$STOP $*" in
-1*train_vae.py*)
+[A-Z]*train_vae.py*)
     trap 'sleep 1; echo saved; exit 130' INT
     sleep 2
-    case "$*" in *none*) kill -TERM $(ps -o ppid= $PPID) ;; esac
+    case "$*" in *none*) kill -$STOP $(ps -o ppid= $PPID) ;; esac
     sleep 9 ;;
 esac
 for last; do :; done
@@ -284,9 +284,10 @@ def test_demo_is_two_arms(fake_python, tmp_path):
     assert f"COMMAND extras/study.py demo {tmp_path} --arms control send" in lines[-2]
 
 
-def test_a_stopped_demo_waits_for_its_arms(fake_python):
+@pytest.mark.parametrize("signal", ["TERM", "HUP"])
+def test_a_stopped_demo_waits_for_its_arms(signal, fake_python):
     """run.sh ends before its trainers have saved, or goes on with the next stage."""
-    lines = recipe(status=130, STOP=1, **fake_python)[0].splitlines()
+    lines = recipe(status=130, STOP=signal, **fake_python)[0].splitlines()
     last = {line for line in lines if re.match("control|send", line) and "train_vae" not in line}
     assert last == {"control: saved", "send: saved"}
 
@@ -304,7 +305,7 @@ def test_done_is_known_by_its_content(fake_python, tmp_path):
 
     lines, new = [], dict(SAMPLE_FLAGS="--steps 9")
     scored(out, SIT_FLAGS="--batch 9 --batch=8")
-    assert lines[0].startswith(f"COMMAND data.py check {images} --size 40 --batch 8\nCOMMAND train_vae.py")
+    assert lines[0].startswith(f"COMMAND data.py check {images} --size 40 --batch 32 8\nCOMMAND train_vae.py")
     for words in ("train_vae.*demo --resolution 40 ", "train_vae.*--grid 5 ", "fid.py score.* 40 --net "):
         assert re.search(f"COMMAND {words}", lines[0])
     judged = "--save-stats"
