@@ -172,7 +172,7 @@ def run_script(main):
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """The module's docstring as it is written, and every default."""
+    """The module's docstring as it is written, and the defaults."""
 
     def add_argument(self, action):
         none = any(action.default is v for v in (None, False, argparse.SUPPRESS))
@@ -1034,7 +1034,8 @@ class Run:
         self.sample_every = 500 if args.sample_every is None else args.sample_every
         self.tracker = import_tracker(args.log_to) if args.log_to and self.rank == 0 else None
         other = self.path.with_name({"vae.pt": "sit.pt", "sit.pt": "vae.pt"}[name])
-        if other.exists() and not self.path.exists():
+        there = [any(p.exists() for p in (f, f.with_suffix(".prev.pt"))) for f in (self.path, other)]
+        if there == [False, True]:
             raise UserError(f"--out {args.out}: holds another stage's run ({other.name}); choose another "
                             "folder")
         if not args.dry_run:

@@ -45,7 +45,7 @@ SPLITS = ("train", "val", "test")
 DAMAGED_IMAGE = (*common.BROKEN, OSError, Image.DecompressionBombError)
 OF_A_FILE = (*common.OF_A_FILE, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG)
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # open_image refuses these
-warnings.filterwarnings("ignore", category=UserWarning, module="PIL")  # broken EXIF costs no pixels
+warnings.filterwarnings("ignore", category=UserWarning, module="PIL")  # of broken metadata
 
 
 class UnreadableImage(UserError):
@@ -591,16 +591,21 @@ def check_stages(parts, table, batches):
     """Refuse images with which a later stage of run.sh folder would stop: parts, the ImageFolder of each of
     SPLITS, or with table None the one of all images; batches: of the VAE and of the SiT."""
     check_folder(parts[0], step=8, flags=(None, "RES="))  # latents of RES / 4, in patches of 2
-    n, names = len(parts[0].files), ("VAE_FLAGS", "SIT_FLAGS")
-    large = [f"{name}=--batch={n}" for name, batch in zip(names, batches) if batch > n]
-    if large:
-        raise UserError(f"{parts[0].name}: {n} images, less than a batch of {max(batches)}; run it with "
-                        f"{' '.join(large)}")
+    check_batches(parts[0], batches)
     for images in (parts[0], parts[-1]):  # scored
         if len(images) < 4:
             raise UserError(f"{images.name}: {len(images)} images; a covariance needs 4")
     if table:
         usable_attributes(table)
+
+
+def check_batches(images, batches):
+    """Refuse a batch above the images that are not known to be unreadable."""
+    n, names = len(images) - len(images.bad), ("VAE_FLAGS", "SIT_FLAGS")
+    large = [f"{name}=--batch={n}" for name, batch in zip(names, batches) if batch > n]
+    if large:
+        raise UserError(f"{images.name}: {n} images, less than a batch of {max(batches)}; run it with "
+                        f"{' '.join(large)}")
 
 
 def check_images(images):
@@ -644,6 +649,8 @@ def main():
         check_stages(parts, table, args.batch)
     for images in parts:
         check_images(images)
+    if args.batch:
+        check_batches(parts[0], args.batch)
     if table:
         rows, count = Counter(table.splits), len(find_images(args.dir))
         of = ", ".join(f"{rows[split]} {split}" for split in SPLITS)

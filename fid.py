@@ -11,6 +11,7 @@ ADM's reference files, or ours of --save-stats), or ADM's files that hold both. 
 with its network's name, input size and number of images, as FD(name@size)-2k: two such numbers compare only
 when all of these agree. It is called FID for the Inception network of 2015 alone.
 """
+import contextlib
 import hashlib
 import json
 import os
@@ -607,8 +608,11 @@ def score(args):
     device, _, _ = common.setup()
     torch.backends.cudnn.allow_tf32 = False  # float32 means float32
     begin = time.time()
-    reference, *samples = load_sources(args)
+    for path in {args.reference, *args.samples} - {"none"}:
+        if not Path(path).exists():
+            load_source(path)  # says so, before weights are fetched
     net = load_net(args.net, args.net_ckpt, args.net_size, weights=not args.dry_run)
+    reference, *samples = load_sources(args)
     if args.dry_run:
         counts = " and ".join(f"{s.n} images of {s.name}" for s in (reference, *samples))
         return print(f"{net.label}, {sum(p.numel() for p in net.parameters()) / 1e6:.1f} M: {counts}")
@@ -664,8 +668,7 @@ def describe(args, net, weights, reference, samples):
 
 def print_scores(result, skipped):
     """Scores by their names in the record."""
-    metric, counts = result["metric"], set(result["n"].values()) - {0}
-    fewest = min({result["n_reference"] or float("inf")} | counts)
+    metric, counts = result["metric"], sorted(set(result["n"].values()) - {0})
     print(f"reference {result['reference']} ({result['split'] or 'all'}): "
           f"{result['n_reference'] or 'unknown number of'} images" + f", {skipped} unreadable" * bool(skipped)
           + f"; network {result['network']}, weights {result['weights']}, resize {result['resize']}")
@@ -679,9 +682,13 @@ def print_scores(result, skipped):
     if "floor" in result:
         print(f"{metric}-{count_name(result['floor_n'])} {result['floor']:.2f}  floor: one half of the "
               "reference's images against the other")
-    if len(counts) > 1 or fewest < 2048:
-        print(f"warning: a set of {fewest} images: the fewer, the higher the distance; compare equal counts "
-              "only")
+    few = []
+    if counts and (len(counts) > 1 or counts[0] < 2048):
+        few.append(f"samples of {' and '.join(map(str, counts))} images")
+    if counts and (result["n_reference"] or 2048) < 2048:
+        few.append(f"a reference of {result['n_reference']}")
+    if few:
+        print(f"warning: {', '.join(few)}: the fewer, the higher the distance; compare equal counts only")
 
 
 def warn_of_blur(scores, whose=""):
@@ -819,7 +826,7 @@ def parse_args():
     r = commands.add_parser("recon", help="rFID, PSNR, SSIM and LPIPS of a VAE")
     r.add_argument("--vae", required=True, help="checkpoint, in any format of load_vae")
     r.add_argument("--data", required=True, help="image folder")
-    r.add_argument("--lpips", type=int, default=1, choices=(0, 1))
+    r.add_argument("--lpips", type=int, default=1, choices=(0, 1), help="0: leave LPIPS out")
     r.add_argument("--lpips-ckpt", help="local torchvision VGG16 weights instead of the download")
     r.add_argument("--png", metavar="FILE", help="write up to 16 originals and their reconstructions here")
     for c in (s, r):
@@ -847,8 +854,10 @@ def main():
         if getattr(args, flag, None):
             common.open_file(getattr(args, flag), f"--{flag.replace('_', '-')}")
     stats = getattr(args, "save_stats", None)
-    if stats and Path(stats).exists() and load_source(stats).stats is None:
-        raise UserError(f"--save-stats {stats}: holds images; choose another name")
+    if stats and Path(stats).exists() and common.is_zip(stats):
+        with contextlib.suppress(zipfile.BadZipFile), zipfile.ZipFile(stats) as z:
+            if "arr_0.npy" in z.namelist():
+                raise UserError(f"--save-stats {stats}: holds images; choose another name")
     dict(score=score, recon=recon)[args.command](args)
 
 

@@ -87,20 +87,24 @@ imagenet)
 *) fail "'$1'; expected nothing, test, study, folder DIR, or imagenet DIR" ;;
 esac
 
-for number in GPUS JOBS SEED; do
-    [[ ${!number:-0} =~ ^[0-9]{1,9}$ ]] || fail "$number '${!number}'; expected a number"
+for number in GPUS JOBS; do
+    [[ ${!number:-1} =~ ^[1-9][0-9]{0,3}$ ]] || fail "$number '${!number}'; expected a number from 1"
 done
+[[ ${SEED:-0} =~ ^[0-9]{1,10}$ ]] || fail "SEED '$SEED'; expected a whole number"
+new_enough() {  # PYTHON
+    "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
+        fail "$("$1" --version) at $(command -v "$1"); expected 3.10 or later"
+}
 
 if [ -z "${SHOW:-}" ]; then
     # An environment: the active one, or .venv made here
     if [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]; then
         # one that was stopped while it was made has no pip
         .venv/bin/python -m pip --version > /dev/null 2>&1 && [ -e .venv/bin/activate ] ||
-            python3 -m venv --clear .venv || fail "python3 -m venv failed: see above"
+            { new_enough python3 && python3 -m venv --clear .venv; }
         . .venv/bin/activate
     fi
-    python -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
-        fail "$(python --version) at $(command -v python); expected 3.10 or later"
+    new_enough python
     # Installs what is missing; the mark saves the look-up when the lists have not changed. SKIP_INSTALL=1
     # takes the environment as it is
     mark="$(python -c 'import sys; print(sys.prefix)')/.send-vae-requirements"
@@ -116,21 +120,16 @@ if [ "${1:-demo}" = test ]; then
         test_all.py ${2:+tests}
 fi
 
-# The flags in VAE_FLAGS and the like, before the hours after which each would be read
+# Words of "VARIABLE SCRIPT flags": the flags in that variable, before the hours after which they would be read
 check_flags() {
-    [ -n "${SHOW:-}" ] || python - << 'END' || exit 2
+    [ -n "${SHOW:-}" ] || python - "$@" << 'END' || exit 2
 import importlib
 import os
 import sys
 
-for script, variable, required in (
-        ("train_vae", "VAE_FLAGS", "--data . --out . --init ."),
-        ("train_vae", "VAE_FLAGS", "--data . --out . --init . --align none"),
-        ("vae", "ENCODE_FLAGS", "--vae . --data . --out ."),
-        ("train_sit", "SIT_FLAGS", "--latents . --out . --data . --eval-stats ."),
-        ("sample", "SAMPLE_FLAGS", "--sit . --out a.npz"), ("fid", "SCORE_FLAGS", "score . a.npz"),
-        ("fid", "RECON_FLAGS", "recon --vae . --data ."), ("probe", "PROBE_FLAGS", ". --data .")):
-    sys.argv = [f"{variable} of {script}.py", *required.split(), *os.environ.get(variable, "").split()]
+for line in sys.argv[1:]:
+    variable, script, *required = line.split()
+    sys.argv = [f"{variable} of {script}.py", *required, *os.environ.get(variable, "").split()]
     if os.environ.get(variable):
         try:
             importlib.import_module(script).parse_args()
@@ -291,7 +290,13 @@ imagenet() {
 
 if [ "${1:-}" = imagenet ]; then
     OUT=${OUT:-out/imagenet} INIT=${INIT:-weights}
-    check_flags
+    none="--align none"  # an arm of all tables but one
+    [ "${3:-}" != rival ] || none=""
+    check_flags "VAE_FLAGS train_vae --data . --out . --init ." \
+        "VAE_FLAGS train_vae --data . --out . --init . $none" "ENCODE_FLAGS vae --vae . --data . --out ." \
+        "SIT_FLAGS train_sit --latents . --out . --data ." "SAMPLE_FLAGS sample --sit . --out a.npz" \
+        "SCORE_FLAGS fid score . a.npz" "RECON_FLAGS fid recon --vae . --data ." \
+        "PROBE_FLAGS probe . --data ."
     imagenet "${3:-main}"
     exit
 fi
@@ -305,7 +310,11 @@ fi
 # $SHARED. One thread a command, so that the numbers do not depend on how many run at a time. VAE_FLAGS,
 # SIT_FLAGS, SAMPLE_FLAGS are added to the commands.
 
-[ $# = 3 ] || check_flags  # the study calls for its arms one by one
+[ $# = 3 ] ||  # the study calls for its arms one by one
+    check_flags "VAE_FLAGS train_vae --data . --out . --init ." \
+        "VAE_FLAGS train_vae --data . --out . --init . --align none" \
+        "SIT_FLAGS train_sit --latents . --out . --repa 0 --eval-stats ." \
+        "SAMPLE_FLAGS sample --sit . --out a.npz"
 INIT=${INIT:-results/weights/avatars-f4d16.safetensors}
 TRAIN="--split train" TEST="--split test"
 [ "${1:-}" = folder ] || RES=${STUDY_RES:-32}
@@ -507,6 +516,13 @@ own_images() {  # sets what differs from the demo
         --ema 0.995 --seed "${SEED:-0}" --save-every 100 --align none ${VAE_FLAGS:-} --out "$OUT/pretrain"
 }
 
+stop() {  # SIGNAL: end the arms, and run.sh after them
+    trap '' HUP INT TERM
+    kill -TERM -- $(jobs -p | sed s/^/-/) 2> /dev/null || true
+    wait
+    exit $((128 + $1))
+}
+
 if [[ ${1:-demo} =~ ^(demo|folder)$ ]]; then
     curves=(--study results/study/rows.json)
     [ "${1:-demo}" = demo ] || own_images
@@ -517,13 +533,15 @@ if [[ ${1:-demo} =~ ^(demo|folder)$ ]]; then
     shared avatars
     OMP_NUM_THREADS=2 shared judge  # nothing runs beside it yet
     arms=()
+    for signal in HUP INT TERM; do
+        trap "stop $(kill -l $signal)" $signal
+    done
     set -m  # a process group each: a signal goes to both, and the arms save before run.sh ends
     for arm in control send; do
         testbed "${SEED:-0}" $arm "$OUT/$arm" 2>&1 | (trap '' INT TERM HUP; exec sed -u "s/^/$arm: /") &
         arms+=($!)
     done
     set +m
-    trap 'kill -INT -- $(jobs -p | sed s/^/-/) 2> /dev/null; wait; exit 130' INT TERM HUP
     failed=0
     for arm in "${arms[@]}"; do
         wait "$arm" || failed=$?

@@ -42,7 +42,7 @@ def parse_args():
     p.add_argument("--images", type=common.positive, default=50_000, help="how many")
     p.add_argument("--sampler", default="sde", choices=("sde", "euler", "heun"),
                    help="sde: Euler-Maruyama, w(t) = 2t (paper)")
-    p.add_argument("--steps", type=common.positive, default=250, help="of the sampler (paper: 250)")
+    p.add_argument("--steps", type=common.positive, default=250, help="of the sampler")
     p.add_argument("--cfg", type=common.scale, default=1.0, help="guidance scale s (paper: 2.5)")
     p.add_argument("--guide", help="AutoGuidance: a weaker SiT (smaller, or trained for less)")
     p.add_argument("--interval", type=common.share, nargs=2, default=(0.0, 0.75), metavar=("LOW", "HIGH"),
@@ -252,7 +252,7 @@ def main():
             print(f"{out}: already there")
         return
     if rank == 0 and out.exists() and not os.path.exists(f"{out}.run"):
-        print(f"{out}: of other settings; drawn anew")
+        print(f"{out}: of another command; drawn anew")
     store = open_store(out, settings, shape, rank)
     batches = common.chunks(store.missing(rank, world), args.micro_batch)
 

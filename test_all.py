@@ -1521,7 +1521,7 @@ def test_score_is_adms(inception, tmp_path, monkeypatch):
     assert 0 < s["interval"] < s["fd"] and result["n"] == {str(tmp_path / "one.npz"): 10}
     assert f"FID-10 {s['fd']:.2f} +- {s['interval']:.2f}, sfid {s['sfid']:.4f}, inception_score" in out
     assert (result["metric"], result["network"]) == ("FID", "inception") and "TensorFlow" in result["resize"]
-    assert "a set of 10 images" in out and "floor" in out and result["weights"] in out
+    assert "samples of 10 images" in out and "floor" in out and result["weights"] in out
     saved = np.load(tmp_path / "stats.npz")
     adm = {k: saved[k] for k in ("mu", "sigma", "mu_s", "sigma_s")}
     assert saved["mu_s"].shape == (48,) and saved["n"] == 10
@@ -2188,7 +2188,7 @@ def test_bad_commands(line, small, tmp_path, monkeypatch):
     write_table(small / "images")
     monkeypatch.chdir(tmp_path)
     Path("text.pt").write_text("no checkpoint")
-    np.savez("held.npz", arr_0=np.zeros((4, 8, 8, 3), np.uint8))
+    np.savez("held.npz", arr_0=np.zeros((4, 8, 8, 3), np.uint8), mu=np.zeros(2), sigma=np.eye(2))
     torch.save(dict(common.load_checkpoint(small / "sit/sit.pt"), vae="gone.pt"), "moved.pt")
     flags = dict(SMALL_VAE=SMALL_VAE, SMALL_SIT=SMALL_SIT, PLAIN=PLAIN, VFM=VFM)
     files = dict(IMAGES="images", VAE="vae/vae.pt", VAE_FOLDER="vae", OTHER="other/vae.pt", LATENTS="latents",
@@ -2229,8 +2229,8 @@ def test_every_number_has_a_range(monkeypatch):
 
 
 @pytest.mark.parametrize("kind,words", [
-    ("enough", []), ("few train", ["SIT_FLAGS=--batch=24", "(split train)"]), ("small", ["RES=24"]),
-    ("no val", ["no image has split 'val'"]), ("three", ["(split test): 3 images"]),
+    ("enough", []), ("few train", ["VAE_FLAGS=--batch=24 SIT_FLAGS=--batch=24", "(split train)"]),
+    ("small", ["RES=24"]), ("no val", ["no image has split 'val'"]), ("three", ["(split test): 3 images"]),
     ("lonely", ["class 'b' has one image"]), ("constant", ["no attribute"]), ("bad", ["1 of 8 images"])])
 def test_images_of_all_stages(kind, words, tmp_path):
     """What will stop a later stage of run.sh folder is not seen before the first one."""
@@ -2243,8 +2243,9 @@ def test_images_of_all_stages(kind, words, tmp_path):
     (root / "attributes.csv").write_text("\n".join(["file,split,a", *rows]) + "\n")
     if kind == "bad":
         (root / files[0]).write_text("no image")
-    result = call("data", "check", root, "--size", 32, "--batch", 24, 25 if kind == "few train" else 24)
+    result = call("data", "check", root, "--size", 32, "--batch", *[25 if kind == "few train" else 24] * 2)
     assert result[0] == (2 if words else 0)
+    assert words or "24 train, 8 val, 8 test, 0 without a row" in result[1]
     if words:
         assert_refused(result, *words)
 
@@ -2453,7 +2454,8 @@ def test_wrong_words(tmp_path):
     (tmp_path / "val").mkdir()
     for side in (8, 28, "x"):
         assert f"RES '{side}'; expected" in recipe("folder", tmp_path, status=2, RES=side)[1]
-    for wrong in (dict(SEED=-1), dict(GPUS="x"), dict(SAMPLE_FLAGS="--setps 9"), dict(SIT_FLAGS="--lr x")):
+    for wrong in (dict(SEED=-1), dict(GPUS="x"), dict(JOBS=0), dict(SAMPLE_FLAGS="--setps 9"),
+                  dict(SIT_FLAGS="--lr x")):
         assert [*wrong][0] in recipe(status=2, **wrong)[1]
     assert "none" in recipe(status=2, VAE_FLAGS="--lambda-align 3")[1]  # of the control
     study = (["study", "x"], ["study", 0], ["study", 0, "nothing"], ["study", 0, "control", "more"])

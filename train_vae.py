@@ -4,7 +4,7 @@ L_VAE.
     python train_vae.py --data images --init vavae/vae.pt --out out/send                        # one process
     torchrun --nproc_per_node=8 train_vae.py --data images --init vavae/vae.pt --out out/send   # one node
     python train_vae.py --data out/demo/avatars --preset f4d16 --align none --lpips 0 --gan 0 --batch 64 \\
-        --steps 20 --out out/tiny                                                               # tiny
+        --steps 20 --out out/tiny/vae                                                           # tiny
 
 The control of every claim is the same command with --align none, the rival's arm with --align vavae.
 Rerunning a command goes on where it stopped. Random numbers depend on (seed, step, place in the global

@@ -2,7 +2,7 @@
 
     python vae.py --vae out/send/vae.pt --data images --out latents --flip                       # one process
     torchrun --nproc_per_node=8 vae.py --vae out/send/vae.pt --data images --out latents --flip
-    python vae.py --vae out/demo/send/vae.pt --data out/demo/avatars --split train --out out/tiny  # tiny
+    python vae.py --vae out/demo/send/vae.pt --data out/demo/avatars --split train --out out/tiny/latents
     python vae.py export --vae out/send/vae.pt --out send.safetensors     # the averaged weights, in float16
 
 The network is the KL autoencoder of latent diffusion (Rombach et al. 2022, arXiv 2112.10752) with the

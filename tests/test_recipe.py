@@ -4,6 +4,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -256,7 +257,7 @@ echo "COMMAND $@"
 case "$*" in *${FAIL:-nothing at all}*) exit 3 ;; esac
 case "$STOP $*" in
 [A-Z]*train_vae.py*)
-    trap 'sleep 1; echo saved; exit 130' INT
+    trap 'sleep 1; echo saved; exit 143' TERM
     sleep 2
     case "$*" in *none*) kill -$STOP $(ps -o ppid= $PPID) ;; esac
     sleep 9 ;;
@@ -284,11 +285,11 @@ def test_demo_is_two_arms(fake_python, tmp_path):
     assert f"COMMAND extras/study.py demo {tmp_path} --arms control send" in lines[-2]
 
 
-@pytest.mark.parametrize("signal", ["TERM", "HUP"])
-def test_a_stopped_demo_waits_for_its_arms(signal, fake_python):
+@pytest.mark.parametrize("name", ["INT", "TERM", "HUP"])
+def test_a_stopped_demo_waits_for_its_arms(name, fake_python):
     """run.sh ends before its trainers have saved, or goes on with the next stage."""
-    lines = recipe(status=130, STOP=signal, **fake_python)[0].splitlines()
-    last = {line for line in lines if re.match("control|send", line) and "train_vae" not in line}
+    lines = recipe(status=128 + signal.Signals[f"SIG{name}"], STOP=name, **fake_python)[0].splitlines()
+    last = {line for line in lines if re.match("(control|send): (COMMAND (?!train_vae)|saved)", line)}
     assert last == {"control: saved", "send: saved"}
 
 
