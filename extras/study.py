@@ -544,7 +544,7 @@ def draw_samples(root, rows, path):
     files = {arm: file for arm, file in files.items() if file.is_file()}
     if not files:
         return
-    figure = new_figure(7.6, len(files) * 0.8)
+    figure = new_figure(8.4, len(files) * 0.8)  # as wide as the longest names need
     for i, (arm, file) in enumerate(files.items()):
         with Image.open(file) as sheet:
             size = sheet.width // 8  # sample.py's columns
