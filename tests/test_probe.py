@@ -710,7 +710,7 @@ def test_bad_probe_inputs(vae_pair, tmp_path, monkeypatch):
     assert_refused(call("probe", first, "--data", root, "--rivals"), "pip install scikit-learn")
     text = (root / "attributes.csv").read_text()
     (root / "attributes.csv").write_text(text.replace("val", "train"))
-    assert_refused(call("probe", first, "--data", root), "no attribute", "train, val and test")
+    assert_refused(call("probe", first, "--data", root), "no image has split 'val'", "train, val, test")
 
 
 def test_attributes_of_samples(tmp_path):
