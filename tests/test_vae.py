@@ -185,6 +185,6 @@ def test_repositories_without_a_vae(hub):
         (folder / "config.json").write_text(json.dumps(dict(latents_std=[1, 2]) | config))
     for name, words in dict(
             text="org/text: holds no weights", many="org/many: holds a.pt, b.ckpt; expected a VAE",
-            none="put config.json and diffusion_pytorch_model.safetensors, or", wan="KLWan, expected",
+            none="of diffusers: config.json and diffusion_pytorch_model.safetensors", wan="KLWan, expected",
             stats="shapes ((2,), (2,)); expected 3", torn="not a configuration of diffusers").items():
         assert_refused(call("vae", "--vae", f"org/{name}", "--data", "x", "--out", "y"), words)
