@@ -292,8 +292,8 @@ if [ "${1:-}" = imagenet ]; then
     OUT=${OUT:-out/imagenet} INIT=${INIT:-weights}
     none="--align none"  # an arm of all tables but one
     [ "${3:-}" != rival ] || none=""
-    check_flags "VAE_FLAGS train_vae --data . --out . --init ." \
-        "VAE_FLAGS train_vae --data . --out . --init . $none" "ENCODE_FLAGS vae --vae . --data . --out ." \
+    check_flags "VAE_FLAGS train_vae --data . --out . --init . $none" \
+        "ENCODE_FLAGS vae --vae . --data . --out ." \
         "SIT_FLAGS train_sit --latents . --out . --data ." "SAMPLE_FLAGS sample --sit . --out a.npz" \
         "SCORE_FLAGS fid score . a.npz" "RECON_FLAGS fid recon --vae . --data ." \
         "PROBE_FLAGS probe . --data ."
@@ -311,8 +311,7 @@ fi
 # SIT_FLAGS, SAMPLE_FLAGS are added to the commands.
 
 [ $# = 3 ] ||  # the study calls for its arms one by one
-    check_flags "VAE_FLAGS train_vae --data . --out . --init ." \
-        "VAE_FLAGS train_vae --data . --out . --init . --align none" \
+    check_flags "VAE_FLAGS train_vae --data . --out . --init . --align none" \
         "SIT_FLAGS train_sit --latents . --out . --repa 0 --eval-stats ." \
         "SAMPLE_FLAGS sample --sit . --out a.npz"
 INIT=${INIT:-results/weights/avatars-f4d16.safetensors}

@@ -326,7 +326,7 @@ def export(vae, path, source):
     """A small file to pass on: weights in float16, the constructor's arguments, how `source` was made."""
     if Path(path).suffix != ".safetensors":
         raise UserError(f"--out {path}: expected a name that ends in .safetensors")
-    common.open_out(Path(path).parent)
+    common.open_file(path, "--out")
     state = {k: v.half().contiguous() for k, v in vae.state_dict().items()}
     ours = Path(source).suffix == ".pt" and Path(source).exists()  # a hub id does not
     before = common.load_checkpoint(source).get("made") if ours else str(source)

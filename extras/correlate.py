@@ -266,8 +266,9 @@ def main():
     rows = [dict(r, run=r["name"], measure="") for r in PAPER] if args.paper else \
         [r for path in args.runs for r in read_run(path)]
     check_rows(rows)
-    for path in filter(None, (args.png, args.json)):
-        common.open_out(Path(path).parent)
+    for flag in ("png", "json"):
+        if getattr(args, flag):
+            common.open_file(getattr(args, flag), f"--{flag}")
     result = correlate(rows)
     lost = {k for r in rows for k in numbers(r)} - {"fd", *result}
     if lost:

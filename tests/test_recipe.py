@@ -323,8 +323,41 @@ def test_done_is_known_by_its_content(fake_python, tmp_path):
     assert scored(moved, **new) == ["fid.py recon", "fid.py score", "probe", "sample"]
 
 
-def test_every_arm_of_the_study_is_a_command(fake_python, tmp_path):
-    """An arm of run.sh is mistyped, or changes something else than its name says."""
+# What an arm of the study changes in the VAE's training, against send
+CHANGES = {"control": dict(align="none", lambda_align=0.0),
+           "send": {},
+           "random": dict(vfm="resnet10t"),
+           "oracle": dict(vfm="resnet10t"),
+           "depth0-clean": dict(mapper_depth=0, noise=0),
+           "depth1-clean": dict(noise=0),
+           "random-matched": dict(vfm="resnet10t", lambda_align=8.0),
+           "vavae": dict(align="vavae", lambda_align=0.1),
+           "vfm2": dict(vfm="tf_efficientnet_lite2"),
+           "depth2": dict(mapper_depth=2),
+           "lambda0.5": dict(lambda_align=0.5),
+           "lambda8": dict(lambda_align=8.0),
+           "standardised": dict(vfm_normalise="channel"),
+           "spatial": dict(vfm_normalise="spatial"),
+           "gram": {},
+           "ve": dict(kl=0.0),
+           "lambda0.1": dict(lambda_align=0.1),
+           "ratio": dict(lambda_align=0.1, align_ratio=1),
+           "noise0.5": dict(noise=0.5),
+           "lognormal": dict(noise="lognormal"),
+           "depth0": dict(mapper_depth=0),
+           "depth2-clean": dict(mapper_depth=2, noise=0),
+           "vfm-fine": dict(vfm_layer=2),
+           "vfm-vit": dict(vfm="vit_small_patch14_dinov2.lvd142m", vfm_layer=8),
+           "vfm-vgg16": dict(vfm="vgg16"),
+           "oracle-half": dict(vfm="resnet10t"),
+           **{f"{arm}-{name}": {**none, **steps} for name, steps in
+              (("quarter", dict(steps=150)), ("x4", dict(steps=2400)), ("x16", dict(steps=9600)), ("fsq", {}))
+              for arm, none in (("control", dict(align="none", lambda_align=0.0)), ("send", {}))}}
+
+
+@pytest.fixture
+def arms_commands(fake_python, tmp_path):
+    """What run.sh runs for each arm of the study: {arm: {script and judge: its command}}, {arm: its fork}."""
     parsed, forks, foreign = {}, {}, tmp_path / "avatars/seed1"
     for arm in ("control", "send"):
         (foreign / arm).mkdir(parents=True)
@@ -347,13 +380,18 @@ def test_every_arm_of_the_study_is_a_command(fake_python, tmp_path):
         if not extras_study.other_sit(arm):  # these take another arm's VAE
             scripts = ["vae.py", *scripts, "fid.py recon", "probe.py"]
             scripts = scripts if arm.endswith("-foreign") else ["train_vae.py", *scripts]
-        assert list(commands) == scripts
+        assert list(commands) == scripts, arm
         for judged, net, cache in (("fid.py", "lite0", "judge"), ("fid.py fd2", "lite2", "judge2"),
                                    ("fid.py fd3", "vgg16", "judge3")):
             line = commands[judged]
             assert net in line and f"/{cache}.npz" in line and f"seed1/{arm}/samples.npz" in line
         parsed[arm] = commands
+    return parsed, forks
 
+
+def test_every_arm_of_the_study_is_a_command(arms_commands, tmp_path):
+    """An arm of run.sh is mistyped, or changes something else than its name says."""
+    parsed, forks = arms_commands
     of_forks = r" --(gram|ve|levels) \S+"
     tuned = {arm: vars(train_vae_args(f"python {re.sub(of_forks, '', commands['train_vae.py'])}"))
              for arm, commands in parsed.items() if "train_vae.py" in commands}
@@ -365,41 +403,9 @@ def test_every_arm_of_the_study_is_a_command(fake_python, tmp_path):
     assert all((tmp_path / f"seed1/{arm}-foreign/vae.pt").read_text() == arm for arm in ("control", "send"))
     without = {arm for arm in extras_study.ARMS if extras_study.other_sit(arm) or arm.endswith("-foreign")}
     assert set(extras_study.ARMS) - set(tuned) == without
-    expected = {"control": dict(align="none", lambda_align=0.0),
-                "send": {},
-                "random": dict(vfm="resnet10t"),
-                "oracle": dict(vfm="resnet10t"),
-                "depth0-clean": dict(mapper_depth=0, noise=0),
-                "depth1-clean": dict(noise=0),
-                "random-matched": dict(vfm="resnet10t", lambda_align=8.0),
-                "vavae": dict(align="vavae", lambda_align=0.1),
-                "vfm2": dict(vfm="tf_efficientnet_lite2"),
-                "depth2": dict(mapper_depth=2),
-                "lambda0.5": dict(lambda_align=0.5),
-                "lambda8": dict(lambda_align=8.0),
-                "standardised": dict(vfm_normalise="channel"),
-                "spatial": dict(vfm_normalise="spatial"),
-                "gram": {},
-                "ve": dict(kl=0.0),
-                "lambda0.1": dict(lambda_align=0.1),
-                "ratio": dict(lambda_align=0.1, align_ratio=1),
-                "noise0.5": dict(noise=0.5),
-                "lognormal": dict(noise="lognormal"),
-                "depth0": dict(mapper_depth=0),
-                "depth2-clean": dict(mapper_depth=2, noise=0),
-                "vfm-fine": dict(vfm_layer=2),
-                "vfm-vit": dict(vfm="vit_small_patch14_dinov2.lvd142m", vfm_layer=8),
-                "vfm-vgg16": dict(vfm="vgg16"),
-                "oracle-half": dict(vfm="resnet10t"),
-                **{f"{arm}-{name}": dict(none, steps=steps) for name, steps in
-                   (("quarter", 150), ("x4", 2400), ("x16", 9600), ("fsq", 600))
-                   for arm, none in (("control", dict(align="none", lambda_align=0.0)), ("send", {}))}}
-    for changes in expected.values():
-        if changes.get("steps") == 600:
-            del changes["steps"]
-    assert tuned.keys() == expected.keys()
+    assert tuned.keys() == CHANGES.keys()
     send = tuned["send"]
-    for arm, changes in expected.items():
+    for arm, changes in CHANGES.items():
         ignored = {"out", "vfm_ckpt", "cache_vfm"}
         if arm.startswith(("control", "vavae")):
             ignored |= {"vfm", "grid", "mapper_mlp"}
