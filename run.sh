@@ -120,7 +120,7 @@ if [ "${1:-demo}" = test ]; then
         test_all.py ${2:+tests}
 fi
 
-# Words of "VARIABLE SCRIPT flags": the flags in that variable, before the hours after which they would be read
+# Words of "VARIABLE SCRIPT flags": is what that variable holds a flag? Asked before the hours of work
 check_flags() {
     [ -n "${SHOW:-}" ] || python - "$@" << 'END' || exit 2
 import importlib
