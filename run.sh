@@ -395,9 +395,9 @@ shared() {  # PART: what the arms share
 }
 
 foreign() {  # SEED ARM FOLDER: the VAE of the study in $FOREIGN
-    local file from=${FOREIGN:-out/questions}/seed$1/$2
+    local file from=${FOREIGN:-out/study}/seed$1/$2
     for file in vae.pt metrics.jsonl; do
-        [ -e "$from/$file" ] || fail "$from/$file is not there; run first: bash run.sh study weight"
+        [ -e "$from/$file" ] || fail "$from/$file is not there; run: bash run.sh study $1 $2"
         mkdir -p "$3"
         if ! cmp -s "$from/$file" "$3/$file"; then
             cp "$from/$file" "$3/$file.part"
@@ -602,13 +602,9 @@ parts_of() {  # ARMS...: what they need beside the rest, a line each: what to ma
     done | sort -u
 }
 
-export OMP_NUM_THREADS=1 SKIP_INSTALL=1 JUDGES=1
-seeds=${STUDY_SEEDS:-5} images=avatars
-if [ $# = 2 ]; then  # a question: shorter runs, in which the arms differ most beside the scatter of seeds
-    seeds=${STUDY_SEEDS:-3} STUDY_ARMS="control send $(arms_of "$2")" STUDY_MORE="" STUDY_LONG=""
-    export OUT=${OUT:-out/questions} VAE_STEPS=300 SIT_STEPS=400 SAMPLES=1000
-fi
-export OUT=${OUT:-out/study} VAE_STEPS=${VAE_STEPS:-600} SIT_STEPS=${SIT_STEPS:-1000} SAMPLES=${SAMPLES:-2000}
+export OUT=${OUT:-out/study} OMP_NUM_THREADS=1 SKIP_INSTALL=1 JUDGES=1
+export VAE_STEPS=300 SIT_STEPS=400 SAMPLES=1000
+images=avatars
 case "${2:-}" in  # questions on other images
 data) export FOREIGN=$OUT OUT=$OUT/fashion images=fashion DATA=${DATA:-$OUT/fashion/images} ;;
 size) export OUT=$OUT/size64 STUDY_RES=64 ;;
@@ -626,10 +622,14 @@ if [ $# = 3 ]; then
     fi
     exit
 fi
+seeds=${STUDY_SEEDS:-5}
+if [ $# = 2 ]; then
+    seeds=${STUDY_SEEDS:-3} STUDY_ARMS="control send $(arms_of "$2")" STUDY_MORE="" STUDY_LONG=""
+fi
 for arm in $([ "${2:-}" != data ] || echo control send); do  # what is to be copied, before hours of work
     for seed in $(seq 0 $((seeds - 1))); do
         [ -e "$FOREIGN/seed$seed/$arm/vae.pt" ] ||
-            fail "$FOREIGN/seed$seed/$arm/vae.pt is not there; run first: bash run.sh study weight"
+            fail "$FOREIGN/seed$seed/$arm/vae.pt is not there; run first: bash run.sh study"
     done
 done
 if command -v nvidia-smi > /dev/null; then

@@ -478,7 +478,7 @@ def test_questions(question, parts, arms, words, fake_python, tmp_path):
 def test_images_of_another_study(fake_python, tmp_path):
     """A VAE of another study that is not there is found out after hours, or a cut copy of it is kept."""
     _, err = recipe("study", "data", status=2, **fake_python)
-    assert_refused((2, "", err), f"{tmp_path}/seed0/control/vae.pt", "run first: bash run.sh study weight")
+    assert_refused((2, "", err), f"{tmp_path}/seed0/control/vae.pt", "run first: bash run.sh study")
     _, err = recipe("study", 0, "send-foreign", status=2, **fake_python, FOREIGN=tmp_path / "gone")
     assert_refused((2, "", err), "gone/seed0/send/vae.pt")
     there, copy = tmp_path / "avatars/seed0/send", tmp_path / "seed0/send-foreign"
