@@ -390,6 +390,10 @@ shared() {  # PART: what the arms share
         rm -rf "$SHARED/fill-$1"
         python train_vae.py --data "$DATA" --split train --init "$INIT" --flip 0 --lpips 0 --gan 0 \
             --batch 32 --steps 1 $SIZE --grid "$GRID" "${vfm[@]}" --out "$SHARED/fill-$1" ;;
+    knows-*)  # which attributes can be read from the vision model's tokens: all flags but the cache's
+        choose_vfm "${1#knows-}"
+        once python probe.py "$INIT" --data "$DATA" $SIZE --grid "$GRID" "${vfm[@]::${#vfm[@]}-2}" \
+            --json "$SHARED/$1.json" ;;
     *) fail "'$1': no such part" ;;
     esac
 }
@@ -585,17 +589,16 @@ cores() {  # nproc answers with OMP_NUM_THREADS where that is set
     env -u OMP_NUM_THREADS nproc 2> /dev/null || sysctl -n hw.ncpu
 }
 
-parts_of() {  # ARMS...: what they need beside the rest, a line each: what to make, then tokens
+parts_of() {  # ARMS...: what they need beside the rest, a line each: what to make, then a vision model
     local arm
     for arm in "$@"; do
         case "$arm" in
-        random*) echo random tokens-random ;;
-        oracle-half) echo oracle-half tokens-oracle-half ;;
-        oracle) echo oracle tokens-oracle ;;
-        vfm2) echo - tokens-lite2 ;;
-        vfm-vgg16) echo vgg16-timm tokens-vgg16 ;;
-        vfm-vit) echo vit tokens-vit ;;
-        vfm-*) echo - "tokens-${arm#vfm-}" ;;
+        random*) echo random random ;;
+        oracle*) echo "$arm" "$arm" ;;
+        vfm2) echo - lite2 ;;
+        vfm-vgg16) echo vgg16-timm vgg16 ;;
+        vfm-vit) echo vit vit ;;
+        vfm-*) echo - "${arm#vfm-}" ;;
         gram | ve) echo "fork-$arm" - ;;
         *-fsq | *-modern) echo "fork-${arm##*-}" - ;;
         esac
@@ -640,13 +643,13 @@ export -f one
 mkdir -p "$OUT/log" "$SHARED"
 failed=0
 own=$(parts_of $STUDY_ARMS $STUDY_MORE)
-for parts in "$images" "vgg16 judge judge2" "judge3 tokens-lite0"; do
+for parts in "$images" "vgg16 judge judge2" "judge3 tokens-lite0 knows-lite0"; do
     pool < <(printf -- '- %s\n' $parts)
     [ $failed = 0 ] || exit 1  # every arm needs these
 done
-for column in 1 2; do  # of these one that fails stops its own arms
-    pool < <(echo "$own" | awk -v c=$column '$c != "-" && $c != "" {print "-", $c}' | sort -u)
-done
+# Of these one that fails stops its own arms
+pool < <(echo "$own" | awk '$1 && $1 != "-" {print "-", $1}')
+pool < <(echo "$own" | awk '$2 && $2 != "-" {print "- tokens-" $2; print "- knows-" $2}' | sort -u)
 three=$((seeds < 3 ? seeds : 3))
 pool < <(
     pairs "$seeds" $(own_vae $STUDY_ARMS)

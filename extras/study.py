@@ -98,6 +98,9 @@ COLUMNS = (
     ("precision", "precision", 2, "m"), ("recall", "recall", 2, "m"),
     ("class_agreement", "class agreement", 3, "m"),
 )
+# Arms by their vision model, of which SHARED/knows-NAME.json says which attributes its tokens tell
+LADDER = {"random": "random", "random-matched": "random", "vfm-vgg16": "vgg16", "vfm-vit": "vit",
+          "vfm-fine": "fine", "send": "lite0", "vfm2": "lite2", "oracle": "oracle"}
 OTHER_SIT = ("-repa", "-modern", "-cosine", "-long")  # of arms with another arm's VAE
 LENGTHS = {"quarter": 0.25, "x4": 4, "x16": 16}  # fine-tuning, in that of the others
 LOWER = ("fd", "curve_mean", "fd2", "fd3", "rfd", "fd_to_reconstructions")  # are better; others when higher
@@ -226,6 +229,17 @@ def read_study(root):
         if len(measures) > 1:
             raise UserError(f"{root}: distances of different kinds do not mix: {', '.join(sorted(measures))}")
     return rows, long, missing
+
+
+def read_ladder(root, rows):
+    """{arm: probe F1 of its vision model's tokens}, from low to high, of the arms that ran."""
+    known = {}
+    for arm, name in LADDER.items():
+        file = root / f"shared/knows-{name}.json"
+        if arm in rows and file.exists():
+            with checked(file, "delete it and run the study's command again"):
+                known[arm] = [*common.read_json(file)["results"].values()][1]["f1"]  # the VAE comes first
+    return dict(sorted(known.items(), key=lambda item: item[1]))
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -400,6 +414,15 @@ def long_table(long):
                   "class agreement", "steps to the control's last distance (curve)"], lines)
 
 
+def ladder_table(rows, known):
+    """What each arm's vision model knows, and what the arm gains."""
+    keys = {"probe_f1": 3, "curve_mean": 0, "fd3": 1, "psnr": 2}
+    lines = [[f"`{arm}`", f"{f1:.3f}", *(change(rows, arm, k, digits) for k, digits in keys.items())]
+             for arm, f1 in known.items()]
+    return table(["arm", "F1 of the vision model's tokens", "probe F1 of the latent, minus control's",
+                  "gFD, mean of the curve", "gFD by VGG16", "PSNR"], lines)
+
+
 def curve_table(rows):
     lines, steps = [], sorted({s for of in rows.values() for r in of.values() for s, _ in r["curve"]})
     for arm, of in rows.items():
@@ -422,12 +445,20 @@ def correlation_table(means, result):
                   "reading"], lines)
 
 
-def write_report(root, rows, long, missing, means, correlations):
+def write_report(root, rows, long, missing, means, correlations, known):
     control, made = next(iter(rows["control"].values())), common.made()
     seeds = list(dict.fromkeys(s for of in rows.values() for s in of))
     commits = sorted({c for of in (rows | long).values() for r in of.values() for c in r["commits"]})
     left_out = f"Not finished: {', '.join(missing)}." if missing else ""
     simple = ", ".join(f"{k} {v:.3f}" for k, v in control["baselines"].items())
+    ladder = f"""## What the vision model knows
+
+F1 of a probe on its tokens, averaged over positions to about as many numbers as the latent has.
+
+{ladder_table(rows, known)}
+![Gain against what the vision model knows](ladder.png)
+
+""" if known else ""
     text = f"""# The study
 
 {len(rows) + len(long)} arms, {len(seeds)} seeds ({', '.join(seeds)}). {left_out}
@@ -457,7 +488,7 @@ at its first point.
 
 ![Distance while the SiT trains, and the arms' final distance minus the control's](convergence.png)
 
-## SiTs trained longer
+{ladder}## SiTs trained longer
 
 On the VAEs of the arms above, with a decaying learning rate; they enter no table of equal training.
 
@@ -542,6 +573,21 @@ def draw_convergence(rows, long, path):
     save_figure(figure, path)
 
 
+def draw_ladder(rows, known, path):
+    """What an arm gains against what its vision model knows: a dot a seed, a larger one their mean."""
+    figure, colour = new_figure(7, 4.5), kind_colours(rows)
+    axis = figure.subplots()
+    for arm, f1 in known.items():
+        d = differences(rows, arm, "curve_mean")
+        axis.plot([f1] * len(d), d, ".", color=colour[arm], alpha=0.6)
+        axis.plot([f1], [np.mean(d)], "o", color=colour[arm], markersize=9)
+        axis.annotate(f" {arm}", (f1, np.mean(d)), fontsize=8)
+    axis.axhline(0, color="black", linewidth=1)
+    axis.set(xlabel="F1 of the attributes in the vision model's tokens", title="Gain against knowledge",
+             ylabel="gFD, mean of the curve, minus the control's")
+    save_figure(figure, path)
+
+
 def draw_samples(root, rows, path):
     """A row an arm of the control's first seed: the first line of its samples.png."""
     first = next(iter(rows["control"]))
@@ -593,15 +639,17 @@ def report_study(root):
     rows, long, missing = read_study(root)
     if missing:
         print(f"not finished, left out: {', '.join(missing)}")
-    means = arm_means(rows)
+    means, known = arm_means(rows), read_ladder(root, rows)
     correlations = correlate(means) if len(means) > 2 else {}
     every = [r for of in (rows | long).values() for r in of.values()]
     common.write_text(root / "rows.json", json.dumps(every, indent=1) + "\n")
     common.write_json(root / "correlations.json", correlations)
-    write_report(root, rows, long, missing, means, correlations)
+    write_report(root, rows, long, missing, means, correlations, known)
     print(claim_table(rows) + "\n" + main_table(rows) + f"{root}/report.md, {root}/rows.json")
     draw_convergence(rows, long, root / "convergence.png")  # last: all else is there without matplotlib
     draw_samples(root, rows | long, root / "samples.png")
+    if known:
+        draw_ladder(rows, known, root / "ladder.png")
 
 
 def report_demo(run, names, study):

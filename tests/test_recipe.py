@@ -351,7 +351,7 @@ CHANGES = {"control": dict(align="none", lambda_align=0.0),
            "vfm-vgg16": dict(vfm="vgg16"),
            "oracle-half": dict(vfm="resnet10t"),
            **{f"{arm}-{name}": {**none, **steps} for name, steps in
-              (("quarter", dict(steps=150)), ("x4", dict(steps=2400)), ("x16", dict(steps=9600)), ("fsq", {}))
+              (("quarter", dict(steps=75)), ("x4", dict(steps=1200)), ("x16", dict(steps=4800)), ("fsq", {}))
               for arm, none in (("control", dict(align="none", lambda_align=0.0)), ("send", {}))}}
 
 
@@ -434,16 +434,17 @@ def test_one_arm_that_fails(fake_python, tmp_path):
                     STUDY_MORE="send-repa send", STUDY_LONG="", FAIL="seed1/control/latents", JOBS=1)
     assert f"COMMAND extras/study.py {tmp_path}" in out.splitlines()
     done = [line.split(":")[0] for line in out.splitlines() if ": done" in line]
-    assert done[:6] == [f"- {part}" for part in ("avatars", "vgg16", "judge", "judge2", "judge3",
-                                                 "tokens-lite0")]
-    assert done[6:] == ["0 control", "0 send", "1 send", "0 send-repa", "1 send-repa"]
+    assert done[:7] == [f"- {part}" for part in ("avatars", "vgg16", "judge", "judge2", "judge3",
+                                                 "tokens-lite0", "knows-lite0")]
+    assert done[7:] == ["0 control", "0 send", "1 send", "0 send-repa", "1 send-repa"]
     failed = [line.split(":")[0] for line in out.splitlines() if "FAILED" in line]
     assert failed == ["1 control", "0 sned", "1 sned"] and "no such arm" in out
 
 
 @pytest.mark.parametrize("question,parts,arms,words", [
     ("backbone", "fork-modern vgg16 judge2", "send send-modern control-cosine", []),
-    ("vfm", "vit vgg16-timm random oracle tokens-vit tokens-vgg16 tokens-lite2 tokens-fine", "vfm-vgg16", []),
+    ("vfm", "vit vgg16-timm random oracle tokens-vit tokens-vgg16 tokens-lite2 tokens-fine", "vfm-vgg16",
+     ["probe.py results/.* --vfm-layer 2 --json {}/shared/knows-fine.json$"]),
     ("beyond", "fork-gram fork-ve", "spatial ve", []), ("discrete", "fork-fsq", "control-fsq", []),
     ("length", "judge3", "send-x16 control-quarter", []), ("weight", "judge3", "lambda0.1 ratio", []),
     ("noise", "judge3", "depth2-clean lognormal", []),

@@ -106,7 +106,8 @@ def test_study_report(three_seeds):
     row = next(r for r in record if r["arm"] == "send" and r["seed"] == 1)
     assert len(record) == 17 and row["sources"]["fd"] == str(three_seeds / "seed1/send/fd.json")
     values = dict(fd=861, probe_f1=0.63, recon_fd=430.5, rfd=215.25, fd_to_reconstructions=430.5, fd2=86.1,
-                  precision=0.4, fd2_to_reconstructions=43.05, fd3=8.61, curve=[[100, 950.0], [200, 861.0]])
+                  precision=0.4, fd2_to_reconstructions=43.05, fd3=8.61, curve=[[100, 950.0], [200, 861.0]],
+                  curve_mean=905.5)
     assert {k: row[k] for k in values} == values
     correlations = json.loads((three_seeds / "correlations.json").read_text())
     assert correlations["probe_kde_gini"]["pearson"] == pytest.approx(1)
@@ -117,6 +118,25 @@ def test_study_report(three_seeds):
         assert f"]({figure}.png)" in text
         with Image.open(three_seeds / f"{figure}.png") as picture:
             assert picture.width > 400 and len(picture.convert("RGB").getcolors(10 ** 6)) > 20
+
+
+def test_gain_against_knowledge(three_seeds):
+    """The F1 beside an arm is another network's, or of the VAE or the pixels that were probed with it."""
+    do("study", three_seeds)
+    assert "vision model knows" not in (three_seeds / "report.md").read_text()
+    (three_seeds / "shared").mkdir()
+    for name, f1 in (("lite0", 0.8), ("oracle", 0.9)):
+        results = {"init.pt": dict(f1=0.7), "a_net.v1 3 x 3": dict(f1=f1), "pixels 18 x 18": dict(f1=0.5)}
+        common.write_json(three_seeds / f"shared/knows-{name}.json", dict(results=results))
+    do("study", three_seeds)
+    text = (three_seeds / "report.md").read_text()
+    part = text[text.index("## What the vision model knows"):text.index("## SiTs trained longer")]
+    assert [line for line in part.splitlines() if line.startswith("| `")] == [
+        "| `send` | 0.800 | +0.020 [+0.020, +0.020] better | -45 [-45, -45] better | "
+        "-0.4 [-0.4, -0.4] better | +0.03 [-0.25, +0.32] undecided |"]
+    assert (three_seeds / "ladder.png").exists() and "](ladder.png)" in part
+    (three_seeds / "shared/knows-lite0.json").write_text("{}")
+    assert_refused(call("study", three_seeds), "knows-lite0.json", "delete it")
 
 
 def test_arms_that_are_trained_longer(three_seeds):
