@@ -527,7 +527,7 @@ stop() {  # SIGNAL: end the arms, and run.sh after them
 }
 
 if [[ ${1:-demo} =~ ^(demo|folder)$ ]]; then
-    curves=(--study results/study/rows.json)
+    curves=(--study results/study_1000/rows.json)
     [ "${1:-demo}" = demo ] || own_images
     export OUT=${OUT:-out/demo} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
     export VAE_STEPS=300 SIT_STEPS=550 SAMPLES=1000

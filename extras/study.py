@@ -1,7 +1,7 @@
 """Stage 7: tables and figures of what run.sh made: of the study, and of the demo.
 
     python extras/study.py out/study         # -> report.md, rows.json, correlations.json and two figures
-    python extras/study.py demo out/demo --study results/study/rows.json      # -> report.json, report.png
+    python extras/study.py demo out/demo --study results/study_1000/rows.json  # -> report.json, report.png
 
 The study compares every arm within each seed, where all share the pre-trained VAE, images, order, noise and
 steps: with the control, an arm with REPA with the control with REPA. What is not finished is left out, and
