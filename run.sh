@@ -15,10 +15,7 @@
 # What is done is not done again. SEED=1 OUT=out/demo_1 DATA=out/demo/avatars bash run.sh repeats the demo
 # with another seed on the same images.
 set -euo pipefail
-case "${2:-}" in
-"" | /*) ROOT=${2:-} ;;
-*) ROOT=$PWD/$2 ;;  # a folder is meant from where the user stands
-esac
+ROOT=${2:+$(realpath -ms -- "$2")}  # a folder is meant from where the user stands
 cd "$(dirname "$0")"
 
 # The study's arms, in the order in which they run: with all seeds, with three, and with one
@@ -354,7 +351,7 @@ judge() {
         --cache "$SHARED/$1.npz" "${@:3}"
 }
 
-reference() {  # - DATA RES FILE: the statistics that the SiTs are scored against; of other images: anew
+judge_stats() {  # - DATA RES FILE: the statistics that the SiTs are scored against; of other images: anew
     rm -f "$SHARED/judge.npz"
     judge judge none --save-stats "$4"
 }
@@ -383,7 +380,7 @@ shared() {  # PART: what the arms share
     random) python extras/oracle.py "$DATA" "$SHARED/random.safetensors" --steps 0 ;;
     oracle) python extras/oracle.py "$DATA" "$SHARED/oracle.safetensors" ;;
     oracle-half) python extras/oracle.py "$SHARED/others" "$SHARED/oracle-half.safetensors" ;;
-    judge) once reference - "$DATA" "$RES" "$SHARED/stats.npz" ;;
+    judge) once judge_stats - "$DATA" "$RES" "$SHARED/stats.npz" ;;
     judge2 | judge3) judge "$1" none ;;
     tokens-*)  # a run of one step fills the cache of the vision model's tokens
         choose_vfm "${1#tokens-}"
@@ -399,15 +396,10 @@ shared() {  # PART: what the arms share
 }
 
 foreign() {  # SEED ARM FOLDER: the VAE of the study in $FOREIGN
-    local file from=${FOREIGN:-out/study}/seed$1/$2
-    for file in vae.pt metrics.jsonl; do
-        [ -e "$from/$file" ] || fail "$from/$file is not there; run: bash run.sh study $1 $2"
-        mkdir -p "$3"
-        if ! cmp -s "$from/$file" "$3/$file"; then
-            cp "$from/$file" "$3/$file.part"
-            mv "$3/$file.part" "$3/$file"
-        fi
-    done
+    local from=${FOREIGN:-out/study}/seed$1/$2
+    [ -e "$from/vae.pt" ] || fail "$from/vae.pt is not there; run: bash run.sh study $1 $2"
+    mkdir -p "$3"
+    cp "$from/vae.pt" "$from/metrics.jsonl" "$3"  # each time, so that a cut copy does not stay
 }
 
 testbed() {  # SEED ARM FOLDER
@@ -501,7 +493,7 @@ testbed() {  # SEED ARM FOLDER
 batch_of() { [[ $1 =~ .*--batch[\ =]+([0-9]+) ]] && echo "${BASH_REMATCH[1]}"; }  # the last one counts
 
 own_images() {  # sets what differs from the demo
-    DATA=$(cd "$ROOT" && pwd)
+    DATA=$ROOT
     local name
     name=$(basename "$DATA")
     [ "$RES" = 32 ] || name=$name-$RES
@@ -585,10 +577,6 @@ pairs() {  # SEEDS ARMS...: arm by arm, so that a study that was stopped has who
 own_vae() { printf '%s\n' "$@" | grep -v -e '-\(repa\|modern\|cosine\)$' || true; }
 other_vae() { printf '%s\n' "$@" | grep -e '-\(repa\|modern\|cosine\)$' || true; }
 
-cores() {  # nproc answers with OMP_NUM_THREADS where that is set
-    env -u OMP_NUM_THREADS nproc 2> /dev/null || sysctl -n hw.ncpu
-}
-
 parts_of() {  # ARMS...: what they need beside the rest, a line each: what to make, then a vision model
     local arm
     for arm in "$@"; do
@@ -638,7 +626,7 @@ done
 if command -v nvidia-smi > /dev/null; then
     JOBS=${JOBS:-1}
 fi
-JOBS=${JOBS:-$(cores)}
+JOBS=${JOBS:-$(env -u OMP_NUM_THREADS nproc)}  # nproc answers with OMP_NUM_THREADS where that is set
 export -f one
 mkdir -p "$OUT/log" "$SHARED"
 failed=0

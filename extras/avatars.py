@@ -183,12 +183,7 @@ def main():
     p.add_argument("--size", type=common.side, default=64, help="pixels a side (default 64)")
     p.add_argument("--seed", type=common.seed, default=0)
     p.add_argument("--styles", nargs="+", choices=STYLES, default=list(STYLES), help="default: all five")
-    p.add_argument("--dry-run", action="store_true", help="print the plan (images, classes, disk), and end")
     args = p.parse_args()
-    if args.dry_run:
-        disk = args.n * 2.6e3 * args.size / 64 / 2**20
-        return print(f"{args.n} images of {args.size} x {args.size} in {len(args.styles)} classes -> "
-                     f"{args.out}, about {disk:.0f} MiB of disk (2.6 kB an image at 64 pixels)")
     render_avatars(args.out, args.n, args.size, args.seed, tuple(s for s in STYLES if s in args.styles))
 
 

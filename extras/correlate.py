@@ -127,14 +127,10 @@ def rank_correlation(x, y):
 
 
 def partial_correlation(x, y, given):
-    """Pearson correlation of what is left of x and y after a linear fit on `given`: (n,) each -> float; nan
-    without remainder."""
-    design = np.stack([np.ones_like(given), given], 1)
-    rest = [v - design @ np.linalg.lstsq(design, v, rcond=None)[0] for v in (x, y)]
-    for left, v in zip(rest, (x, y), strict=True):
-        if np.abs(left).max() < 1e-9 * np.abs(v - v.mean()).max() or np.ptp(v) == 0:
-            return np.nan
-    return correlation(*rest)
+    """Pearson correlation of x and y given a third, (n,) each -> float; nan where nothing is left of one."""
+    xy, xz, yz = correlation(x, y), correlation(x, given), correlation(y, given)
+    rest = (1 - xz ** 2) * (1 - yz ** 2)
+    return (xy - xz * yz) / rest ** 0.5 if rest > 1e-12 else np.nan
 
 
 def correlate(rows, draws=2000):
