@@ -63,14 +63,6 @@ class UserError(ValueError):
     """A user's mistake or a machine's limit; scripts print it as one line and exit with status 2."""
 
 
-class Stopped(UserError):
-    """A signal ended a run that saved before; the exit status is 128 and its number, as a shell counts."""
-
-    def __init__(self, message, number):
-        super().__init__(message)
-        self.status = 128 + number
-
-
 class DamagedFile(UserError):
     """A file whose content is not what was written."""
 
@@ -152,11 +144,11 @@ def run_script(main):
         commit()  # of the code that runs, not of what it may be changed to meanwhile
         main()
     except (Exception, KeyboardInterrupt) as e:
-        message, status = explain(e), getattr(e, "status", 2)
+        message, status = explain(e), 2
         if message is None:
             raise
-        if isinstance(e, KeyboardInterrupt):
-            status = 128 + getattr(signal, str(e), signal.SIGINT)
+        if isinstance(e, KeyboardInterrupt):  # "SIGTERM; saved at step 7"
+            status = 128 + getattr(signal, str(e).partition(";")[0], signal.SIGINT)
     else:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -522,14 +514,6 @@ def save_grid(images, path, columns):
     save_png(Image.fromarray(sheet.numpy()), path)
 
 
-def is_zip(path):
-    """Whether a file is, or was, a zip file with its end."""
-    try:
-        return zipfile.is_zipfile(path)
-    except zipfile.BadZipFile:
-        return True
-
-
 def check_zip(path, checksums=False):
     """Refuse a zip file that unpacks to more than a gibibyte and a hundred times its size (a bomb), and, when
     asked to, one whose content is not what its checksums say. Raises ValueError."""
@@ -584,20 +568,20 @@ def begin_rows(mark, settings, files):
     return False
 
 
-def open_rows(name, mark, lock, settings, files, rank, spare=0):
+def open_rows(name, mark, lock, settings, files, rank, spare=0, flag="--out"):
     """RowFiles of begin_rows(), new or of a stopped run. Called by all ranks; the first one makes them, and
     holds the lock from then on. name: of the output, for messages; spare: bytes that the disk must have
     beside."""
     if rank == 0:
         size = sum(np.dtype(dtype).itemsize * math.prod(shape) for dtype, shape in files.values())
         there = sum(os.stat(p).st_blocks * 512 for p in files if os.path.exists(p))
-        open_out(Path(mark).parent, need_bytes=size + spare - there)
-        claim(lock)
+        open_out(Path(mark).parent, need_bytes=size + spare - there, flag=flag)
+        lock = claim(lock, flag)
         if begin_rows(mark, settings, files):
             done = np.load(list(files)[-1], allow_pickle=False)
             print(f"{name}: going on, {np.count_nonzero(done == 1)} of {len(done)} images are there")
     barrier()
-    return RowFiles(*files)
+    return RowFiles(*files, lock=lock)
 
 
 class RowFiles:
@@ -606,7 +590,8 @@ class RowFiles:
 
     EVERY = 2  # seconds between marks
 
-    def __init__(self, *files, mode="r+"):
+    def __init__(self, *files, mode="r+", lock=None):
+        self.lock = lock  # the claim() on them, for release()
         *self.arrays, self.done = (np.load(p, mmap_mode=mode, allow_pickle=False) for p in files)
         self.pending, self.flushed = [], time.time()
 
@@ -704,7 +689,7 @@ def load_checkpoint(path):
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
-        if is_zip(path):
+        if zipfile.is_zipfile(path):
             check_zip(path, checksums=True)
             foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         else:
@@ -718,16 +703,13 @@ def load_checkpoint(path):
     except UserError:
         raise
     except DAMAGED as e:
-        machine = of_the_machine(e)
-        known = machine or path.suffix == ".safetensors" or is_zip(path)
-        text = "cut, or not written by torch.save"
-        if known:
-            text = f"{type(e).__name__}: {' '.join(str(e).split())[-120:]}"
+        text = f"{type(e).__name__}: {' '.join(str(e).split())[-120:]}"
+        if of_the_machine(e):
+            raise UserError(f"{path}: cannot be read now ({text})") from None
         before = path.with_suffix(".prev.pt")
         hint = f"; the one before it is {before}" if before.exists() and before != path else ""
-        kind, what = (UserError, "cannot be read now") if machine else (DamagedFile, "not a readable "
-                                                                                     "checkpoint")
-        raise kind(f"{path}: {what} ({text}){hint}") from None
+        raise DamagedFile(f"{path}: not a readable checkpoint (cut, damaged, or not written by torch.save: "
+                          f"{text}){hint}") from None
 
 
 def load_newest(path):
@@ -755,11 +737,9 @@ def load_newest(path):
 
 def load_weights(module, state, source):
     """Strict load_state_dict; names the first missing, unexpected or misshapen key and both shapes."""
-    have = {k: tuple(v.shape) for k, v in state.items()}
-    want = {k: tuple(v.shape) for k, v in module.state_dict().items()}
-    wrong = [f"{k} is missing, expected {want[k]}" for k in want if k not in have]
-    wrong += [f"{k} is unexpected, {have[k]}" for k in have if k not in want]
-    wrong += [f"{k} is {have[k]}, expected {want[k]}" for k in want if k in have and have[k] != want[k]]
+    want, have = ({k: tuple(v.shape) for k, v in s.items()} for s in (module.state_dict(), state))
+    wrong = [f"{k} is {have.get(k, 'missing')}, expected {want.get(k, 'none')}" for k in want | have
+             if have.get(k) != want.get(k)]
     if wrong:
         raise UserError(f"{source}: does not fit {type(module).__name__}: {wrong[0]} ({len(wrong)} such "
                         "entries)")
@@ -772,9 +752,8 @@ def load_weights(module, state, source):
 # Flags that may change between the first and the second half of a run without changing what it computes. What
 # files hold is compared by its hash (inputs): a folder may move
 FREE_FLAGS = {"out", "data", "latents", "init", "vfm_ckpt", "lpips_ckpt", "disc_ckpt", "steps", "micro_batch",
-              "workers",
-              "save_every", "log_every", "compile", "eval_every", "eval_stats", "eval_images", "eval_steps",
-              "grad_checkpointing", "deterministic", "sample_every", "log_to"}
+              "workers", "save_every", "log_every", "compile", "eval_every", "eval_stats", "eval_images",
+              "eval_steps", "grad_checkpointing", "deterministic", "sample_every", "log_to"}
 
 
 def same_run(checkpoint, args, path, inputs):
@@ -981,20 +960,6 @@ def draw_curves(Figure, log, path):
         figure.savefig(part, dpi=80, format="png", metadata=dict(made=json.dumps(made())))
 
 
-class Stop:
-    """From here SIGTERM and Ctrl-C ask for a save; `asked()` is true on every rank once any rank was
-    signalled."""
-
-    def __init__(self):
-        self.flag = torch.zeros(1)
-        for s in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(s, lambda number, _: self.flag.fill_(number))
-
-    def asked(self):
-        """The number of the signal, else 0."""
-        return int(all_reduce(self.flag.clone(), dist.ReduceOp.MAX))
-
-
 def run_flags(p, save_every):
     """The flags of Run, for an argument parser."""
     on_gpu = torch.cuda.is_available()
@@ -1079,7 +1044,10 @@ class Run:
         settings, out = dict(vars(self.args), inputs=self.inputs), self.path.parent
         track, self.track_picture = open_tracker(self.tracker, out, self.step, settings)
         self.log = Log(out / "metrics.jsonl", self.step, settings, self.rank, track)
-        self.stop, self.since, self.seen, self.name_images = Stop(), time.time(), 0, name_images
+        self.signal = torch.zeros(1)  # the number of the signal that asks for a save and an end
+        for s in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(s, lambda number, _: self.signal.fill_(number))
+        self.since, self.seen, self.name_images = time.time(), 0, name_images
         self.draw, self.last, self.told = draw, {}, (self.since, self.step)
         self.figure = load_figure() if self.sample_every and self.rank == 0 else None
         with tqdm(total=self.args.steps, initial=self.step, disable=self.rank > 0 or None) as self.bar:
@@ -1126,8 +1094,8 @@ class Run:
         self.seen += args.batch
         self.losses.add(self.step, losses, each, t)
         self.bar.update()
-        stopping, logs, saves = self.stop.asked(), self.due(args.log_every), self.due(args.save_every)
-        shows = self.due(self.sample_every)
+        stopping = int(all_reduce(self.signal.clone(), dist.ReduceOp.MAX))  # on all ranks, or on none
+        logs, saves, shows = (self.due(n) for n in (args.log_every, args.save_every, self.sample_every))
         if logs or saves or shows or stopping or score is not None:
             self.last = self.losses.look(self.name_images, self.advice)
         if logs:
@@ -1145,13 +1113,11 @@ class Run:
         if (saves or stopping) and rank == 0:
             state = {k: m and m.state_dict() for k, m in self.modules.items()}
             state |= dict(self.record, args=vars(args), inputs=self.inputs, step=self.step,
-                          seconds=self.seconds,
-                          losses=dict(sums=self.losses.sums.tolist()))
+                          seconds=self.seconds, losses=dict(sums=self.losses.sums.tolist()))
             save_checkpoint(self.path, state)
         if shows and rank == 0:
             self.show()
         self.tell()
         if stopping:
             barrier()  # no rank leaves, and takes the others with it, before the checkpoint is on disk
-            raise Stopped(f"stopped by {signal.Signals(stopping).name}; saved at step {self.step}; run the "
-                          "same command to go on", stopping)
+            raise KeyboardInterrupt(f"{signal.Signals(stopping).name}; saved at step {self.step}")

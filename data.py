@@ -175,11 +175,6 @@ def to_uint8(images):
     return (images.float().clamp(-1, 1) * 127.5 + 127.5).round().to(torch.uint8)
 
 
-def identity(folder):
-    found = os.stat(folder)
-    return found.st_dev, found.st_ino
-
-
 def find_images(root, left_out=None):
     """Sorted posix paths of the images below `root`, relative to it. left_out: a Counter, which is told of
     everything else, by suffix. Raises UserError when there are none."""
@@ -194,10 +189,10 @@ def find_images(root, left_out=None):
         raise error
 
     left_out = Counter() if left_out is None else left_out
-    files, above = [], {str(root): {identity(root)}}
+    files, above = [], {str(root): {os.path.realpath(root)}}
     for folder, dirs, names in os.walk(str(root), followlinks=True, onerror=fail):
         left_out.update(f"{d}/" for d in dirs if d.startswith(NOT_OURS))
-        inside = {d: identity(Path(folder, d)) for d in dirs if not d.startswith(NOT_OURS)}
+        inside = {d: os.path.realpath(os.path.join(folder, d)) for d in dirs if not d.startswith(NOT_OURS)}
         # a link to a folder that holds it is no end
         dirs[:] = [d for d, key in inside.items() if key not in above[folder]]
         above.update((os.path.join(folder, d), above[folder] | {inside[d]}) for d in dirs)
@@ -279,10 +274,8 @@ class ImageFolder(torch.utils.data.Dataset):
     @functools.cached_property
     def hash(self):
         """16 hex digits that name the files by path and size (-1 where there is none)."""
-        def size(path):
-            return path.stat().st_size if path.exists() else -1
-
-        text = "\n".join(f"{f} {size(self.root / f)}" for f in self.files)
+        paths = ((f, self.root / f) for f in self.files)
+        text = "\n".join(f"{f} {p.stat().st_size if p.exists() else -1}" for f, p in paths)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def note_bad(self, bad):
@@ -311,8 +304,8 @@ def check_folder(images, batch=1, step=1, flags=("--batch ", "--resolution ")):
     if batch > n:
         raise UserError(f"--batch {batch} is larger than the {n} images of {images.name}; use {flags[0]}{n} "
                         "or less")
-    small = median_short_side(images)
-    if small is not None and small < images.size:  # single small images are enlarged, as ADM does
+    small = int(np.median(short_sides(images) or [images.size]))
+    if small < images.size:  # single small images are enlarged, as ADM does
         fits = small // step * step
         advice = f"use {flags[1]}{fits} or less" if fits >= 2 * step else "use larger ones"
         raise UserError(f"{images.root}: the median short side is {small} pixels, below the crop of "
@@ -327,12 +320,6 @@ def short_sides(images):
         with contextlib.suppress(UnreadableImage), open_image(images.root / file) as image:
             sides.append(min(image.size))
     return sides
-
-
-def median_short_side(images):
-    """In pixels, of about 256 images; None when none of them can be read."""
-    sides = short_sides(images)
-    return int(np.median(sides)) if sides else None
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -854,7 +854,7 @@ def main():
         if getattr(args, flag, None):
             common.open_file(getattr(args, flag), f"--{flag.replace('_', '-')}")
     stats = getattr(args, "save_stats", None)
-    if stats and Path(stats).exists() and common.is_zip(stats):
+    if stats and Path(stats).exists():
         with contextlib.suppress(zipfile.BadZipFile), zipfile.ZipFile(stats) as z:
             if "arr_0.npy" in z.namelist():
                 raise UserError(f"--save-stats {stats}: holds images; choose another name")

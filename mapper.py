@@ -290,12 +290,20 @@ def cache_tokens(folder, vfm, weights, images, run):
     """
     folder, shape = Path(folder), (len(images), vfm.grid ** 2, vfm.dim)
     files = {folder / "tokens.npy": (np.float16, shape), folder / "done.npy": (np.uint8, shape[:1])}
+    mark, settings = folder / "meta.json", None
     if run.rank == 0:
         settings = dict(vfm=vfm.name, weights=weights, layer=vfm.layer, input=vfm.size, crop=images.size,
                         precision=run.args.precision, shape=list(shape), files=images.hash)
-        lock = open_cache(folder, files, settings)
-    common.barrier()
-    store = common.RowFiles(*files, mode="r" if is_complete(files) else "r+")
+        found = common.read_json(mark) if mark.exists() else settings
+        for key in settings:
+            if found.get(key) != settings[key]:
+                raise UserError(f"--cache-vfm {folder} holds tokens with {key} {found.get(key)}, this run "
+                                f"needs {settings[key]}; choose another folder or delete it")
+    if mark.exists() and is_complete(files):
+        store = common.RowFiles(*files, mode="r")  # several runs may read it
+    else:
+        store = common.open_rows(f"--cache-vfm {folder}", mark, folder / ".lock", settings, files, run.rank,
+                                 flag="--cache-vfm")
     if run.rank == 0:
         missing = int((store.done == 0).sum())
         print(f"--cache-vfm {folder}: {describe_cache(vfm, shape[0])}; {missing} crops to go")
@@ -313,12 +321,7 @@ def cache_tokens(folder, vfm, weights, images, run):
     if chunks:
         store.flush()
     common.barrier()
-    store = common.RowFiles(*files, mode="r")  # as the other processes left them
-    if not store.done.all():
-        missing = int((store.done == 0).sum())
-        raise UserError(f"--cache-vfm {folder}: {missing} crops have no tokens; run the same command again")
-    if run.rank == 0:
-        common.release(lock)  # others may read it now
+    common.release(store.lock)  # others may read it now
     return store.arrays[0]
 
 
@@ -328,27 +331,3 @@ def is_complete(files):
         arrays = [np.load(f, mmap_mode="r", allow_pickle=False) for f in files]
         return [a.shape for a in arrays] == [shape for _, shape in files.values()] and bool(arrays[-1].all())
     return False
-
-
-def open_cache(folder, files, settings):
-    """New files, or those of a stopped run, with a lock on them; or complete ones (None). Raises UserError
-    for a folder that holds something else."""
-    if (folder / "meta.json").exists():
-        found = common.read_json(folder / "meta.json")
-        different = [k for k in settings if found.get(k) != settings[k]]
-        if different:
-            key = different[0]
-            raise UserError(f"--cache-vfm {folder} holds tokens with {key} {found.get(key)}, this run needs "
-                            f"{settings[key]}; choose another folder or delete it")
-        if is_complete(files):
-            return None
-    there = sum(p.stat().st_blocks * 512 for p in files if p.exists())
-    common.open_out(folder, need_bytes=2 * int(np.prod(settings["shape"])) - there, flag="--cache-vfm")
-    known = {"tokens.npy", "done.npy", "meta.json", "meta.json.tmp"}
-    strange = {p.name for p in folder.iterdir() if not p.name.startswith(".")} - known
-    if strange:
-        raise UserError(f"--cache-vfm {folder}: holds {min(strange)} and is no cache; expected a new or "
-                        "empty folder")
-    lock = common.claim(folder / ".lock", flag="--cache-vfm")
-    common.begin_rows(folder / "meta.json", settings, files)
-    return lock

@@ -615,8 +615,8 @@ def open_images(args, vaes):
             raise UserError(f"--resolution {size}: expected a multiple of {step} for {path}"
                             + (" with --rivals" if args.rivals else ""))
     images = data.ImageFolder(args.data, size)
-    small = data.median_short_side(images)
-    if small is not None and small < size:
+    small = int(np.median(data.short_sides(images) or [size]))
+    if small < size:
         print(f"{args.data}: images are enlarged to {size} pixels, the median short side is {small}")
     return images
 

@@ -73,7 +73,7 @@ def read_sit(path, weights):
     SiT's, or damaged."""
     path = common.local_path(path)
     try:
-        if common.is_zip(path):
+        if zipfile.is_zipfile(path):
             common.check_zip(path, checksums=True)
         return load_sit(path, weights)
     except common.DAMAGED as e:

@@ -398,7 +398,7 @@ def test_load_weights_names_the_misfit():
         common.load_weights(nn.Linear(4, 3), state, "a.pt")
     with pytest.raises(UserError, match="bias is missing"):
         common.load_weights(nn.Linear(2, 3), {"weight": state["weight"]}, "a.pt")
-    with pytest.raises(UserError, match="more is unexpected"):
+    with pytest.raises(UserError, match="more is .*, expected none"):
         common.load_weights(nn.Linear(2, 3), {**state, "more": state["bias"]}, "a.pt")
 
 
@@ -820,8 +820,6 @@ def test_cached_tokens(tmp_path, monkeypatch, capsys):
     (images / "a/000.png").write_bytes(content)
     with pytest.raises(UserError, match="tokens with weights"):
         tokens(weights="another")
-    with pytest.raises(UserError, match="is no cache"):
-        tokens(place=images)
     for mark in (cache / "meta.json.tmp", cache / "meta.json"):  # killed before the mark was there; damaged
         (cache / "done.npy").write_bytes(b"")
         (cache / "meta.json").rename(mark)

@@ -392,15 +392,6 @@ def note_places(out, **places):
         common.write_text(out / "meta.json", json.dumps(meta | places, indent=1) + "\n")
 
 
-def open_store(out, settings, shape, rank):
-    """The arrays to fill in, new or of a run that was stopped: moments of `shape` float16, of each image the
-    sums of E[z] and E[z^2] over flips and positions (2, c), and which rows are there."""
-    n, channels = shape[0], shape[2] // 2
-    files = {out / "moments.npy": (np.float16, shape), out / "sums.npy": (np.float64, (n, 2, channels)),
-             out / "done.npy": (np.uint8, (n,))}
-    return common.open_rows(out, out / "unfinished.json", out / ".lock", settings, files, rank)
-
-
 @torch.no_grad()
 def encode_batches(vae, images, batches, args, device):
     """Yield, for each list of rows, those whose image can be read and a function that waits for their moments
@@ -500,7 +491,11 @@ def main():
             note_places(out, vae=args.vae, data=args.data)
             print(f"{out}: already encoded")
         return
-    store = open_store(out, settings, shape, rank)
+    # moments; sums of E[z] and E[z^2] of each image over flips and positions; which rows are there
+    sums = n, 2, vae.config["z_channels"]
+    files = {out / "moments.npy": (np.float16, shape), out / "sums.npy": (np.float64, sums),
+             out / "done.npy": (np.uint8, (n,))}
+    store = common.open_rows(out, out / "unfinished.json", out / ".lock", settings, files, rank)
     batches = common.chunks(store.missing(rank, world), args.micro_batch)
 
     # Encode: a batch is stored while a GPU works on the next
