@@ -92,7 +92,6 @@ def test_avatars_are_rendered(tmp_path, monkeypatch):
     monkeypatch.setattr(multiprocessing, "get_context", lambda _: multiprocessing.dummy)  # threads: faster
     root = tmp_path / "a"
     command = ("extras.avatars", root, "--size", 32, "--n")
-    assert "30 images of 32 x 32 in 5 classes" in do(*command, 30, "--dry-run") and not root.exists()
     do(*command, 30)
     images, table = data.ImageFolder(root, 32), data.read_attributes(root)
     assert sorted(table.files) == images.files and len(images.files) == 30
