@@ -5,7 +5,7 @@
 
 Every stage runs as its command line on 48 images made here: float32, one thread, seed 0, 20 steps. Kept are
 the losses and gradient norms as metrics.jsonl says them (six digits), scores, and sha256 of weights, moments
-and samples. On the same kind of CPU and release of PyTorch all must be equal; elsewhere numbers to 1e-2
+and samples. On the same kind of CPU and release of PyTorch all must be equal; elsewhere numbers to 3e-2
 relative, since Adam multiplies what other kernels round otherwise.
 """
 import hashlib
@@ -137,7 +137,7 @@ def machine():
 
 
 def differences(old, new, path="", bits=True):
-    """Paths at which two records differ: everything where `bits`, else numbers by more than 1e-2 relative."""
+    """Paths at which two records differ: everything where `bits`, else numbers by more than 3e-2 relative."""
     if isinstance(old, list):
         if len(old) != len(new):
             return [f"{path}: {len(old)} and {len(new)} entries"]
@@ -150,7 +150,7 @@ def differences(old, new, path="", bits=True):
     if isinstance(old, str):
         same = old == new or not bits
     else:
-        same = abs(old - new) <= (0 if bits else 1e-2 * abs(old) + 1e-3)
+        same = abs(old - new) <= (0 if bits else 3e-2 * abs(old) + 1e-3)
     return [] if same else [f"{path}: {old} and {new}"]
 
 
@@ -170,7 +170,7 @@ def main():
         (HERE / "record.json").write_text(json.dumps(record, indent=0).replace("\n", "") + "\n")
         return print(f"{HERE / 'record.json'}: written")
     found, bits = compare()
-    same = "same bits" if bits else "same to 1e-2 relative (recorded on another machine)"
+    same = "same bits" if bits else "same to 3e-2 relative (recorded on another machine)"
     print("\n".join(found) or same)
     sys.exit(bool(found))
 
