@@ -534,6 +534,12 @@ def read_npz(path, *names):
         return {k: z[k] for k in names or z.files}
 
 
+def write_npz(path, **arrays):
+    """An uncompressed .npz; memory maps are streamed, without a copy in memory."""
+    with whole_file(path) as part, open(part, "wb") as f:
+        np.savez(f, **arrays)
+
+
 # Arrays on disk that several processes fill in, row by row
 
 

@@ -529,7 +529,7 @@ def measure_once(path, key, source, run):
     if not path or not Path(path).exists():
         run(source)
         if path and source.pool is not None:
-            save_npz(path, key=key, pool=source.pool.numpy(), rows=source.rows, **source.stats)
+            common.write_npz(path, key=key, pool=source.pool.numpy(), rows=source.rows, **source.stats)
         return
     try:
         kept = common.read_npz(path)
@@ -541,11 +541,6 @@ def measure_once(path, key, source, run):
                         "another file or delete it")
     source.rows = kept.pop("rows", np.arange(len(pool)))  # an older file does not say: all
     source.pool, source.stats = pool, kept
-
-
-def save_npz(path, **arrays):
-    with common.whole_file(path) as part, open(part, "wb") as f:
-        np.savez(f, **arrays)
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -699,10 +694,11 @@ def warn_of_blur(scores, whose=""):
 
 def save_stats(args, reference, result):
     """ADM's arrays, and what load_stats needs to build the same network again."""
-    save_npz(args.save_stats, **{k: v for k, v in reference.stats.items() if k in STATISTICS[:4]},
-             network=result["network"], weights=result["weights"], n=result["n_reference"], net=args.net,
-             net_ckpt=os.path.abspath(args.net_ckpt) if args.net_ckpt else "", net_size=args.net_size or 0,
-             made=json.dumps(common.made()), inputs=json.dumps(result["inputs"]))
+    common.write_npz(
+        args.save_stats, **{k: v for k, v in reference.stats.items() if k in STATISTICS[:4]},
+        network=result["network"], weights=result["weights"], n=result["n_reference"], net=args.net,
+        net_ckpt=os.path.abspath(args.net_ckpt) if args.net_ckpt else "", net_size=args.net_size or 0,
+        made=json.dumps(common.made()), inputs=json.dumps(result["inputs"]))
 
 
 def load_stats(path):

@@ -328,7 +328,7 @@ LITE0=$(package 0)
 LITE2=$(package 2)
 NET=(--net tf_efficientnet_lite0 --net-ckpt "$LITE0" --net-size 96)  # the first judge
 
-choose_vfm() {  # NAME: sets `vfm`, the flags of a vision model
+choose_vfm() {  # NAME: sets `vfm`, the flags of a vision model, and `cache`, that of its tokens
     case "$1" in
     lite0) vfm=(--vfm tf_efficientnet_lite0 --vfm-ckpt "$LITE0") ;;
     lite2) vfm=(--vfm tf_efficientnet_lite2 --vfm-ckpt "$LITE2") ;;
@@ -337,7 +337,7 @@ choose_vfm() {  # NAME: sets `vfm`, the flags of a vision model
     vgg16) vfm=(--vfm vgg16 --vfm-ckpt "$SHARED/vgg16-timm.pth") ;;
     random | oracle | oracle-half) vfm=(--vfm resnet10t --vfm-ckpt "$SHARED/$1.safetensors") ;;
     esac
-    vfm+=(--cache-vfm "$SHARED/tokens-$1")
+    cache=(--cache-vfm "$SHARED/tokens-$1")
 }
 
 code=  # the folder of the scripts, for arms of forks/
@@ -386,10 +386,10 @@ shared() {  # PART: what the arms share
         choose_vfm "${1#tokens-}"
         rm -rf "$SHARED/fill-$1"
         python train_vae.py --data "$DATA" --split train --init "$INIT" --flip 0 --lpips 0 --gan 0 \
-            --batch 32 --steps 1 $SIZE --grid "$GRID" "${vfm[@]}" --out "$SHARED/fill-$1" ;;
-    knows-*)  # which attributes can be read from the vision model's tokens: all flags but the cache's
+            --batch 32 --steps 1 $SIZE --grid "$GRID" "${vfm[@]}" "${cache[@]}" --out "$SHARED/fill-$1" ;;
+    knows-*)  # which attributes can be read from the vision model's tokens
         choose_vfm "${1#knows-}"
-        once python probe.py "$INIT" --data "$DATA" $SIZE --grid "$GRID" "${vfm[@]::${#vfm[@]}-2}" \
+        once python probe.py "$INIT" --data "$DATA" $SIZE --grid "$GRID" "${vfm[@]}" \
             --json "$SHARED/$1.json" ;;
     *) fail "'$1': no such part" ;;
     esac
@@ -403,7 +403,7 @@ foreign() {  # SEED ARM FOLDER: the VAE of the study in $FOREIGN
 }
 
 testbed() {  # SEED ARM FOLDER
-    local seed=$1 dir=$3 vae=$3/vae.pt latents=$3/latents steps=$VAE_STEPS code= vfm
+    local seed=$1 dir=$3 vae=$3/vae.pt latents=$3/latents steps=$VAE_STEPS code= vfm cache
     local align=(--align send --lambda-align 2 --grid "$GRID" --mapper-mlp 256) sit=(--repa 0)
     choose_vfm lite0
     [[ $2 != control* ]] || align=(--align none) vfm=()
@@ -443,7 +443,7 @@ testbed() {  # SEED ARM FOLDER
     *-repa)
         choose_vfm lite0
         vae=${dir%-repa}/vae.pt latents=${dir%-repa}/latents align=()
-        sit=(--repa 0.5 --data "$DATA" "${vfm[@]}") ;;
+        sit=(--repa 0.5 --data "$DATA" "${vfm[@]}" "${cache[@]}") ;;
     *-long)  # until it converges
         vae=${dir%-long}/vae.pt latents=${dir%-long}/latents align=()
         sit+=(--steps 10000 --lr-decay 1 --ema 0.999 --eval-every 1000) ;;
@@ -456,7 +456,8 @@ testbed() {  # SEED ARM FOLDER
     [ ${#align[@]} = 0 ] ||
         python "${code}train_vae.py" --data "$DATA" $TRAIN --init "$INIT" --rec l1 --lpips 0 --gan 0 \
             --batch 32 --steps "$steps" --lr 1e-3 --lr-decay 1 --ema 0.99 --flip 0 --seed "$seed" \
-            --save-every 100 $SIZE "${align[@]}" ${vfm[@]+"${vfm[@]}"} ${VAE_FLAGS:-} --out "$dir"
+            --save-every 100 $SIZE "${align[@]}" ${vfm[@]+"${vfm[@]}" "${cache[@]}"} ${VAE_FLAGS:-} \
+            --out "$dir"
     # 2. Latents, once for all arms that share the VAE
     [ "$vae" != "$dir/vae.pt" ] ||
         python "${code}vae.py" --vae "$vae" --data "$DATA" $TRAIN --out "$latents"

@@ -213,14 +213,6 @@ def open_store(out, settings, shape, rank):
     return common.open_rows(out, f"{out}.run", f"{out}.lock", kept, files, rank, spare=once_more)
 
 
-def write_npz(path, arrays):
-    """An uncompressed .npz, streamed from memory maps: no second copy in memory."""
-    with common.whole_file(path) as part, zipfile.ZipFile(part, "w", zipfile.ZIP_STORED) as z:
-        for name, array in arrays.items():
-            with z.open(f"{name}.npy", "w", force_zip64=True) as f:
-                np.lib.format.write_array(f, array, allow_pickle=False)
-
-
 def remove_unfinished(out):
     for suffix in ("run", "part", "done", "lock"):  # .run first: with it, the images are not finished
         Path(f"{out}.{suffix}").unlink(missing_ok=True)
@@ -282,7 +274,7 @@ def main():
     common.save_grid(shown, out.with_suffix(".png"), columns=8)
     seconds = time.time() - begin
     common.write_json(out.with_suffix(".json"), dict(settings, seconds=round(seconds, 1)))
-    write_npz(out, {"arr_0": images, "arr_1": labels.astype(np.int64)})
+    common.write_npz(out, arr_0=images, arr_1=labels.astype(np.int64))
     remove_unfinished(out)
     count = sum(map(len, batches)) * world
     print(f"{out}: {args.images} images in {seconds:.0f} s ({count / seconds:.1f} images/s)")

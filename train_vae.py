@@ -111,7 +111,11 @@ def parse_args():
                    "the cosine is not ruled by what all tokens share; or of each image and channel over its "
                    "tokens (iREPA, arXiv 2512.10794). Not in the paper")
     common.run_flags(p, save_every=1000)
-    args = p.parse_args()
+    return check_args(p, p.parse_args())
+
+
+def check_args(p, args):
+    """The alignment's default weight; flags that do not go together are refused."""
     if args.lambda_align is None:
         args.lambda_align = {"send": 1.0, "vavae": 0.1, "none": 0.0}[args.align]
     if args.align == "none" and args.lambda_align:

@@ -103,7 +103,7 @@ IN_ROWS = [die_in(common.RowFiles, "put"), die_in(common.RowFiles, "flush", 30),
 BAD_MOMENTS = {
     "train_vae": IN_TRAINING, "train_sit": IN_TRAINING,
     "vae": [*IN_ROWS, die_in(np, "save"), die_in(np, "savez", after=True)],
-    "sample": [*IN_ROWS, die_in(common, "save_grid", after=True), die_in(sample, "write_npz"),
+    "sample": [*IN_ROWS, die_in(common, "save_grid", after=True), die_in(common, "write_npz"),
                die_in(os, "unlink", 2), die_in(os, "unlink", 2, after=True)]}
 
 

@@ -22,9 +22,9 @@ from helpers import (
 from PIL import Image
 
 import data
+import common
 import fid
 import mapper
-import sample
 import vae
 from common import UserError
 from extras import packaged
@@ -165,7 +165,7 @@ def test_sample_files_are_mapped(tmp_path):
     np.savez(tmp_path / "plain.npz", arr_1=np.arange(9), arr_0=x)
     np.savez_compressed(tmp_path / "packed.npz", arr_0=x)
     np.savez(tmp_path / "fortran.npz", arr_0=np.asfortranarray(x))
-    sample.write_npz(tmp_path / "ours.npz", {"arr_0": x, "arr_1": np.arange(9)})
+    common.write_npz(tmp_path / "ours.npz", arr_0=x, arr_1=np.arange(9))
     for name in ("plain", "packed", "fortran", "ours"):
         array = fid.map_array(tmp_path / f"{name}.npz", "arr_0")
         assert isinstance(array, np.memmap) == (name in ("plain", "ours")) and np.array_equal(array, x)
