@@ -459,16 +459,20 @@ F1 of a probe on its tokens, averaged over positions to about as many numbers as
 ![Gain against what the vision model knows](ladder.png)
 
 """ if known else ""
+    longer = f"""{long_table(long)}
+![Their first samples, from the same noise and labels, first seed](samples.png)
+""" if long else "Not run.\n"
     text = f"""# The study
 
 {len(rows) + len(long)} arms, {len(seeds)} seeds ({', '.join(seeds)}). {left_out}
 The distance to the training images is {control['measure']} (lower is better).
 As many real images score {control['real_images']}.
-The first judge, EfficientNet-Lite0, taught the aligned arms but `random`, `random-matched`, `oracle` and
-`vfm2`; Lite2 taught `vfm2` alone; VGG16 taught no arm (its LPIPS helped to pre-train the VAE that all begin
-from). Values are mean ± standard deviation over seeds. A difference is taken within each seed; in brackets
-its 95 % interval by Student's t; "undecided" where that holds 0. All differences from a control rest on the
-same few control runs, and many are shown: of those without any effect about one in 20 falls outside.
+The first judge, EfficientNet-Lite0, taught the aligned arms but those of a random VFM, of an oracle and of
+another named VFM; Lite2 taught `vfm2` alone, VGG16 `vfm-vgg16` alone (its LPIPS helped to pre-train the VAE
+that all begin from). Values are mean ± standard deviation over seeds. A difference is taken within each
+seed; in brackets its 95 % interval by Student's t; "undecided" where that holds 0. All differences from a
+control rest on the same few control runs, and many are shown: of those without any effect about one in 20
+falls outside.
 
 ## Claims
 
@@ -492,9 +496,7 @@ at its first point.
 
 On the VAEs of the arms above, with a decaying learning rate; they enter no table of equal training.
 
-{long_table(long) if long else 'Not run.'}
-![The first samples of each arm, from the same noise and labels, first seed](samples.png)
-
+{longer}
 ## Distance while the SiT trains
 
 `{control['curve_measure']}`: of fewer samples and other noise than above, so its last value is another.
@@ -588,10 +590,9 @@ def draw_ladder(rows, known, path):
     save_figure(figure, path)
 
 
-def draw_samples(root, rows, path):
-    """A row an arm of the control's first seed: the first line of its samples.png."""
-    first = next(iter(rows["control"]))
-    files = {arm: root / first / arm / "samples.png" for arm, of in rows.items() if first in of}
+def draw_samples(root, long, path):
+    """A row an arm, of its first seed: the first line of its samples.png."""
+    files = {arm: root / next(iter(of)) / arm / "samples.png" for arm, of in long.items()}
     files = {arm: file for arm, file in files.items() if file.is_file()}
     if not files:
         return
@@ -647,7 +648,7 @@ def report_study(root):
     write_report(root, rows, long, missing, means, correlations, known)
     print(claim_table(rows) + "\n" + main_table(rows) + f"{root}/report.md, {root}/rows.json")
     draw_convergence(rows, long, root / "convergence.png")  # last: all else is there without matplotlib
-    draw_samples(root, rows | long, root / "samples.png")
+    draw_samples(root, long, root / "samples.png")
     if known:
         draw_ladder(rows, known, root / "ladder.png")
 
