@@ -54,6 +54,8 @@ def test_demo_recipe(vgg, tmp_path):
     (tmp_path / "shared").mkdir()
     shutil.copy(vgg[1], tmp_path / "shared/vgg16.pth")
     env = dict(OUT=out, SHARED=tmp_path / "shared", DATA=images, INIT=init, JUDGES=1, **TINY)
+    for part in ("judge2", "judge3"):  # as in a study, before the arms run side by side
+        recipe("study", "-", part, **env)
     printed, _ = recipe(**env)
     assert "control: " in printed and "send: " in printed
 
