@@ -342,7 +342,7 @@ choose_vfm() {  # NAME: sets `vfm`, the flags of a vision model, and `cache`, th
 
 code=  # the folder of the scripts, for arms of forks/
 
-# NAME SAMPLES [FLAGS]: the distance to the training images. judge2 taught vfm2 alone, judge3 no arm
+# NAME SAMPLES [FLAGS]: the distance to the training images. judge2 taught vfm2 alone, judge3 vfm-vgg16 alone
 judge() {
     local net=("${NET[@]}")
     [ "$1" != judge2 ] || net=(--net tf_efficientnet_lite2 --net-ckpt "$LITE2" --net-size 64)

@@ -1,6 +1,6 @@
 """Stage 7: tables and figures of what run.sh made: of the study, and of the demo.
 
-    python extras/study.py out/study         # -> report.md, rows.json, correlations.json and two figures
+    python extras/study.py out/study         # -> report.md, rows.json, correlations.json, figures
     python extras/study.py demo out/demo --study results/study_1000/rows.json  # -> report.json, report.png
 
 The study compares every arm within each seed, where all share the pre-trained VAE, images, order, noise and
@@ -166,8 +166,8 @@ def other_sit(arm):
 
 
 def read_row(folder):
-    """One arm of one seed: {name, run, arm, seed, measure, curve, commands, commits, sources, baselines, and
-    the scores of read_scores}; None when it is not finished. fd2 and fd3 are the distances by
+    """One arm of one seed: {name, run, arm, seed, measure, curve, dtype, commands, commits, sources,
+    baselines, and the scores of read_scores}; None when it is not finished. fd2 and fd3 are the distances by
     EfficientNet-Lite2 and VGG16; `measure` holds all that must agree between distances. Raises UserError."""
     arm, run = folder.name, folder.parent.name
     again = "delete that arm's folder and run the study's command again"
@@ -192,19 +192,22 @@ def read_row(folder):
         measure = (f"FD({fd['network']})-{scores['fd_n']} (other judges {fd2['network']}, {fd3['network']}), "
                    f"{drawn['sampler']} {drawn['steps']} steps, VAE {tuned['inputs']['init']} trained for "
                    f"{length:.0f} steps of {tuned['batch']}, SiT for {trained['steps']} of "
-                   f"{trained['batch']}; curves {curve_measure}")
+                   f"{trained['batch']}, images {fd['inputs'][fd['reference']]}; curves {curve_measure}")
         vaes = {records[k]["inputs"]["vae"] for k in ("fd", "fd2", "recon")} | {drawn["vae_hash"]}
         vaes |= {v for k, v in records["probe"]["inputs"].items() if k != "data"}
         vaes |= {trained["inputs"]["latents"].split("-")[0]}
         if len(vaes) > 1:
             raise UserError(f"{folder}: latents, samples, reconstructions and probe of different VAEs "
                             f"({', '.join(sorted(vaes))}); {again}")
+        if len({r["inputs"][next(iter(r["scores"]))] for r in (fd, fd2, fd3)}) > 1:
+            raise UserError(f"{folder}: fd.json, fd2.json and fd3.json are of different samples; {again}")
         real = max(fd["fd_real"].values(), default=np.nan)
-        real = f"{real:.0f}, one half of them against the other {fd['floor']:.0f}"
+        real = f"{real:.0f}, one half of the training images against the other {fd['floor']:.0f}"
         commands = {k: r["made"]["command"].replace(sys.prefix, "ENV") for k, r in records.items()}
         return dict(name=f"{run}/{arm}", run=run, arm=arm, seed=int(run[4:]), measure=measure, **scores,
-                    curve_measure=curve_measure, curve=curve, baselines=simple, real_images=real,
-                    commands=commands, commits=sorted({str(r["made"]["commit"]) for r in records.values()}),
+                    curve_measure=curve_measure, curve=curve, dtype=trained["precision"], baselines=simple,
+                    real_images=real, commands=commands,
+                    commits=sorted({str(r["made"]["commit"]) for r in records.values()}),
                     sources={k: str(p) for k, p in files.items()} | dict(curve=str(logs["train_sit"])))
 
 
@@ -419,8 +422,8 @@ def ladder_table(rows, known):
     keys = {"probe_f1": 3, "curve_mean": 0, "fd3": 1, "psnr": 2}
     lines = [[f"`{arm}`", f"{f1:.3f}", *(change(rows, arm, k, digits) for k, digits in keys.items())]
              for arm, f1 in known.items()]
-    return table(["arm", "F1 of the vision model's tokens", "probe F1 of the latent, minus control's",
-                  "gFD, mean of the curve", "gFD by VGG16", "PSNR"], lines)
+    head = ["probe F1 of the latent", "gFD, mean of the curve", "gFD by VGG16", "PSNR"]
+    return table(["arm", "F1 of the vision model's tokens", *(f"{h}, minus control's" for h in head)], lines)
 
 
 def curve_table(rows):
@@ -449,7 +452,8 @@ def write_report(root, rows, long, missing, means, correlations, known):
     control, made = next(iter(rows["control"].values())), common.made()
     seeds = list(dict.fromkeys(s for of in rows.values() for s in of))
     commits = sorted({c for of in (rows | long).values() for r in of.values() for c in r["commits"]})
-    left_out = f"Not finished: {', '.join(missing)}." if missing else ""
+    dtypes = " and ".join(sorted({r["dtype"] for of in (rows | long).values() for r in of.values()}))
+    left_out = f" Not finished: {', '.join(missing)}." if missing else ""
     simple = ", ".join(f"{k} {v:.3f}" for k, v in control["baselines"].items())
     ladder = f"""## What the vision model knows
 
@@ -459,16 +463,18 @@ F1 of a probe on its tokens, averaged over positions to about as many numbers as
 ![Gain against what the vision model knows](ladder.png)
 
 """ if known else ""
-    longer = f"""{long_table(long)}
+    longer = f"""On the VAEs of the arms above, with a decaying learning rate; not part of any table above.
+
+{long_table(long)}
 ![Their first samples, from the same noise and labels, first seed](samples.png)
 """ if long else "Not run.\n"
     text = f"""# The study
 
-{len(rows) + len(long)} arms, {len(seeds)} seeds ({', '.join(seeds)}). {left_out}
+{len(rows) + len(long)} arms, {len(seeds)} seeds ({', '.join(seeds)}).{left_out}
 The distance to the training images is {control['measure']} (lower is better).
 As many real images score {control['real_images']}.
-The first judge, EfficientNet-Lite0, taught the aligned arms but those of a random VFM, of an oracle and of
-another named VFM; Lite2 taught `vfm2` alone, VGG16 `vfm-vgg16` alone (its LPIPS helped to pre-train the VAE
+The first judge, EfficientNet-Lite0, taught the aligned arms but `random*`, `oracle`, `vfm2`, `vfm-vit` and
+`vfm-vgg16`; Lite2 taught `vfm2` alone, VGG16 `vfm-vgg16` alone (VGG16's LPIPS helped to pre-train the VAE
 that all begin from). Values are mean ± standard deviation over seeds. A difference is taken within each
 seed; in brackets its 95 % interval by Student's t; "undecided" where that holds 0. All differences from a
 control rest on the same few control runs, and many are shown: of those without any effect about one in 20
@@ -494,8 +500,6 @@ at its first point.
 
 {ladder}## SiTs trained longer
 
-On the VAEs of the arms above, with a decaying learning rate; they enter no table of equal training.
-
 {longer}
 ## Distance while the SiT trains
 
@@ -512,8 +516,9 @@ intervals are too narrow for that. `recon_fd`, `rfd`, `lpips` and `ssim` look at
 {correlation_table(means, correlations) if correlations else 'Needs three such arms.'}
 ## Where the numbers come from
 
-`rows.json` holds every number, its file and its commands. Commits of the arms: {', '.join(commits)}; torch
-{made['versions']['torch']}. This report: `{made['command']}` at {made['commit']}, on {common.cpu_name()}.
+`rows.json` holds every number, its file and its commands. Commits of the arms: {', '.join(commits)};
+trained in {dtypes}; torch {made['versions']['torch']}.
+This report: `{made['command']}` at {made['commit']}, on {common.cpu_name()}.
 An arm again: delete its folder, and those of its `-repa` and `-long`, and run the study's command again.
 """
     common.write_text(root / "report.md", text)
@@ -554,9 +559,8 @@ def draw_convergence(rows, long, path):
         values = np.array([[v for _, v in c] for c in curves if [s for s, _ in c] == steps])
         mean, main = values.mean(0), arm in ("control", "send")
         own = colour.get(arm.removesuffix("-long"), "grey")
-        style = dict(linewidth=3 if main else 1, linestyle="-", zorder=3 if main else 2)
-        style |= dict(linestyle="--") if other_sit(arm) else {}
-        style |= dict(linestyle=":", linewidth=2) if arm in long else {}
+        dash = ":" if arm in long else "--" if other_sit(arm) else "-"
+        style = dict(linewidth=3 if main else 1, linestyle=dash, zorder=3 if main else 2)
         left.plot(steps, mean, color=own, label=arm, **style)
         if len(values) > 1:
             sd = values.std(0, ddof=1)
@@ -580,7 +584,7 @@ def draw_ladder(rows, known, path):
     figure, colour = new_figure(7, 4.5), kind_colours(rows)
     axis = figure.subplots()
     for arm, f1 in known.items():
-        d = differences(rows, arm, "curve_mean")
+        d = differences(rows, arm, "curve_mean") or [np.nan]
         axis.plot([f1] * len(d), d, ".", color=colour[arm], alpha=0.6)
         axis.plot([f1], [np.mean(d)], "o", color=colour[arm], markersize=9)
         axis.annotate(f" {arm}", (f1, np.mean(d)), fontsize=8)
@@ -590,12 +594,8 @@ def draw_ladder(rows, known, path):
     save_figure(figure, path)
 
 
-def draw_samples(root, long, path):
-    """A row an arm, of its first seed: the first line of its samples.png."""
-    files = {arm: root / next(iter(of)) / arm / "samples.png" for arm, of in long.items()}
-    files = {arm: file for arm, file in files.items() if file.is_file()}
-    if not files:
-        return
+def draw_samples(files, path):
+    """A row an arm: the first line of its samples.png."""
     figure = new_figure(8.4, len(files) * 0.8)  # as wide as the longest names need
     for i, (arm, file) in enumerate(files.items()):
         with Image.open(file) as sheet:
@@ -642,13 +642,16 @@ def report_study(root):
         print(f"not finished, left out: {', '.join(missing)}")
     means, known = arm_means(rows), read_ladder(root, rows)
     correlations = correlate(means) if len(means) > 2 else {}
+    first = min((run for of in long.values() for run in of), default="")
+    sheets = {arm: root / first / arm / "samples.png" for arm, of in long.items() if first in of}
     every = [r for of in (rows | long).values() for r in of.values()]
     common.write_text(root / "rows.json", json.dumps(every, indent=1) + "\n")
     common.write_json(root / "correlations.json", correlations)
     write_report(root, rows, long, missing, means, correlations, known)
     print(claim_table(rows) + "\n" + main_table(rows) + f"{root}/report.md, {root}/rows.json")
     draw_convergence(rows, long, root / "convergence.png")  # last: all else is there without matplotlib
-    draw_samples(root, long, root / "samples.png")
+    if sheets:
+        draw_samples(sheets, root / "samples.png")
     if known:
         draw_ladder(rows, known, root / "ladder.png")
 

@@ -169,8 +169,8 @@ def compare():
 def main():
     if "--write" in sys.argv:
         found, recorded = compare()[2], json.loads((HERE / "record.json").read_text())
-        others = [r for r in recorded if not r["machine"].items() <= machine().items()
-                  and not differences(r["record"], found, bits=False)]
+        others = [r for r in recorded
+                  if r["machine"] != machine() and not differences(r["record"], found, bits=False)]
         records = [*others, dict(machine=machine(), record=found)]
         (HERE / "record.json").write_text(json.dumps(records, indent=0).replace("\n", "") + "\n")
         return print(f"{HERE / 'record.json'}: {len(records)} kinds of machines")

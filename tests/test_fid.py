@@ -21,8 +21,8 @@ from helpers import (
     write_npz)
 from PIL import Image
 
-import data
 import common
+import data
 import fid
 import mapper
 import vae

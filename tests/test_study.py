@@ -34,14 +34,17 @@ def write_arm(folder, fd, f1, curve, psnr=24.0, vae=True, commit="c0ffee", init=
     (folder / "sit").mkdir(parents=True)
     tuned = dict(made=made, steps=200, batch=32, inputs=dict(init=init))
     write_lines(folder / "metrics.jsonl", tuned, dict(step=200, seconds=3.5))
-    trained = dict(lr=1, made=made, steps=steps, batch=64, inputs=dict(latents=f"{vae_hash}-files"))
+    trained = dict(lr=1, made=made, steps=steps, batch=64, precision="bf16",
+                   inputs=dict(latents=f"{vae_hash}-files"))
     measured = ({"step": s, "FD(net@96)-500": v} for s, v in curve)
     write_lines(folder / "sit/metrics.jsonl", trained, *measured, dict(step=curve[-1][0], seconds=9.5))
     scores = dict(fd=fd, rfd=fd / 4, fd_to_reconstructions=fd / 2, precision=0.4, recall=0.3)
     scores["class_agreement"] = 0.9
 
     def judged(net, scale):
-        return dict(network=net, inputs=dict(vae=vae_hash), fd={"s.npz": fd / scale}, n={"s.npz": 1000},
+        inputs = {"vae": vae_hash, "s.npz": fake_hash(folder), "images": "a"}
+        return dict(network=net, inputs=inputs, reference="images",
+                    fd={"s.npz": fd / scale}, n={"s.npz": 1000},
                     scores={"s.npz": {k: v / scale for k, v in scores.items()}}, floor=17.0, floor_n=500,
                     fd_real={"s.npz": 27.0}, seconds=1)
 
@@ -179,6 +182,8 @@ def test_study_of_what_does_not_belong_together(three_seeds):
             ("metrics.jsonl", "shipped", "another", ["VAE another", "VAE shipped"]),
             ("metrics.jsonl", '"steps": 200', '"steps": 100', ["100 steps of 32", "200 steps of 32"]),
             ("samples.json", "heun", "sde", ["sde 5 steps"]),
+            ("fd.json", '"images": "a"', '"images": "b"', ["images a", "images b"]),
+            ("fd3.json", fake_hash(arm), "another", ["seed1/send", "different samples"]),
             ("fd.json", '"rfd"', '"other"', ["seed1/send/fd.json", "no rFD", "--vae"]),
             ("fd.json", '"scores"', '"other"', ["seed1/send", "delete its fd.json"]),
             ("sit/metrics.jsonl", "FD(net@96)", "other", [arm / "sit/metrics.jsonl", "--eval-every"]),
