@@ -87,6 +87,8 @@ esac
 for number in GPUS JOBS; do
     [[ ${!number:-1} =~ ^[1-9][0-9]{0,3}$ ]] || fail "$number '${!number}'; expected a number from 1"
 done
+[ -z "${SHOW:-}" ] || [ "${1:-}" = imagenet ] ||
+    fail "SHOW=1 prints the commands of 'imagenet DIR' alone; unset it"
 [[ ${SEED:-0} =~ ^[0-9]{1,10}$ ]] || fail "SEED '$SEED'; expected a whole number"
 new_enough() {  # PYTHON
     "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||

@@ -2452,7 +2452,7 @@ def test_wrong_words(tmp_path):
     (tmp_path / "val").mkdir()
     for side in (8, 28, "x"):
         assert f"RES '{side}'; expected" in recipe("folder", tmp_path, status=2, RES=side)[1]
-    for wrong in (dict(SEED=-1), dict(GPUS="x"), dict(JOBS=0), dict(SAMPLE_FLAGS="--setps 9"),
+    for wrong in (dict(SEED=-1), dict(SHOW=1), dict(GPUS="x"), dict(JOBS=0), dict(SAMPLE_FLAGS="--setps 9"),
                   dict(SIT_FLAGS="--lr x")):
         assert [*wrong][0] in recipe(status=2, **wrong)[1]
     assert "none" in recipe(status=2, VAE_FLAGS="--lambda-align 3")[1]  # of the control
