@@ -166,7 +166,7 @@ def other_sit(arm):
 
 
 def read_row(folder):
-    """One arm of one seed: {name, run, arm, seed, measure, curve, dtype, commands, commits, sources,
+    """One arm of one seed: {name, run, arm, seed, measure, curve, commands, commits, sources,
     baselines, and the scores of read_scores}; None when it is not finished. fd2 and fd3 are the distances by
     EfficientNet-Lite2 and VGG16; `measure` holds all that must agree between distances. Raises UserError."""
     arm, run = folder.name, folder.parent.name
@@ -192,7 +192,8 @@ def read_row(folder):
         measure = (f"FD({fd['network']})-{scores['fd_n']} (other judges {fd2['network']}, {fd3['network']}), "
                    f"{drawn['sampler']} {drawn['steps']} steps, VAE {tuned['inputs']['init']} trained for "
                    f"{length:.0f} steps of {tuned['batch']}, SiT for {trained['steps']} of "
-                   f"{trained['batch']}, images {fd['inputs'][fd['reference']]}; curves {curve_measure}")
+                   f"{trained['batch']} in {trained['precision']}, images {fd['inputs'][fd['reference']]}; "
+                   f"curves {curve_measure}")
         vaes = {records[k]["inputs"]["vae"] for k in ("fd", "fd2", "recon")} | {drawn["vae_hash"]}
         vaes |= {v for k, v in records["probe"]["inputs"].items() if k != "data"}
         vaes |= {trained["inputs"]["latents"].split("-")[0]}
@@ -205,9 +206,8 @@ def read_row(folder):
         real = f"{real:.0f}, one half of the training images against the other {fd['floor']:.0f}"
         commands = {k: r["made"]["command"].replace(sys.prefix, "ENV") for k, r in records.items()}
         return dict(name=f"{run}/{arm}", run=run, arm=arm, seed=int(run[4:]), measure=measure, **scores,
-                    curve_measure=curve_measure, curve=curve, dtype=trained["precision"], baselines=simple,
-                    real_images=real, commands=commands,
-                    commits=sorted({str(r["made"]["commit"]) for r in records.values()}),
+                    curve_measure=curve_measure, curve=curve, baselines=simple, real_images=real,
+                    commands=commands, commits=sorted({str(r["made"]["commit"]) for r in records.values()}),
                     sources={k: str(p) for k, p in files.items()} | dict(curve=str(logs["train_sit"])))
 
 
@@ -452,7 +452,6 @@ def write_report(root, rows, long, missing, means, correlations, known):
     control, made = next(iter(rows["control"].values())), common.made()
     seeds = list(dict.fromkeys(s for of in rows.values() for s in of))
     commits = sorted({c for of in (rows | long).values() for r in of.values() for c in r["commits"]})
-    dtypes = " and ".join(sorted({r["dtype"] for of in (rows | long).values() for r in of.values()}))
     left_out = f" Not finished: {', '.join(missing)}." if missing else ""
     simple = ", ".join(f"{k} {v:.3f}" for k, v in control["baselines"].items())
     ladder = f"""## What the vision model knows
@@ -516,9 +515,8 @@ intervals are too narrow for that. `recon_fd`, `rfd`, `lpips` and `ssim` look at
 {correlation_table(means, correlations) if correlations else 'Needs three such arms.'}
 ## Where the numbers come from
 
-`rows.json` holds every number, its file and its commands. Commits of the arms: {', '.join(commits)};
-trained in {dtypes}; torch {made['versions']['torch']}.
-This report: `{made['command']}` at {made['commit']}, on {common.cpu_name()}.
+`rows.json` holds every number, its file and its commands. Commits of the arms: {', '.join(commits)}; torch
+{made['versions']['torch']}. This report: `{made['command']}` at {made['commit']}, on {common.cpu_name()}.
 An arm again: delete its folder, and those of its `-repa` and `-long`, and run the study's command again.
 """
     common.write_text(root / "report.md", text)

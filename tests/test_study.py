@@ -182,6 +182,7 @@ def test_study_of_what_does_not_belong_together(three_seeds):
             ("metrics.jsonl", "shipped", "another", ["VAE another", "VAE shipped"]),
             ("metrics.jsonl", '"steps": 200', '"steps": 100', ["100 steps of 32", "200 steps of 32"]),
             ("samples.json", "heun", "sde", ["sde 5 steps"]),
+            ("sit/metrics.jsonl", "bf16", "fp32", ["in bf16", "in fp32"]),
             ("fd.json", '"images": "a"', '"images": "b"', ["images a", "images b"]),
             ("fd3.json", fake_hash(arm), "another", ["seed1/send", "different samples"]),
             ("fd.json", '"rfd"', '"other"', ["seed1/send/fd.json", "no rFD", "--vae"]),
