@@ -405,7 +405,7 @@ def claim_table(rows):
                   "effect that would be seen (power 80 %)", "reading"], lines)
 
 
-def long_table(long):
+def long_part(long):
     """The arms whose SiT is trained longer, and when each first reaches the control's last distance."""
     lines, keys = [], {"fd": 0, "fd_to_reconstructions": 0, "precision": 3, "recall": 3, "class_agreement": 3}
     for arm, of in long.items():
@@ -413,17 +413,29 @@ def long_table(long):
         lines.append([f"`{arm}`", len(of), max(r["curve"][-1][0] for r in of.values()),
                       *(mean_of(of, k, digits) for k, digits in keys.items()),
                       ", ".join("never" if v is None else f"{v:.0f}" for v in reached)])
-    return table(["arm", "seeds", "steps of the SiT", "gFD", "gFD to reconstructions", "precision", "recall",
-                  "class agreement", "steps to the control's last distance (curve)"], lines)
+    head = ["arm", "seeds", "steps of the SiT", "gFD", "gFD to reconstructions", "precision", "recall",
+            "class agreement", "steps to the control's last distance (curve)"]
+    return f"""On the VAEs of the arms above, with a decaying learning rate; not part of any table above.
+
+{table(head, lines)}
+![Their first samples, from the same noise and labels, first seed](samples.png)"""
 
 
-def ladder_table(rows, known):
+def ladder_part(rows, known):
     """What each arm's vision model knows, and what the arm gains."""
     keys = {"probe_f1": 3, "curve_mean": 0, "fd3": 1, "psnr": 2}
     lines = [[f"`{arm}`", f"{f1:.3f}", *(change(rows, arm, k, digits) for k, digits in keys.items())]
              for arm, f1 in known.items()]
-    head = ["probe F1 of the latent", "gFD, mean of the curve", "gFD by VGG16", "PSNR"]
-    return table(["arm", "F1 of the vision model's tokens", *(f"{h}, minus control's" for h in head)], lines)
+    gains = ["probe F1 of the latent", "gFD, mean of the curve", "gFD by VGG16", "PSNR"]
+    head = ["arm", "F1 of the vision model's tokens", *(f"{gain}, minus control's" for gain in gains)]
+    return f"""## What the vision model knows
+
+F1 of a probe on its tokens, averaged over positions to about as many numbers as the latent has.
+
+{table(head, lines)}
+![Gain against what the vision model knows](ladder.png)
+
+"""
 
 
 def curve_table(rows):
@@ -454,19 +466,6 @@ def write_report(root, rows, long, missing, means, correlations, known):
     commits = sorted({c for of in (rows | long).values() for r in of.values() for c in r["commits"]})
     left_out = f" Not finished: {', '.join(missing)}." if missing else ""
     simple = ", ".join(f"{k} {v:.3f}" for k, v in control["baselines"].items())
-    ladder = f"""## What the vision model knows
-
-F1 of a probe on its tokens, averaged over positions to about as many numbers as the latent has.
-
-{ladder_table(rows, known)}
-![Gain against what the vision model knows](ladder.png)
-
-""" if known else ""
-    longer = f"""On the VAEs of the arms above, with a decaying learning rate; not part of any table above.
-
-{long_table(long)}
-![Their first samples, from the same noise and labels, first seed](samples.png)
-""" if long else "Not run.\n"
     text = f"""# The study
 
 {len(rows) + len(long)} arms, {len(seeds)} seeds ({', '.join(seeds)}).{left_out}
@@ -497,9 +496,10 @@ at its first point.
 
 ![Distance while the SiT trains, and the arms' final distance minus the control's](convergence.png)
 
-{ladder}## SiTs trained longer
+{ladder_part(rows, known) if known else ''}## SiTs trained longer
 
-{longer}
+{long_part(long) if long else 'Not run.'}
+
 ## Distance while the SiT trains
 
 `{control['curve_measure']}`: of fewer samples and other noise than above, so its last value is another.
@@ -640,7 +640,7 @@ def report_study(root):
         print(f"not finished, left out: {', '.join(missing)}")
     means, known = arm_means(rows), read_ladder(root, rows)
     correlations = correlate(means) if len(means) > 2 else {}
-    first = min((run for of in long.values() for run in of), default="")
+    first = next((run for of in long.values() for run in of), "")
     sheets = {arm: root / first / arm / "samples.png" for arm, of in long.items() if first in of}
     every = [r for of in (rows | long).values() for r in of.values()]
     common.write_text(root / "rows.json", json.dumps(every, indent=1) + "\n")

@@ -84,6 +84,12 @@ def lines_of(text, begin):
     return next(line for line in text.splitlines() if line.startswith(begin))
 
 
+def assert_drawn(study, name):
+    assert f"]({name}.png)" in (study / "report.md").read_text()
+    with Image.open(study / f"{name}.png") as picture:
+        assert picture.width > 400 and len(picture.convert("RGB").getcolors(10 ** 6)) > 20
+
+
 def test_study_report(three_seeds):
     """A number of the report is not its file's, or an unfinished arm counts."""
     out = do("study", three_seeds)
@@ -117,9 +123,8 @@ def test_study_report(three_seeds):
     assert correlations["probe_kde_gini"]["n"] == 4
     assert not {"fd2", "precision", "class_agreement"} & correlations.keys()
     assert lines_of(text, "| probe_f1 |").startswith("| probe_f1 | 0.610 | 0.630 | 0.650 |")
-    assert "](convergence.png)" in text and not (three_seeds / "samples.png").exists()
-    with Image.open(three_seeds / "convergence.png") as picture:
-        assert picture.width > 400 and len(picture.convert("RGB").getcolors(10 ** 6)) > 20
+    assert_drawn(three_seeds, "convergence")
+    assert not (three_seeds / "samples.png").exists()
 
 
 def test_gain_against_knowledge(three_seeds):
@@ -154,9 +159,7 @@ def test_arms_that_are_trained_longer(three_seeds):
     assert "| `send-long` | 1 | 4000 | 400 | 200 | 0.400 | 0.300 | 0.900 | 1500 |" in text
     part = lambda t: t[t.index("## Claims"):t.index("## SiTs trained longer")]
     assert part(text) == part(before)
-    with Image.open(three_seeds / "samples.png") as picture:
-        assert picture.width > 400 and len(picture.convert("RGB").getcolors(10 ** 6)) > 20
-    assert "](samples.png)" in text
+    assert_drawn(three_seeds, "samples")
     record = {r["name"]: r for r in json.loads((three_seeds / "rows.json").read_text())}
     assert record["seed0/send-long"]["arm"] == "send-long" and record["seed0/send-long"]["psnr"] == 24.1
     write_arm(three_seeds / "seed1/send-long", 400.0, None, curve, vae=False, steps=5000)
