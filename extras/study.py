@@ -101,6 +101,7 @@ COLUMNS = (
 # Arms by their vision model, of which SHARED/knows-NAME.json says which attributes its tokens tell
 LADDER = {"random": "random", "random-matched": "random", "vfm-vgg16": "vgg16", "vfm-vit": "vit",
           "vfm-fine": "fine", "send": "lite0", "vfm2": "lite2", "oracle": "oracle"}
+WEIGHTS = ("control", "lambda0.1", "lambda0.5", "send", "lambda8")  # one recipe, lambda from 0 to 8
 OTHER_SIT = ("-repa", "-modern", "-cosine", "-long")  # of arms with another arm's VAE
 LENGTHS = {"quarter": 0.25, "x4": 4, "x16": 16}  # fine-tuning, in that of the others
 LOWER = ("fd", "curve_mean", "fd2", "fd3", "rfd", "fd_to_reconstructions")  # are better; others when higher
@@ -324,6 +325,18 @@ def speed_ups(rows, arm, reference):
     return ratios, bound
 
 
+def at_equal_psnr(rows, arm, key):
+    """Arm minus `send`'s recipe with the lambda that costs as much PSNR, linear between the WEIGHTS that ran,
+    one a seed. Seeds beyond their ends are left out."""
+    out = []
+    for seed, row in rows[arm].items():
+        line = [rows[a][seed] for a in WEIGHTS if seed in rows.get(a, {})]
+        line = sorted((r["psnr"], r[key]) for r in line)
+        if line and line[0][0] <= row["psnr"] <= line[-1][0]:
+            out.append(row[key] - float(np.interp(row["psnr"], *zip(*line, strict=True))))
+    return out
+
+
 def arm_means(rows):
     """One row an arm, the mean over its seeds, for correlate(), which then resamples arms. Without those
     that have another SiT."""
@@ -343,24 +356,29 @@ def table(head, lines):
     return "".join("| " + " | ".join(map(str, row)) + " |\n" for row in [head, ["---"] * len(head), *lines])
 
 
-def mean_sd(values, digits):
+def mean_sd(values, digits, sign=""):
     v = np.asarray(values, float)
-    return f"{v.mean():.{digits}f}" + (f" ± {v.std(ddof=1):.{digits}f}" if len(v) > 1 else "")
+    return f"{v.mean():{sign}.{digits}f}" + (f" ± {v.std(ddof=1):.{digits}f}" if len(v) > 1 else "")
 
 
 def mean_of(of, key, digits):
     return mean_sd([r[key] for r in of.values()], digits)
 
 
+def span_text(d, key, digits):
+    """Mean of the differences in a score, its interval and what it says."""
+    low, high = interval(d)
+    span = f"[{low:+.{digits}f}, {high:+.{digits}f}] {compared(d, key)}" if len(d) > 1 else "(one seed)"
+    return f"{np.mean(d):+.{digits}f} {span}"
+
+
 def change(rows, arm, key, digits):
-    """Mean difference from the control, its interval and what it says; nothing for the control itself."""
+    """Difference from the control; nothing for the control itself."""
     reference = reference_of(rows, arm)
     d = differences(rows, arm, key, reference)
     if arm == reference or not d:
         return "" if arm == reference else "no shared seed"
-    low, high = interval(d)
-    span = f"[{low:+.{digits}f}, {high:+.{digits}f}] {compared(d, key)}" if len(d) > 1 else "(one seed)"
-    return f"{np.mean(d):+.{digits}f} {span}"
+    return span_text(d, key, digits)
 
 
 def speed_text(rows, arm):
@@ -438,11 +456,38 @@ F1 of a probe on its tokens, averaged over positions to about as many numbers as
 """
 
 
+def equal_psnr_part(rows):
+    """Each arm beside the recipe of `send` at the arm's own PSNR."""
+    keys = {"curve_mean": 0, "fd": 0, "fd_to_reconstructions": 0, "fd2": 0, "fd3": 0, "probe_f1": 3}
+    lines = []
+    for arm in rows:
+        if arm not in WEIGHTS and not other_sit(arm) and at_equal_psnr(rows, arm, "fd"):
+            spans = [span_text(at_equal_psnr(rows, arm, k), k, digits) for k, digits in keys.items()]
+            lines.append([f"`{arm}`", len(at_equal_psnr(rows, arm, "fd")), *spans])
+    head = ["arm", "seeds", "gFD, mean of the curve", "gFD", "gFD to reconstructions", "gFD by Lite2",
+            "gFD by VGG16", "probe F1"]
+    line = ", ".join(f"`{a}`" for a in WEIGHTS if a in rows)
+    return "" if not lines else f"""## At equal loss of PSNR
+
+An arm minus the recipe of `send` at the arm's own PSNR: within each seed, linear between {line}.
+Seeds in which the arm's PSNR lies beyond their ends are left out.
+
+{table(head, lines)}
+"""
+
+
 def curve_table(rows):
+    """Distances, and in brackets their differences from the control."""
     lines, steps = [], sorted({s for of in rows.values() for r in of.values() for s, _ in r["curve"]})
     for arm, of in rows.items():
-        at = [[v for r in of.values() for step, v in r["curve"] if step == s] for s in steps]
-        lines.append([f"`{arm}`", *(mean_sd(v, 0) if v else "" for v in at)])
+        line, reference = [f"`{arm}`"], reference_of(rows, arm)
+        for s in steps:
+            at = [dict(r["curve"])[s] for r in of.values() if s in dict(r["curve"])]
+            d = [(dict(a["curve"]), dict(b["curve"])) for a, b in pairs(rows, arm, reference)]
+            d = [a[s] - b[s] for a, b in d if s in a and s in b]
+            lead = f" ({mean_sd(d, 0, '+')})" if d and arm != reference else ""
+            line.append((mean_sd(at, 0) if at else "") + lead)
+        lines.append(line)
     return table(["arm", *(f"step {s}" for s in steps)], lines)
 
 
@@ -496,13 +541,14 @@ at its first point.
 
 ![Distance while the SiT trains, and the arms' final distance minus the control's](convergence.png)
 
-{ladder_part(rows, known) if known else ''}## SiTs trained longer
+{equal_psnr_part(rows)}{ladder_part(rows, known) if known else ''}## SiTs trained longer
 
 {long_part(long) if long else 'Not run.'}
 
 ## Distance while the SiT trains
 
-`{control['curve_measure']}`: of fewer samples and other noise than above, so its last value is another.
+`{control['curve_measure']}`: of fewer samples and other noise than above, so its last value is another. In
+brackets: minus the control's, within each seed.
 
 {curve_table(rows | long)}
 ## Which score of a VAE follows the distance?

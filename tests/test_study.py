@@ -123,6 +123,7 @@ def test_study_report(three_seeds):
     assert correlations["probe_kde_gini"]["n"] == 4
     assert not {"fd2", "precision", "class_agreement"} & correlations.keys()
     assert lines_of(text, "| probe_f1 |").startswith("| probe_f1 | 0.610 | 0.630 | 0.650 |")
+    assert "| `send` | 950 ± 0 (-50 ± 0) | 861 ± 1 (-40 ± 0) |" in text and "At equal loss" not in text
     assert_drawn(three_seeds, "convergence")
     assert not (three_seeds / "samples.png").exists()
 
@@ -286,3 +287,19 @@ def test_speed_ups():
         ratios, _ = study.speed_ups(curves_of(control=noisy[:1], send=noisy[1:]), "send", "control")
         logs.append(np.log(ratios[0]))
     assert abs(np.mean(logs)) < 3 * np.std(logs) / len(logs) ** 0.5
+
+
+def test_arms_at_equal_psnr(three_seeds):
+    """An arm is compared with a weight that costs another PSNR, or with one beyond those that ran."""
+    rows = {arm: {"seed0": dict(psnr=psnr, fd=fd)} for arm, psnr, fd in (
+        ("control", 30, 800.0), ("lambda8", 28, 600.0), ("send", 29, 760.0), ("vavae", 28.25, 630.0),
+        ("random", 31, 0.0))}
+    assert study.at_equal_psnr(rows, "vavae", "fd") == [-10]
+    assert study.at_equal_psnr(rows, "random", "fd") == []
+    for seed in range(3):  # lambda8 has half the PSNR and twice the distance of control, depth1-clean between
+        write_arm(three_seeds / f"seed{seed}/lambda8", 1800.0, 0.6, [(100, 2000.0), (200, 1800.0)], psnr=12)
+        change_file(three_seeds / f"seed{seed}/depth1-clean/recon.json", '"psnr": 2', '"psnr": 1')
+    do("study", three_seeds)
+    text = (three_seeds / "report.md").read_text()
+    part = text[text.index("## At equal loss of PSNR"):text.index("## SiTs trained longer")]
+    assert "between `control`, `send`, `lambda8`." in part and "| `depth1-clean` | 3 | " in part
