@@ -1,5 +1,6 @@
 """What the tests share: running scripts, tiny images and weights, one tiny run of the whole chain."""
 import contextlib
+import functools
 import hashlib
 import importlib
 import io
@@ -7,12 +8,14 @@ import json
 import math
 import multiprocessing.dummy
 import os
+import select
 import shlex
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from pathlib import Path
@@ -490,9 +493,63 @@ def labelled(pair, folder):
     return folder, order, torch.from_numpy(labels.astype(np.float32))
 
 
+# run.sh's python: the scripts run in children of the tests' process, where torch and timm are loaded already
+WARM_PYTHON = """#!{python} -S
+import json, os, socket, sys
+if sys.argv[1] not in {scripts}:
+    os.execv("{python}", ["{python}", *sys.argv[1:]])
+with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as server:
+    server.connect("{address}")
+    socket.send_fds(server, [json.dumps([sys.argv[1:], os.getcwd(), dict(os.environ)]).encode()], [0, 1, 2])
+    sys.exit(server.recv(1)[0])
+"""
+
+
+@functools.cache
+def warm_python():
+    """-> a folder with such a python; what serves it ends with this process."""
+    folder, parent = Path(tempfile.mkdtemp()), os.getpid()
+    scripts = [str(file.relative_to(HERE)) for file in (*HERE.glob("*.py"), *HERE.glob("extras/*.py"))]
+    (folder / "python").write_text(
+        WARM_PYTHON.format(python=sys.executable, scripts=scripts, address=folder / "socket"))
+    (folder / "python").chmod(0o755)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    listener.bind(str(folder / "socket"))
+    listener.listen()
+    if os.fork():
+        return folder
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    while os.getppid() == parent:
+        if select.select([listener], [], [], 1)[0]:
+            client, _ = listener.accept()
+            if not os.fork():
+                serve(client)
+            client.close()
+    shutil.rmtree(folder)
+    os._exit(0)
+
+
+def serve(client):
+    """Run the script that a client asks for, in its folder and environment, and send its status."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    message, files, *_ = socket.recv_fds(client, 10 ** 6, 3)
+    (script, *args), place, environment = json.loads(message)
+
+    def prepare():
+        for number, file in enumerate(files):
+            os.dup2(file, number)
+        os.chdir(place)
+        os.environ.clear()
+        os.environ.update(environment)
+
+    script = script.removesuffix(".py").replace("/", ".")
+    client.send(bytes([ended(fork(script, *args, log=os.devnull, prepare=prepare), 600) % 256]))
+    os._exit(0)
+
+
 def recipe(*arguments, status=0, folder=HERE, **env):
     """bash run.sh ARGUMENTS in this environment, with nothing installed -> (stdout, stderr)."""
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    path = f"{warm_python()}:{Path(sys.executable).parent}:{os.environ['PATH']}"
     environment = {**os.environ, "SKIP_INSTALL": "1", "VIRTUAL_ENV": sys.prefix, "PATH": path}
     environment |= {k: str(v) for k, v in env.items()}
     command = ["bash", str(HERE / "run.sh"), *map(str, arguments)]

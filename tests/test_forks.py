@@ -2,10 +2,11 @@
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 from helpers import (
-    HERE, ONE_STEP, VFM, assert_same_bits, do, metrics, tiny_vae)
+    HERE, ONE_STEP, VFM, assert_same_bits, do, forked, metrics, tiny_vae)
 
 import common
 
@@ -20,10 +21,15 @@ def fork(name, most, folder):
         shutil.copy(file, folder)
     subprocess.run(["git", "apply", patch], cwd=folder, check=True)
 
+    def prepare():  # modules of the copy in the place of those that are loaded
+        sys.path.insert(0, str(folder))
+        for name, module in [*sys.modules.items()]:
+            if Path(getattr(module, "__file__", None) or "").parent in (HERE, HERE / "extras"):
+                del sys.modules[name]
+
     def run(script, *args):
-        command = [sys.executable, folder / f"{script}.py", *map(str, args)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+        status, _, said = forked(script, *args, log=folder / "log", prepare=prepare)
+        assert status == 0, said
 
     return run
 
