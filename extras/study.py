@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import scipy.interpolate
 import scipy.stats
 import torch
 from PIL import Image
@@ -326,14 +327,15 @@ def speed_ups(rows, arm, reference):
 
 
 def at_equal_psnr(rows, arm, key):
-    """Arm minus `send`'s recipe with the lambda that costs as much PSNR, linear between the WEIGHTS that ran,
-    one a seed. Seeds beyond their ends are left out."""
+    """Arm minus `send`'s recipe with the lambda that costs as much PSNR, one a seed: on a monotone cubic
+    through the WEIGHTS that ran, as the gain of a dB shrinks. Seeds beyond its ends are left out."""
     out = []
     for seed, row in rows[arm].items():
         line = [rows[a][seed] for a in WEIGHTS if seed in rows.get(a, {})]
         line = sorted((r["psnr"], r[key]) for r in line)
-        if line and line[0][0] <= row["psnr"] <= line[-1][0]:
-            out.append(row[key] - float(np.interp(row["psnr"], *zip(*line, strict=True))))
+        if len(line) > 1 and line[0][0] <= row["psnr"] <= line[-1][0]:
+            curve = scipy.interpolate.PchipInterpolator(*zip(*line, strict=True))
+            out.append(row[key] - float(curve(row["psnr"])))
     return out
 
 
@@ -460,8 +462,9 @@ def equal_psnr_part(rows):
     """Each arm beside the recipe of `send` at the arm's own PSNR."""
     keys = {"curve_mean": 0, "fd": 0, "fd_to_reconstructions": 0, "fd2": 0, "fd3": 0, "probe_f1": 3}
     lines = []
-    for arm in rows:
-        if arm not in WEIGHTS and not other_sit(arm) and at_equal_psnr(rows, arm, "fd"):
+    for arm in rows:  # those with a control of their own have another length or latent
+        own = arm in WEIGHTS or arm.startswith("control") or reference_of(rows, arm) != "control"
+        if not own and not other_sit(arm) and at_equal_psnr(rows, arm, "fd"):
             spans = [span_text(at_equal_psnr(rows, arm, k), k, digits) for k, digits in keys.items()]
             lines.append([f"`{arm}`", len(at_equal_psnr(rows, arm, "fd")), *spans])
     head = ["arm", "seeds", "gFD, mean of the curve", "gFD", "gFD to reconstructions", "gFD by Lite2",
@@ -469,8 +472,9 @@ def equal_psnr_part(rows):
     line = ", ".join(f"`{a}`" for a in WEIGHTS if a in rows)
     return "" if not lines else f"""## At equal loss of PSNR
 
-An arm minus the recipe of `send` at the arm's own PSNR: within each seed, linear between {line}.
-Seeds in which the arm's PSNR lies beyond their ends are left out.
+An arm minus the recipe of `send` at the arm's own PSNR: within each seed, on a monotone cubic through
+{line}. Seeds in which the arm's PSNR lies beyond its ends are left out.
+The intervals are those of the seeds; how the curve runs between so few points is a guess.
 
 {table(head, lines)}
 """
@@ -548,7 +552,7 @@ at its first point.
 ## Distance while the SiT trains
 
 `{control['curve_measure']}`: of fewer samples and other noise than above, so its last value is another. In
-brackets: minus the control's, within each seed.
+brackets: minus the control's, within each seed, mean ± standard deviation.
 
 {curve_table(rows | long)}
 ## Which score of a VAE follows the distance?

@@ -1,6 +1,5 @@
 """What the tests share: running scripts, tiny images and weights, one tiny run of the whole chain."""
 import contextlib
-import functools
 import hashlib
 import importlib
 import io
@@ -15,7 +14,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 import traceback
 from pathlib import Path
@@ -156,9 +154,11 @@ def fork(script, *args, log, prepare=lambda: None):
     except BaseException:
         traceback.print_exc()
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+        try:
+            sys.stdout.flush()
+            sys.stderr.flush()
+        finally:
+            os._exit(status)
 
 
 def ended(pid, seconds=120):
@@ -493,10 +493,11 @@ def labelled(pair, folder):
     return folder, order, torch.from_numpy(labels.astype(np.float32))
 
 
-# run.sh's python: the scripts run in children of the tests' process, where torch and timm are loaded already
+# run.sh's python: the scripts run in children of the tests' process, where torch and timm are loaded already.
+# Where a hub's cache is named, which is read when its package is loaded, in a process of their own
 WARM_PYTHON = """#!{python} -S
 import json, os, socket, sys
-if sys.argv[1] not in {scripts}:
+if sys.argv[1] not in {scripts} or "HF_HUB_CACHE" in os.environ:
     os.execv("{python}", ["{python}", *sys.argv[1:]])
 with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as server:
     server.connect("{address}")
@@ -505,51 +506,56 @@ with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as server:
 """
 
 
-@functools.cache
-def warm_python():
-    """-> a folder with such a python; what serves it ends with this process."""
-    folder, parent = Path(tempfile.mkdtemp()), os.getpid()
+@pytest.fixture(scope="session", autouse=True)
+def warm_python(tmp_path_factory):
+    """A folder with such a python, and what serves it, which ends with this process."""
+    global WARM
+    WARM, parent = tmp_path_factory.mktemp("python"), os.getpid()
     scripts = [str(file.relative_to(HERE)) for file in (*HERE.glob("*.py"), *HERE.glob("extras/*.py"))]
-    (folder / "python").write_text(
-        WARM_PYTHON.format(python=sys.executable, scripts=scripts, address=folder / "socket"))
-    (folder / "python").chmod(0o755)
+    (WARM / "python").write_text(
+        WARM_PYTHON.format(python=sys.executable, scripts=scripts, address=WARM / "socket"))
+    (WARM / "python").chmod(0o755)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    listener.bind(str(folder / "socket"))
+    listener.bind(str(WARM / "socket"))
     listener.listen()
     if os.fork():
-        return folder
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
-    while os.getppid() == parent:
-        if select.select([listener], [], [], 1)[0]:
-            client, _ = listener.accept()
-            if not os.fork():
-                serve(client)
-            client.close()
-    shutil.rmtree(folder)
-    os._exit(0)
+        return
+    try:  # whatever happens, no second copy of the tests goes on
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+        while os.getppid() == parent:
+            if select.select([listener], [], [], 1)[0]:
+                client, _ = listener.accept()
+                if not os.fork():
+                    serve(client)
+                client.close()
+    finally:
+        os._exit(0)
 
 
 def serve(client):
     """Run the script that a client asks for, in its folder and environment, and send its status."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    message, files, *_ = socket.recv_fds(client, 10 ** 6, 3)
-    (script, *args), place, environment = json.loads(message)
+    try:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        message, files, *_ = socket.recv_fds(client, 10 ** 6, 3)
+        (script, *args), place, environment = json.loads(message)
 
-    def prepare():
-        for number, file in enumerate(files):
-            os.dup2(file, number)
-        os.chdir(place)
-        os.environ.clear()
-        os.environ.update(environment)
+        def prepare():
+            for number, file in enumerate(files):
+                os.dup2(file, number)
+            os.chdir(place)
+            os.environ.clear()
+            os.environ.update(environment)
 
-    script = script.removesuffix(".py").replace("/", ".")
-    client.send(bytes([ended(fork(script, *args, log=os.devnull, prepare=prepare), 600) % 256]))
-    os._exit(0)
+        script = script.removesuffix(".py").replace("/", ".")
+        status = ended(fork(script, *args, log=os.devnull, prepare=prepare), 600)
+        client.send(bytes([status if status >= 0 else 128 - status]))
+    finally:
+        os._exit(0)
 
 
 def recipe(*arguments, status=0, folder=HERE, **env):
     """bash run.sh ARGUMENTS in this environment, with nothing installed -> (stdout, stderr)."""
-    path = f"{warm_python()}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    path = f"{WARM}:{Path(sys.executable).parent}:{os.environ['PATH']}"
     environment = {**os.environ, "SKIP_INSTALL": "1", "VIRTUAL_ENV": sys.prefix, "PATH": path}
     environment |= {k: str(v) for k, v in env.items()}
     command = ["bash", str(HERE / "run.sh"), *map(str, arguments)]

@@ -24,7 +24,7 @@ def fork(name, most, folder):
     def prepare():  # modules of the copy in the place of those that are loaded
         sys.path.insert(0, str(folder))
         for name, module in [*sys.modules.items()]:
-            if Path(getattr(module, "__file__", None) or "").parent in (HERE, HERE / "extras"):
+            if Path(getattr(module, "__file__", None) or "").resolve().parent in (HERE, HERE / "extras"):
                 del sys.modules[name]
 
     def run(script, *args):

@@ -293,8 +293,11 @@ def test_arms_at_equal_psnr(three_seeds):
     """An arm is compared with a weight that costs another PSNR, or with one beyond those that ran."""
     rows = {arm: {"seed0": dict(psnr=psnr, fd=fd)} for arm, psnr, fd in (
         ("control", 30, 800.0), ("lambda8", 28, 600.0), ("send", 29, 760.0), ("vavae", 28.25, 630.0),
-        ("random", 31, 0.0))}
-    assert study.at_equal_psnr(rows, "vavae", "fd") == [-10]
+        ("random", 31, 0.0), ("oracle", 29, 750.0))}
+    assert study.at_equal_psnr(rows, "oracle", "fd") == [-10]
+    # Hermite's cubic at a quarter of 28 to 29, of slopes 220 and 64 by Fritsch and Carlson
+    cubic = 600 * 0.84375 + 220 * 0.140625 + 760 * 0.15625 - 64 * 0.046875
+    assert study.at_equal_psnr(rows, "vavae", "fd") == pytest.approx([630 - cubic])
     assert study.at_equal_psnr(rows, "random", "fd") == []
     for seed in range(3):  # lambda8 has half the PSNR and twice the distance of control, depth1-clean between
         write_arm(three_seeds / f"seed{seed}/lambda8", 1800.0, 0.6, [(100, 2000.0), (200, 1800.0)], psnr=12)
@@ -302,4 +305,4 @@ def test_arms_at_equal_psnr(three_seeds):
     do("study", three_seeds)
     text = (three_seeds / "report.md").read_text()
     part = text[text.index("## At equal loss of PSNR"):text.index("## SiTs trained longer")]
-    assert "between `control`, `send`, `lambda8`." in part and "| `depth1-clean` | 3 | " in part
+    assert "`control`, `send`, `lambda8`." in part and "| `depth1-clean` | 3 | " in part
