@@ -1,2 +1,2 @@
-"""Fixtures of all tests: tiny runs that are made once."""
-from helpers import avatars, demo, hub, inception, judge, net, small, tmp_vae, vae_pair, vgg, warm_python  # noqa: F401
+"""The fixtures of tests/helpers.py, tiny runs that are made once, for test_all.py and tests/ alike."""
+pytest_plugins = ["helpers"]

@@ -459,16 +459,16 @@ F1 of a probe on its tokens, averaged over positions to about as many numbers as
 
 
 def equal_psnr_part(rows):
-    """Each arm beside the recipe of `send` at the arm's own PSNR."""
-    keys = {"curve_mean": 0, "fd": 0, "fd_to_reconstructions": 0, "fd2": 0, "fd3": 0, "probe_f1": 3}
+    """Each arm beside the recipe of `send` at the arm's own PSNR; not those with another SiT, length or
+    latent, which have a control of their own."""
+    shown = [(key, title, digits) for key, title, digits, kind in COLUMNS if "d" in kind]
     lines = []
-    for arm in rows:  # those with a control of their own have another length or latent
-        own = arm in WEIGHTS or arm.startswith("control") or reference_of(rows, arm) != "control"
-        if not own and not other_sit(arm) and at_equal_psnr(rows, arm, "fd"):
-            spans = [span_text(at_equal_psnr(rows, arm, k), k, digits) for k, digits in keys.items()]
-            lines.append([f"`{arm}`", len(at_equal_psnr(rows, arm, "fd")), *spans])
-    head = ["arm", "seeds", "gFD, mean of the curve", "gFD", "gFD to reconstructions", "gFD by Lite2",
-            "gFD by VGG16", "probe F1"]
+    for arm in rows:
+        alike = not other_sit(arm) and not arm.startswith("control-") and reference_of(rows, arm) == "control"
+        d = [at_equal_psnr(rows, arm, key) for key, *_ in shown] if alike and arm not in WEIGHTS else [[]]
+        if d[0]:
+            spans = [span_text(v, key, digits) for v, (key, _, digits) in zip(d, shown, strict=True)]
+            lines.append([f"`{arm}`", len(d[0]), *spans])
     line = ", ".join(f"`{a}`" for a in WEIGHTS if a in rows)
     return "" if not lines else f"""## At equal loss of PSNR
 
@@ -476,21 +476,20 @@ An arm minus the recipe of `send` at the arm's own PSNR: within each seed, on a 
 {line}. Seeds in which the arm's PSNR lies beyond its ends are left out.
 The intervals are those of the seeds; how the curve runs between so few points is a guess.
 
-{table(head, lines)}
+{table(["arm", "seeds", *(title for _, title, _ in shown)], lines)}
 """
 
 
 def curve_table(rows):
-    """Distances, and in brackets their differences from the control."""
+    """Distances, and in brackets their differences from the control's."""
     lines, steps = [], sorted({s for of in rows.values() for r in of.values() for s, _ in r["curve"]})
     for arm, of in rows.items():
-        line, reference = [f"`{arm}`"], reference_of(rows, arm)
+        line, curves = [f"`{arm}`"], [dict(r["curve"]) for r in of.values()]
+        both = [] if arm.startswith("control") else pairs(rows, arm, reference_of(rows, arm))
+        both = [(dict(a["curve"]), dict(b["curve"])) for a, b in both]
         for s in steps:
-            at = [dict(r["curve"])[s] for r in of.values() if s in dict(r["curve"])]
-            d = [(dict(a["curve"]), dict(b["curve"])) for a, b in pairs(rows, arm, reference)]
-            d = [a[s] - b[s] for a, b in d if s in a and s in b]
-            lead = f" ({mean_sd(d, 0, '+')})" if d and arm != reference else ""
-            line.append((mean_sd(at, 0) if at else "") + lead)
+            at, lead = [c[s] for c in curves if s in c], [a[s] - b[s] for a, b in both if s in a and s in b]
+            line.append((mean_sd(at, 0) if at else "") + (f" ({mean_sd(lead, 0, '+')})" if lead else ""))
         lines.append(line)
     return table(["arm", *(f"step {s}" for s in steps)], lines)
 
