@@ -115,8 +115,8 @@ if [ -z "${SHOW:-}" ]; then
 fi
 
 if [ "${1:-demo}" = test ]; then
-    exec python -m pytest -q -n 2 -o tmp_path_retention_policy=failed -o tmp_path_retention_count=1 \
-        test_all.py ${2:+tests}
+    exec python -m pytest -q -n 2 --dist worksteal -o tmp_path_retention_policy=failed \
+        -o tmp_path_retention_count=1 test_all.py ${2:+tests}
 fi
 
 # Words of "VARIABLE SCRIPT flags": is what that variable holds a flag? Asked before the hours of work

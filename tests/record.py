@@ -81,8 +81,9 @@ def training(folder, checkpoint, part):
     return dict(steps=steps, bits=digest(v.numpy() for v in state.values()))
 
 
-def measure(out):
-    """Run every stage in the folder `out` -> {part: numbers and hashes}."""
+def measure(out, run=run):
+    """Run every stage in the folder `out` -> {part: numbers and hashes}. run(script, *flags) runs a command
+    line."""
     images, vgg, found = out / "images", out / "vgg16.pth", {}
     make_images(images)
     make_vgg(vgg)
@@ -156,12 +157,12 @@ def differences(old, new, path="", bits=True):
     return [] if same else [f"{path}: {old} and {new}"]
 
 
-def compare():
+def compare(run=run):
     """Run everything -> (what differs from record.json, whether it was recorded on such a machine, what was
     found)."""
     recorded, here = json.loads((HERE / "record.json").read_text()), machine().items()
     with tempfile.TemporaryDirectory() as folder:
-        found = measure(Path(folder))
+        found = measure(Path(folder), run)
     same = [r for r in recorded if r["machine"].items() <= here]  # the first record names no model
     return differences((same or recorded)[0]["record"], found, bits=bool(same)), bool(same), found
 
