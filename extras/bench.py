@@ -379,12 +379,17 @@ def time_sample(bench):
     bench.run(sample.main, batch)
 
 
+INCEPTION = 32, 2048  # images of 256 x 256 at a time; features
+PROBE = 2000, 8192, 40  # images; numbers of f16d32 at 256; CelebA's attributes
+
+
 def time_fid(bench):
     """Inception beside torch-fidelity's; then, once each, the Fréchet distance, scipy's sqrtm for it,
     precision and recall."""
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     bench.stack.enter_context(torch.backends.cudnn.flags(allow_tf32=False))
-    images = torch.randint(0, 256, (32, 3, 256, 256), dtype=torch.uint8, device=bench.device)
+    batch, d = INCEPTION
+    images = torch.randint(0, 256, (batch, 3, 256, 256), dtype=torch.uint8, device=bench.device)
     net = fid.FIDInception(weights=False).to(bench.device, memory_format=torch.channels_last)
     torch.save(net.net.state_dict(), bench.folder / "inception.pth")
     peer = FeatureExtractorInceptionV3("peer", ["2048"], str(bench.folder / "inception.pth"))
@@ -392,9 +397,9 @@ def time_fid(bench):
     bench.rivals["torch_fidelity"] = torch.no_grad()(lambda: peer(images)[0].cpu())
     bench.part = "network"
     bench.run_function(lambda: net(images).cpu(), len(images))
-    rng, scale = np.random.default_rng(0), 1 + np.arange(2048) / 500
-    a, b = (fid.statistics((rng.standard_normal((4096, 2048)) * scale).astype(np.float32)) for _ in range(2))
-    features = [torch.randn(bench.args.images, 2048) for _ in range(2)]
+    rng, scale = np.random.default_rng(0), 1 + np.arange(d) / 500
+    a, b = (fid.statistics((rng.standard_normal((2 * d, d)) * scale).astype(np.float32)) for _ in range(2))
+    features = [torch.randn(bench.args.images, d) for _ in range(2)]
     for name, run in dict(frechet_distance=lambda: fid.frechet_distance(*a, *b),
                           scipy_sqrtm=lambda: scipy.linalg.sqrtm(a[1] @ b[1]),
                           precision_recall=lambda: fid.precision_recall(*features)).items():
@@ -402,13 +407,14 @@ def time_fid(bench):
 
 
 def time_probe(bench):
-    """Fits of 2,000 images with the 8,192 numbers of f16d32 at 256 and CelebA's 40 attributes, made up."""
-    n, D, A, generator = 2000, 8192, 40, torch.Generator().manual_seed(0)
+    """Fits of attributes made up."""
+    (n, D, A), generator = PROBE, torch.Generator().manual_seed(0)
     X, W = torch.randn(n, D, generator=generator), torch.randn(D, A, generator=generator)
     Y = (X @ W + D ** 0.5 * torch.randn(n, A, generator=generator) > 0).float()
     bench.wrap(probe, "principal_axes", "axes")
     bench.wrap(torch.optim.LBFGS, "step", "solver")
-    parts = X[:1600], Y[:1600], X[1600:], Y[1600:]
+    cut = 4 * n // 5
+    parts = X[:cut], Y[:cut], X[cut:], Y[cut:]
     bench.run_function(lambda: probe.fit_probe(*parts, device=bench.device), n)
 
 

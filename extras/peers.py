@@ -124,9 +124,9 @@ def race(bench):
     common.setup() sets it."""
     args, modules, device = bench.owner.args, bench.owner.modules, bench.device
     if "model" in modules:
-        steps = {"plain fp32": sit_step(modules["model"], args, "fp32"),
-                 "plain bf16": sit_step(modules["model"], args, "bf16"),
-                 "plain bf16 compiled": sit_step(modules["model"], args, "bf16", compiled=True)}
+        steps = {f"plain {precision}": sit_step(modules["model"], args, precision)
+                 for precision in ("fp32", args.precision)}
+        steps[f"plain {args.precision} compiled"] = sit_step(modules["model"], args, args.precision, True)
     else:
         networks = (modules[k] for k in ("vae", "mapper", "discriminator"))
         steps = {f"plain {args.precision}": vae_step(*networks, args)}

@@ -493,11 +493,10 @@ def labelled(pair, folder):
     return folder, order, torch.from_numpy(labels.astype(np.float32))
 
 
-# run.sh's python: the scripts run in children of the tests' process, where torch and timm are loaded already.
-# Where a hub's cache is named, which is read when its package is loaded, in a process of their own
+# run.sh's python: the scripts run in children of the tests' process, where torch and timm are loaded already
 WARM_PYTHON = """#!{python} -S
 import json, os, socket, sys
-if sys.argv[1] not in {scripts} or "HF_HUB_CACHE" in os.environ:
+if sys.argv[1] not in {scripts}:
     os.execv("{python}", ["{python}", *sys.argv[1:]])
 with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as server:
     server.connect("{address}")
@@ -545,6 +544,8 @@ def serve(client):
             os.chdir(place)
             os.environ.clear()
             os.environ.update(environment)
+            hub = huggingface_hub.constants  # which was loaded with another environment
+            hub.HF_HUB_CACHE = environment.get("HF_HUB_CACHE", hub.HF_HUB_CACHE)
 
         script = script.removesuffix(".py").replace("/", ".")
         status = ended(fork(script, *args, log=os.devnull, prepare=prepare), 600)
