@@ -37,7 +37,7 @@ import torch.nn.functional as F
 from helpers import (
     ALL_LOSSES, FP32, HERE, LITE0, NAME, ONE_STEP, PLAIN, SLOW, SMALL, SMALL_SIT, SMALL_VAE, VFM, Colours,
     Evil, Gaussian, assert_is_diffusers, assert_refused, assert_same_bits, assert_same_losses, call,
-    command_line, count, digest, do, do_on_two, draw_avatars, encode_command, ended, fork, forked,
+    command_line, count, digest, do, do_on_ranks, draw_avatars, encode_command, ended, fork, forked,
     labelled, ldm_state, metrics, peer_sit, peer_vae, planted, ramp, read_scores, recipe, sit_command,
     sklearn_probe, small_vae, stats_of, tensors, tiny_sit, tiny_vae, train_command, truncate, vae_batch,
     vae_command, write_images, write_npz, write_table)
@@ -1943,7 +1943,7 @@ def test_processes_and_micro_batches_train_the_same_vae(losses, small, tmp_path)
     global), or a run of two processes cannot go on with one."""
     command = "train_vae", "--data", small / "images", *SMALL_VAE, *losses, *SLOW
     do(*command, "--steps", 3, "--out", tmp_path / "one")
-    do_on_two(*command, "--steps", 2, "--sample-every", 1, "--out", tmp_path / "parts", folder=tmp_path)
+    do_on_ranks(*command, "--steps", 2, "--sample-every", 1, "--out", tmp_path / "parts", folder=tmp_path)
     do(*command, "--steps", 3, "--micro-batch", 2, "--out", tmp_path / "parts")
     assert metrics(tmp_path / "one")[1][0].keys() > {"rec", "kl", "align", "mapper_grad_norm"}
     assert_same_losses(tmp_path / "one", tmp_path / "parts")
@@ -1957,7 +1957,7 @@ def test_processes_and_micro_batches_train_the_same_sit(small, tmp_path):
     command = ("train_sit", "--latents", small / "latents", "--data", small / "images", *SMALL_SIT, *SLOW,
                "--repa", 0.5, *VFM, "--log-every", 2)
     do(*command, "--steps", 4, "--out", tmp_path / "one")
-    do_on_two(*command, "--steps", 2, "--sample-every", 1, "--out", tmp_path / "parts", folder=tmp_path)
+    do_on_ranks(*command, "--steps", 2, "--sample-every", 1, "--out", tmp_path / "parts", folder=tmp_path)
     assert len(list(tmp_path.glob("parts/samples/*"))) == 2
     do(*command, "--steps", 4, "--micro-batch", 2, "--out", tmp_path / "parts")
     assert_same_losses(tmp_path / "one", tmp_path / "parts")
@@ -1968,7 +1968,7 @@ def test_processes_and_micro_batches_train_the_same_sit(small, tmp_path):
 
 def test_two_processes_encode_the_same_moments(small, tmp_path):
     """Ranks overwrite each other's rows, or statistics are one rank's."""
-    do_on_two(*encode_command(small, small / "images", tmp_path / "latents", "--flip"), folder=tmp_path)
+    do_on_ranks(*encode_command(small, small / "images", tmp_path / "latents", "--flip"), folder=tmp_path)
     one, two = data.load_latents(small / "latents"), data.load_latents(tmp_path / "latents")
     moments = [latents.moments[:].astype(float) for latents in (one, two)]
     np.testing.assert_allclose(*moments, rtol=2e-3, atol=1e-3)  # last digit of float16
@@ -1982,7 +1982,7 @@ def test_two_processes_sample_the_same_images(small, tmp_path):
     reordered.)"""
     command = ("sample", "--sit", small / "sit/sit.pt", "--images", 9, "--steps", 3, "--sampler", "sde",
                "--cfg", 2, *FP32)
-    do_on_two(*command, "--out", tmp_path / "two.npz", folder=tmp_path)
+    do_on_ranks(*command, "--out", tmp_path / "two.npz", folder=tmp_path)
     do(*command, "--micro-batch", 2, "--out", tmp_path / "one.npz")
     one, two = np.load(tmp_path / "one.npz"), np.load(tmp_path / "two.npz")
     assert np.array_equal(one["arr_1"], two["arr_1"]) and len(set(one["arr_1"])) == 2

@@ -379,7 +379,7 @@ def time_sample(bench):
     bench.run(sample.main, batch)
 
 
-INCEPTION = 32, 2048  # images of 256 x 256 at a time; features
+INCEPTION = 32, 2048  # images of 256 x 256 at a time; dimensions of the distances
 PROBE = 2000, 8192, 40  # images; numbers of f16d32 at 256; CelebA's attributes
 
 
@@ -407,7 +407,7 @@ def time_fid(bench):
 
 
 def time_probe(bench):
-    """Fits of attributes made up."""
+    """Fits of made-up attributes, as many as PROBE says."""
     (n, D, A), generator = PROBE, torch.Generator().manual_seed(0)
     X, W = torch.randn(n, D, generator=generator), torch.randn(D, A, generator=generator)
     Y = (X @ W + D ** 0.5 * torch.randn(n, A, generator=generator) > 0).float()

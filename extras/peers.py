@@ -125,7 +125,7 @@ def race(bench):
     args, modules, device = bench.owner.args, bench.owner.modules, bench.device
     if "model" in modules:
         steps = {f"plain {precision}": sit_step(modules["model"], args, precision)
-                 for precision in ("fp32", args.precision)}
+                 for precision in dict.fromkeys(("fp32", args.precision))}
         steps[f"plain {args.precision} compiled"] = sit_step(modules["model"], args, args.precision, True)
     else:
         networks = (modules[k] for k in ("vae", "mapper", "discriminator"))

@@ -150,7 +150,7 @@ def fork(script, *args, log, prepare=lambda: None):
         common.run_script(importlib.import_module(script).main)
         status = 0
     except SystemExit as e:
-        status = e.code
+        status = e.code if isinstance(e.code, int) else int(e.code is not None)
     except BaseException:
         traceback.print_exc()
     finally:
@@ -174,17 +174,17 @@ def ended(pid, seconds=120):
     raise TimeoutError(f"still running after {seconds} s")
 
 
-def forked(script, *args, log, prepare=lambda: None):
+def forked(script, *args, log, prepare=lambda: None, seconds=120):
     """fork() to its end -> (status, "", what it printed), for assert_refused()."""
     Path(log).unlink(missing_ok=True)
-    status = ended(fork(script, *args, log=log, prepare=prepare))
+    status = ended(fork(script, *args, log=log, prepare=prepare), seconds)
     return status, "", Path(log).read_text()
 
 
-def on_two_ranks(script, *args, folder, second=lambda: None):
-    """A script in two forked processes; second() prepares rank 1 -> [(status, "", output)]."""
-    place = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
-    logs, pids = [folder / "rank0", folder / "rank1"], []
+def on_ranks(script, *args, folder, second=lambda: None, ranks=2):
+    """A script in forked processes; second() prepares all but rank 0 -> [(status, "", output)]."""
+    place = dict(WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+    logs, pids = [folder / f"rank{k}" for k in range(ranks)], []
     for rank, log in enumerate(logs):
         def prepare(rank=rank):
             os.environ.update(place, RANK=str(rank))
@@ -195,11 +195,11 @@ def on_two_ranks(script, *args, folder, second=lambda: None):
     return [(ended(pid), "", log.read_text()) for pid, log in zip(pids, logs)]
 
 
-def do_on_two(script, *args, folder):
-    """A command that must work on two processes -> what the first one printed."""
-    ranks = on_two_ranks(script, *args, folder=folder)
-    assert [status for status, *_ in ranks] == [0, 0], ranks
-    return ranks[0][2]
+def do_on_ranks(script, *args, folder, ranks=2):
+    """A command that must work on several processes -> what the first one printed."""
+    done = on_ranks(script, *args, folder=folder, ranks=ranks)
+    assert all(status == 0 for status, *_ in done), done
+    return done[0][2]
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -4,10 +4,11 @@
     python tests/record.py --write  # record this kind of machine (anew: when the computation is meant to
                                     # change, say why; records of other kinds that no longer fit go)
 
-Every stage runs as its command line on 48 images made here: float32, one thread, seed 0, 20 steps. Kept are
-the losses and gradient norms as metrics.jsonl says them (six digits), scores, and sha256 of weights, moments
-and samples. On a recorded kind of CPU and release of PyTorch all must be equal; elsewhere numbers to 3e-2
-relative, since Adam multiplies what other kernels round otherwise (AVX2 and AVX512 differ by up to 2.1 %).
+Every stage runs as its command line (in the tests: in a forked child) on 48 images made here: float32, one
+thread, seed 0, 20 steps. Kept are the losses and gradient norms as metrics.jsonl says them (six digits),
+scores, and sha256 of weights, moments and samples. On a recorded kind of CPU and release of PyTorch all must
+be equal; elsewhere numbers to 3e-2 relative, since Adam multiplies what other kernels round otherwise (AVX2
+and AVX512 differ by up to 2.1 %).
 """
 import hashlib
 import json

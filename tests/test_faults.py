@@ -27,9 +27,9 @@ import pytest
 import safetensors.torch
 import torch
 from helpers import (
-    FP32, HERE, NAME, SLOW, VFM, assert_refused, assert_same_bits, assert_same_losses, call, command_line,
-    do, encode_command, ended, fork, forked, metrics, on_two_ranks, ramp, run, sit_command, train_command,
-    truncate, vae_command, write_images)
+    FP32, HERE, NAME, SLOW, VFM, assert_refused, assert_same_bits, assert_same_losses, call, command_line, do,
+    do_on_ranks, encode_command, ended, fork, forked, metrics, on_ranks, ramp, run, sit_command,
+    train_command, truncate, vae_command, write_images)
 from PIL import Image
 
 import common
@@ -227,10 +227,10 @@ def elastic_command(script, small, out, *flags):
 def test_elastic(script, small, tmp_path):
     """A run of two processes cannot go on with one or four, or goes on with other data or losses."""
     do(*elastic_command(script, small, tmp_path / "whole", "--steps", 5))
-    run(*elastic_command(script, small, tmp_path / "one", "--steps", 2), ranks=2)
+    do_on_ranks(*elastic_command(script, small, tmp_path / "one", "--steps", 2), folder=tmp_path)
     shutil.copytree(tmp_path / "one", tmp_path / "four")
     do(*elastic_command(script, small, tmp_path / "one", "--steps", 5))
-    run(*elastic_command(script, small, tmp_path / "four", "--steps", 5), ranks=4)
+    do_on_ranks(*elastic_command(script, small, tmp_path / "four", "--steps", 5), folder=tmp_path, ranks=4)
     for other in ("one", "four"):
         assert_same_losses(tmp_path / "whole", tmp_path / other)
 
@@ -298,12 +298,12 @@ def test_ranks_resume_from_one_checkpoint(small, tmp_path):
         def load(*_, **__):
             raise MemoryError
         torch.load = load
-    first, second = on_two_ranks(*command, "--steps", 6, folder=tmp_path, second=no_memory)
+    first, second = on_ranks(*command, "--steps", 6, folder=tmp_path, second=no_memory)
     assert_refused(second, "cannot be read now", "MemoryError")
     assert_refused(first, "another process of this run is lost")
     assert (out / "sit.pt").read_bytes() == before and not (out / "sit.damaged").exists()
     truncate(out / "sit.pt")
-    first, second = on_two_ranks(*command, "--steps", 6, folder=tmp_path)
+    first, second = on_ranks(*command, "--steps", 6, folder=tmp_path)
     assert first[0] == second[0] == 0 and "step 2 of 6" in first[2]
     assert first[2].count("going on from") == 1 and "going on from" not in second[2]
     assert [r["step"] for r in metrics(out)[1]] == [1, 2, 3, 4, 5, 6]

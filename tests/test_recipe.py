@@ -29,8 +29,8 @@ from extras import study as extras_study
 # run.sh at tiny scale: what it runs, runs
 
 
-TINY = dict(VAE_FLAGS="--steps 2 --batch 4",
-            SIT_FLAGS="--steps 2 --batch 4 --eval-every 1 --eval-images 8 --eval-steps 1",
+TINY = dict(VAE_FLAGS="--steps 2 --batch 4 --sample-every 0",
+            SIT_FLAGS="--steps 2 --batch 4 --sample-every 0 --eval-every 1 --eval-images 8 --eval-steps 1",
             SAMPLE_FLAGS="--images 10 --steps 1")
 
 
@@ -143,7 +143,7 @@ def imagenet(small, tmp_path_factory):
     do("fid", "score", out / "data/val", out / "data/val", *net, "--save-stats", out / "weights/adm-256.npz")
     shutil.copy(out / "weights/adm-256.npz", out / "weights/adm-512.npz")
     net, vfm = shlex.join(map(str, net)), shlex.join(map(str, VFM))
-    small_batch = "--steps 2 --batch 4 --micro-batch 4"
+    small_batch = "--steps 2 --batch 4 --micro-batch 4 --sample-every 0"
     return out / "data", dict(
         INIT=out / "weights", OUT=out / "out", ENCODE_FLAGS="--resolution 32", SCORE_FLAGS=net,
         VAE_FLAGS=f"--resolution 32 {small_batch} --lpips 0 --mapper-width 16 --mapper-mlp 16 {vfm}",
@@ -242,7 +242,7 @@ def test_both_resolutions(size, tmp_path):
     do("vae", "--vae", vae_pt, "--data", images, "--flip", "--out", latents)  # the crop is the checkpoint's
     assert data.load_latents(latents).moments.shape == (4, 2, 64, grid, grid)
     do("train_sit", "--latents", latents, "--data", images, "--model", "SiT-demo/1", *dino, "--batch", 1,
-       "--steps", 1, "--out", sit_pt.parent)
+       "--steps", 1, "--sample-every", 0, "--out", sit_pt.parent)
     do("sample", "--sit", sit_pt, "--images", 1, "--steps", 2, "--out", tmp_path / "samples.npz")
     assert np.load(tmp_path / "samples.npz")["arr_0"].shape == (1, size, size, 3)
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn as nn
 from helpers import (
     TRAIN, FP32, LITE0, NAME, SLOW, VFM, Evil, add_to_config, assert_refused, assert_same_bits, call, do,
-    do_on_two, encode_command, ldm_state, metrics, sit_command, train_command, truncate, vae_command,
+    do_on_ranks, encode_command, ldm_state, metrics, sit_command, train_command, truncate, vae_command,
     write_images, write_table)
 from PIL import Image
 
@@ -55,7 +55,7 @@ def test_sampling_goes_on(small, tmp_path):
     assert np.array_equal(np.load(out)["arr_0"], whole["arr_0"])
     out.unlink()
     leave(settings)
-    assert "9 of 21 images are there" in do_on_two(*command, "--out", out, folder=tmp_path)
+    assert "9 of 21 images are there" in do_on_ranks(*command, "--out", out, folder=tmp_path)
     images = np.load(out)["arr_0"]
     assert (images[:9] == 77).all() and np.abs(images[9:].astype(int) - whole["arr_0"][9:]).max() <= 1
     assert sorted(p.name for p in tmp_path.glob("parts*")) == ["parts.json", "parts.npz", "parts.png"]
@@ -169,7 +169,7 @@ def test_scores_during_training(small, net, tmp_path, monkeypatch):
     eval_flags = ("--eval-every", 3, "--eval-stats", reference, "--eval-images", 9, "--eval-steps", 7)
     do(*command)
     do(*command, *eval_flags, "--out", tmp_path / "one")
-    do_on_two(*command, *eval_flags, "--out", tmp_path / "two", folder=tmp_path)
+    do_on_ranks(*command, *eval_flags, "--out", tmp_path / "two", folder=tmp_path)
     name = "FD(test_vit@32)-9"
     curves = [{r["step"]: r[name] for r in metrics(tmp_path / k)[1] if name in r}
               for k in ("plain", "one", "two")]

@@ -12,7 +12,7 @@ import huggingface_hub
 import pytest
 import torch
 from helpers import (
-    HERE, PLAIN, add_to_config, assert_is_diffusers, assert_refused, call, do, ldm_state, on_two_ranks,
+    HERE, PLAIN, add_to_config, assert_is_diffusers, assert_refused, call, do, ldm_state, on_ranks,
     peer_vae, tiny_vae, write_images)
 from huggingface_hub import errors
 from huggingface_hub.hf_api import RepoSibling
@@ -119,7 +119,7 @@ def test_one_process_downloads(hub, tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     images = write_images(tmp_path / "images", 4)
     flags = "--vae", "org/f2", "--data", images, "--resolution", 16, "--out", tmp_path / "latents"
-    ranks = on_two_ranks("vae", *flags, folder=tmp_path)
+    ranks = on_ranks("vae", *flags, folder=tmp_path)
     assert [status for status, *_ in ranks] == [0, 0], ranks
     assert [path.name for path in tmp_path.glob("downloaded*")] == ["downloaded by 0"]
 
