@@ -194,7 +194,7 @@ def read_row(folder):
         measure = (f"FD({fd['network']})-{scores['fd_n']} (other judges {fd2['network']}, {fd3['network']}), "
                    f"{drawn['sampler']} {drawn['steps']} steps, VAE {tuned['inputs']['init']} trained for "
                    f"{length:.0f} steps of {tuned['batch']}, SiT for {trained['steps']} of "
-                   f"{trained['batch']} in {trained['precision']}, images {fd['inputs'][fd['reference']]}; "
+                   f"{trained['batch']}, images {fd['inputs'][fd['reference']]}; "
                    f"curves {curve_measure}")
         vaes = {records[k]["inputs"]["vae"] for k in ("fd", "fd2", "recon")} | {drawn["vae_hash"]}
         vaes |= {v for k, v in records["probe"]["inputs"].items() if k != "data"}
@@ -207,15 +207,16 @@ def read_row(folder):
         real = max(fd["fd_real"].values(), default=np.nan)
         real = f"{real:.0f}, one half of the training images against the other {fd['floor']:.0f}"
         commands = {k: r["made"]["command"].replace(sys.prefix, "ENV") for k, r in records.items()}
-        return dict(name=f"{run}/{arm}", run=run, arm=arm, seed=int(run[4:]), measure=measure, **scores,
+        return dict(name=f"{run}/{arm}", run=run, arm=arm, seed=int(run[4:].partition("-")[0]),
+                    precision_trained=trained["precision"], measure=measure, **scores,
                     curve_measure=curve_measure, curve=curve, baselines=simple, real_images=real,
                     commands=commands, commits=sorted({str(r["made"]["commit"]) for r in records.values()}),
                     sources={k: str(p) for k, p in files.items()} | dict(curve=str(logs["train_sit"])))
 
 
 def read_study(root):
-    """{arm: {seed: row}} in the order of ARMS, the same of the arms that are trained longer, and the names of
-    what is not finished. Raises UserError."""
+    """{arm: {run: row}} in the order of ARMS, the same of the arms that are trained longer, and the names of
+    what is not finished. A run is a seed on one machine, in one precision. Raises UserError."""
     order = {a: i for i, a in enumerate(ARMS)}
     folders = [p for p in root.glob("seed*/*") if p.is_dir()]
     folders.sort(key=lambda p: (order.get(p.name, len(order)), p.name, len(p.parent.name), p))  # seed10: last
@@ -233,6 +234,11 @@ def read_study(root):
         measures = {r["measure"] for of in group.values() for r in of.values()}
         if len(measures) > 1:
             raise UserError(f"{root}: distances of different kinds do not mix: {', '.join(sorted(measures))}")
+    for run in {row["run"] for of in rows.values() for row in of.values()}:
+        kinds = {of[run]["precision_trained"] for of in rows.values() if run in of}
+        if len(kinds) > 1:
+            raise UserError(f"{root}/{run}: arms in bf16 and in fp32 do not mix; move those in fp32, and a "
+                            f"control of theirs, to {root}/{run}-fp32")
     return rows, long, missing
 
 
@@ -260,15 +266,28 @@ def interval(values):
     return v.mean() - half, v.mean() + half
 
 
+def values_of(of, key):
+    """A score of an arm's runs, one a seed."""
+    return by_seed([(row, row[key]) for row in of.values()])
+
+
 def pairs(rows, arm, reference):
-    """The rows of an arm and of what it is compared with, of each seed that both have."""
+    """The rows of an arm and of what it is compared with, of each run that both have."""
     theirs = rows.get(reference, {})
-    return [(r, theirs[seed]) for seed, r in rows.get(arm, {}).items() if seed in theirs]
+    return [(r, theirs[run]) for run, r in rows.get(arm, {}).items() if run in theirs]
+
+
+def by_seed(found):
+    """[(row, value)] -> one value a seed: a seed that ran in two precisions is not two."""
+    of = {}
+    for row, value in found:
+        of.setdefault(row["seed"], []).append(value)
+    return [float(np.mean(values)) for values in of.values()]
 
 
 def differences(rows, arm, key, reference="control"):
     """Arm minus reference, one a seed."""
-    return [a[key] - b[key] for a, b in pairs(rows, arm, reference)]
+    return by_seed([(a, a[key] - b[key]) for a, b in pairs(rows, arm, reference)])
 
 
 def reference_of(rows, arm):
@@ -318,25 +337,25 @@ def speed_ups(rows, arm, reference):
     """Steps of the reference over steps of the arm to the worse of their two last distances, which both
     curves reach, one a seed: above 1 the arm is faster, below 1 slower. (Counting only arms that reach the
     reference would call chance a gain.) And whether one is a bound: a curve was there at its first point."""
-    ratios, bound = [], False
-    for ours, theirs in ((a["curve"], b["curve"]) for a, b in pairs(rows, arm, reference)):
+    logs, bound = [], False
+    for row, ours, theirs in ((a, a["curve"], b["curve"]) for a, b in pairs(rows, arm, reference)):
         target = max(ours[-1][1], theirs[-1][1])
-        ratios.append(steps_to(theirs, target) / steps_to(ours, target))
+        logs.append((row, np.log(steps_to(theirs, target) / steps_to(ours, target))))
         bound |= min(ours[0][1], theirs[0][1]) <= target
-    return ratios, bound
+    return list(np.exp(by_seed(logs))), bound
 
 
 def at_equal_psnr(rows, arm, key):
     """Arm minus `send`'s recipe with the lambda that costs as much PSNR, one a seed: on a monotone cubic
     through the WEIGHTS that ran, as the gain of a dB shrinks. Seeds beyond its ends are left out."""
     out = []
-    for seed, row in rows[arm].items():
-        line = [rows[a][seed] for a in WEIGHTS if seed in rows.get(a, {})]
+    for run, row in rows[arm].items():
+        line = [rows[a][run] for a in WEIGHTS if run in rows.get(a, {})]
         line = sorted((r["psnr"], r[key]) for r in line)
         if len(line) > 1 and line[0][0] <= row["psnr"] <= line[-1][0]:
             curve = scipy.interpolate.PchipInterpolator(*zip(*line, strict=True))
-            out.append(row[key] - float(curve(row["psnr"])))
-    return out
+            out.append((row, row[key] - curve(row["psnr"])))
+    return by_seed(out)
 
 
 def arm_means(rows):
@@ -345,7 +364,7 @@ def arm_means(rows):
     out = []
     for arm, of in rows.items():
         keys = set.intersection(*(set(numbers(r)) for r in of.values())) | {"psnr"}
-        means = {k: float(np.mean([r[k] for r in of.values()])) for k in sorted(keys)}
+        means = {k: float(np.mean(values_of(of, k))) for k in sorted(keys)}
         out += [] if other_sit(arm) else [dict(means, name=arm, run=arm, arm=arm)]
     return out
 
@@ -364,7 +383,7 @@ def mean_sd(values, digits, sign=""):
 
 
 def mean_of(of, key, digits):
-    return mean_sd([r[key] for r in of.values()], digits)
+    return mean_sd(values_of(of, key), digits)
 
 
 def span_text(d, key, digits):
@@ -399,7 +418,7 @@ def main_table(rows):
     for _, title, _, shown in COLUMNS:
         head += [title] * ("m" in shown) + [f"{title}, minus control's"] * ("d" in shown)
     for arm, of in rows.items():
-        line = [f"`{arm}`", ARMS.get(arm, ""), len(of)]
+        line = [f"`{arm}`", ARMS.get(arm, ""), len(values_of(of, "psnr"))]
         for key, _, digits, shown in COLUMNS:
             own = key != "probe_f1" or not other_sit(arm)  # else it is another arm's VAE
             line += [mean_of(of, key, digits)] if "m" in shown else []
@@ -484,11 +503,12 @@ def curve_table(rows):
     """Distances, and in brackets their differences from the control's."""
     lines, steps = [], sorted({s for of in rows.values() for r in of.values() for s, _ in r["curve"]})
     for arm, of in rows.items():
-        line, curves = [f"`{arm}`"], [dict(r["curve"]) for r in of.values()]
+        line, curves = [f"`{arm}`"], [(r, dict(r["curve"])) for r in of.values()]
         both = [] if arm.startswith("control") else pairs(rows, arm, reference_of(rows, arm))
-        both = [(dict(a["curve"]), dict(b["curve"])) for a, b in both]
+        both = [(a, dict(a["curve"]), dict(b["curve"])) for a, b in both]
         for s in steps:
-            at, lead = [c[s] for c in curves if s in c], [a[s] - b[s] for a, b in both if s in a and s in b]
+            at = by_seed([(r, c[s]) for r, c in curves if s in c])
+            lead = by_seed([(r, a[s] - b[s]) for r, a, b in both if s in a and s in b])
             line.append((mean_sd(at, 0) if at else "") + (f" ({mean_sd(lead, 0, '+')})" if lead else ""))
         lines.append(line)
     return table(["arm", *(f"step {s}" for s in steps)], lines)
@@ -510,21 +530,22 @@ def correlation_table(means, result):
 
 def write_report(root, rows, long, missing, means, correlations, known):
     control, made = next(iter(rows["control"].values())), common.made()
-    seeds = list(dict.fromkeys(s for of in rows.values() for s in of))
+    kinds = {r["run"]: r["precision_trained"] for of in rows.values() for r in of.values()}
     commits = sorted({c for of in (rows | long).values() for r in of.values() for c in r["commits"]})
     left_out = f" Not finished: {', '.join(missing)}." if missing else ""
     simple = ", ".join(f"{k} {v:.3f}" for k, v in control["baselines"].items())
     text = f"""# The study
 
-{len(rows) + len(long)} arms, {len(seeds)} seeds ({', '.join(seeds)}).{left_out}
+{len(rows) + len(long)} arms, {len({run.partition('-')[0] for run in kinds})} seeds \
+({', '.join(f'{run} in {kind}' for run, kind in kinds.items())}).{left_out}
 The distance to the training images is {control['measure']} (lower is better).
 As many real images score {control['real_images']}.
 The first judge, EfficientNet-Lite0, taught the aligned arms but `random*`, `oracle`, `vfm2`, `vfm-vit` and
 `vfm-vgg16`; Lite2 taught `vfm2` alone, VGG16 `vfm-vgg16` alone (VGG16's LPIPS helped to pre-train the VAE
 that all begin from). Values are mean ± standard deviation over seeds. A difference is taken within each
-seed; in brackets its 95 % interval by Student's t; "undecided" where that holds 0. All differences from a
-control rest on the same few control runs, and many are shown: of those without any effect about one in 20
-falls outside.
+seed and precision, and a seed that ran in two counts once, with its mean; in brackets the 95 % interval by
+Student's t; "undecided" where that holds 0. All differences from a control rest on the same few control runs,
+and many are shown: of those without any effect about one in 20 falls outside.
 
 ## Claims
 
@@ -596,7 +617,7 @@ def show(axis, images, columns, title=None, name=None):
 
 
 def draw_convergence(rows, long, path):
-    """Left: distance against steps, mean and band of one standard deviation over seeds; dotted: trained
+    """Left: distance against steps, mean and band of one standard deviation over runs; dotted: trained
     longer. Right: final distance minus the control's, a dot a seed."""
     figure, colour = new_figure(13, 5.2), kind_colours(rows)
     left, right = figure.subplots(1, 2)

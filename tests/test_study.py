@@ -27,14 +27,15 @@ def write_lines(path, *records):
     path.write_text("".join(json.dumps(r) + "\n" for r in records))
 
 
-def write_arm(folder, fd, f1, curve, psnr=24.0, vae=True, commit="c0ffee", init="shipped", steps=400):
+def write_arm(folder, fd, f1, curve, psnr=24.0, vae=True, commit="c0ffee", init="shipped", steps=400,
+              precision="bf16"):
     """The files of a finished arm."""
     folder, owner = Path(folder), str(folder).removesuffix("-repa").removesuffix("-long")
     made, vae_hash = dict(command="x.py --out here", commit=commit), fake_hash(owner)
     (folder / "sit").mkdir(parents=True)
     tuned = dict(made=made, steps=200, batch=32, inputs=dict(init=init))
     write_lines(folder / "metrics.jsonl", tuned, dict(step=200, seconds=3.5))
-    trained = dict(lr=1, made=made, steps=steps, batch=64, precision="bf16",
+    trained = dict(lr=1, made=made, steps=steps, batch=64, precision=precision,
                    inputs=dict(latents=f"{vae_hash}-files"))
     measured = ({"step": s, "FD(net@96)-500": v} for s, v in curve)
     write_lines(folder / "sit/metrics.jsonl", trained, *measured, dict(step=curve[-1][0], seconds=9.5))
@@ -126,6 +127,20 @@ def test_study_report(three_seeds):
     assert "| `send` | 950 ± 0 (-50 ± 0) | 861 ± 1 (-40 ± 0) |" in text and "At equal loss" not in text
     assert_drawn(three_seeds, "convergence")
     assert not (three_seeds / "samples.png").exists()
+
+
+def test_a_seed_in_two_precisions(three_seeds):
+    """A seed that ran twice counts as two, an arm is compared with a control in another precision, or means
+    lean to the seed with more runs."""
+    for fd, arm in ((950.0, "control"), (880.0, "send")):
+        write_arm(three_seeds / f"seed0-fp32/{arm}", fd, 0.6, [(100, 1000.0), (200, fd)], precision="fp32")
+    do("study", three_seeds)
+    text = (three_seeds / "report.md").read_text()
+    assert "3 seeds (seed0 in bf16," in text and "seed0-fp32 in fp32)" in text
+    send = lines_of(text, "| `send` | Send-VAE")  # -40 and -70, -40, -40; 860 and 880, 861, 862
+    low, high = scipy.stats.t.interval(0.95, 2, -45, scipy.stats.sem([-55, -40, -40]))
+    assert "| 3 | 24.02 ± 0.10 | 216 ± 1 |" in send and f"| -45 [{low:+.0f}, {high:+.0f}] better |" in send
+    assert "| 864 ± 5 |" in send
 
 
 def test_gain_against_knowledge(three_seeds):
@@ -258,11 +273,11 @@ def test_report_of_the_demo(tmp_path, monkeypatch):
 
 
 def curves_of(**arms):
-    """{arm: {seed: row}} of distances at 100, 200, 300, 400 steps, a list a seed."""
-    def row(values):
-        return dict(curve=list(zip((100, 200, 300, 400), values)))
+    """{arm: {run: row}} of distances at 100, 200, 300, 400 steps, a list a seed."""
+    def row(seed, values):
+        return dict(seed=seed, curve=list(zip((100, 200, 300, 400), values)))
 
-    return {arm: {f"seed{i}": row(v) for i, v in enumerate(seeds)} for arm, seeds in arms.items()}
+    return {arm: {f"seed{i}": row(i, v) for i, v in enumerate(seeds)} for arm, seeds in arms.items()}
 
 
 def test_speed_ups():
@@ -270,8 +285,8 @@ def test_speed_ups():
     there before its end is measured at its end."""
     control = [50.0, 40.0, 30.0, 20.0]
     rows = curves_of(control=[control, control], send=[[55.0, 50.0, 40.0, 30.0], [40.0, 20.0, 15.0, 10.0]])
-    assert study.speed_ups(rows, "send", "control") == ([0.75, 2.0], False)
-    assert study.speed_ups(rows, "control", "send") == ([4 / 3, 0.5], False)
+    assert study.speed_ups(rows, "send", "control") == (pytest.approx([0.75, 2.0]), False)
+    assert study.speed_ups(rows, "control", "send") == (pytest.approx([4 / 3, 0.5]), False)
     text = study.speed_text(rows, "send")
     assert text.startswith(f"{1.5 ** 0.5:.2f} [") and text.endswith("undecided")
     early = curves_of(control=[[50.0, 20.0, 30.0, 25.0]], send=[[50.0, 20.0, 30.0, 25.0]])
@@ -291,7 +306,7 @@ def test_speed_ups():
 
 def test_arms_at_equal_psnr(three_seeds):
     """An arm is compared with a weight that costs another PSNR, or with one beyond those that ran."""
-    rows = {arm: {"seed0": dict(psnr=psnr, fd=fd)} for arm, psnr, fd in (
+    rows = {arm: {"seed0": dict(seed=0, psnr=psnr, fd=fd)} for arm, psnr, fd in (
         ("control", 30, 800.0), ("lambda8", 28, 600.0), ("send", 29, 760.0), ("vavae", 28.25, 630.0),
         ("random", 31, 0.0), ("oracle", 29, 750.0))}
     assert study.at_equal_psnr(rows, "oracle", "fd") == [-10]
