@@ -74,25 +74,33 @@ CLAIMS = (
     ("... for another that did not (VGG16)", "send", "control", "fd3", "lower"),
     ("The testbed can show it: a VFM that knows the attributes helps", "oracle", "control", "fd", "lower"),
     ("Smoothing alone helps: a VFM with random weights", "random", "control", "fd", "lower"),
-    ("... at equal loss of PSNR, while it trains", "random-matched", "control", "curve_mean", "lower"),
+    ("... at the loss of PSNR of `send`", "random-matched", "control", "fd", "lower"),
+    ("... while it trains", "random-matched", "control", "curve_mean", "lower"),
     ("Meaning helps beyond smoothing, at equal lambda", "send", "random", "fd", "lower"),
     ("... for a judge that taught neither (VGG16)", "send", "random", "fd3", "lower"),
     ("Meaning helps beyond smoothing, at equal loss of PSNR", "send", "random-matched", "fd", "lower"),
     ("... while it trains (mean gFD of the curve)", "send", "random-matched", "curve_mean", "lower"),
     ("... for a judge that taught neither (VGG16)", "send", "random-matched", "fd3", "lower"),
+    ("The same of one network, trained or random, at equal loss of PSNR", "oracle", "random-matched", "fd",
+     "lower"),
+    ("... while it trains (mean gFD of the curve)", "oracle", "random-matched", "curve_mean", "lower"),
+    ("... for a judge that taught neither (VGG16)", "oracle", "random-matched", "fd3", "lower"),
     ("Attributes are easier to read from aligned latents (probe F1)", "send", "control", "probe_f1",
      "higher"),
+    ("... (top-5 recall)", "send", "control", "probe_top5_recall", "higher"),
     ("With REPA in the SiT too", "send-repa", "control-repa", "fd", "lower"),
-    ("A non-linear mapper beats the MLP (Table 2)", "depth1-clean", "depth0-clean", "fd", "lower"),
+    ("A ViT block in the mapper beats its MLP alone (Table 2)", "depth1-clean", "depth0-clean", "fd",
+     "lower"),
     ("Noise helps (Table 3)", "send", "depth1-clean", "fd", "lower"),
     ("It beats VA-VAE's alignment", "send", "vavae", "fd", "lower"),
-    ("A larger VFM helps (Table 4; judged by VGG16, which taught neither)", "vfm2", "send", "fd3",
+    ("EfficientNet-Lite2 as VFM helps more (judged by VGG16, which taught neither)", "vfm2", "send", "fd3",
      "lower"),
     ("It costs reconstruction (PSNR)", "send", "control", "psnr", "lower"),
 )
 # Columns of the main table: score, heading, digits, its (m)ean and its (d)ifference from the control's
 COLUMNS = (
     ("psnr", "PSNR", 2, "m"), ("rfd", "rFD", 0, "m"), ("probe_f1", "probe F1", 3, "md"),
+    ("probe_top5_recall", "top-5 recall", 3, "md"),
     ("fd", "gFD", 0, "md"), ("fd_to_reconstructions", "gFD to reconstructions", 0, "md"),
     ("curve_mean", "gFD, mean of the curve", 0, "d"),
     ("fd2", "gFD by Lite2", 1, "d"), ("fd3", "gFD by VGG16", 1, "d"),
@@ -308,15 +316,15 @@ def claim_verdict(d, direction):
     """Differences, one a seed, and the direction that is claimed -> (reading, the effect that as many seeds
     with this scatter would show four times out of five: (t(.975) + t(.8)) standard errors)."""
     low, high = interval(d)
-    if np.isnan(low):
-        return "not supported: fewer than two seeds", np.nan
+    if len(d) < 3:
+        return "undecided: fewer than three seeds", np.nan
     n, error = len(d), np.std(d, ddof=1) / len(d) ** 0.5
     visible = float((scipy.stats.t.ppf(0.975, n - 1) + scipy.stats.t.ppf(0.8, n - 1)) * error)
     if direction == "higher":
         low, high = -high, -low  # below 0 supports the claim
     if high < 0:
         return "**supported**", visible
-    seen = "the opposite is seen" if low > 0 else f"an effect of {-low:.3g} or less may be there"
+    seen = "the opposite is seen" if low > 0 else f"up to {-low:.3g} is not excluded"
     return f"not supported: {seen}", visible
 
 
@@ -347,25 +355,28 @@ def speed_ups(rows, arm, reference):
 
 def at_equal_psnr(rows, arm, key):
     """Arm minus `send`'s recipe with the lambda that costs as much PSNR, one a seed: on a monotone cubic
-    through the WEIGHTS that ran, as the gain of a dB shrinks. Seeds beyond its ends are left out."""
+    through three or more of the WEIGHTS, as the gain of a dB shrinks. Seeds beyond its ends are left out."""
     out = []
     for run, row in rows[arm].items():
         line = [rows[a][run] for a in WEIGHTS if run in rows.get(a, {})]
         line = sorted((r["psnr"], r[key]) for r in line)
-        if len(line) > 1 and line[0][0] <= row["psnr"] <= line[-1][0]:
+        if len(line) > 2 and line[0][0] <= row["psnr"] <= line[-1][0]:
             curve = scipy.interpolate.PchipInterpolator(*zip(*line, strict=True))
             out.append((row, row[key] - curve(row["psnr"])))
     return by_seed(out)
 
 
 def arm_means(rows):
-    """One row an arm, the mean over its seeds, for correlate(), which then resamples arms. Without those
-    that have another SiT."""
-    out = []
-    for arm, of in rows.items():
-        keys = set.intersection(*(set(numbers(r)) for r in of.values())) | {"psnr"}
-        means = {k: float(np.mean(values_of(of, k))) for k in sorted(keys)}
-        out += [] if other_sit(arm) else [dict(means, name=arm, run=arm, arm=arm)]
+    """One row an arm, for correlate(), which then resamples arms: the control's mean over its seeds and the
+    arm's mean difference, as levels move with the precision. Without arms that have another SiT."""
+    out, control = [], rows["control"]
+    for arm in rows:
+        both = pairs(rows, arm, "control")
+        if both and not other_sit(arm):
+            keys = set.intersection(*(set(numbers(r)) for rs in both for r in rs)) | {"psnr"}
+            means = {k: float(np.mean(values_of(control, k)) + np.mean(differences(rows, arm, k)))
+                     for k in sorted(keys)}
+            out.append(dict(means, name=arm, run=arm, arm=arm))
     return out
 
 
@@ -403,24 +414,23 @@ def change(rows, arm, key, digits):
 
 
 def speed_text(rows, arm):
-    """Geometric mean of the speed-ups, its interval (of the logarithms) and what it says."""
+    """Geometric mean and range of the speed-ups: bounds have no interval."""
     ratios, bound = speed_ups(rows, arm, reference_of(rows, arm))
     if arm == reference_of(rows, arm) or not ratios:
         return ""
-    low, high = np.exp(interval(np.log(ratios)))
-    reading = "faster" if low > 1 else "slower" if high < 1 else "undecided"
-    span = f"[{low:.2f}, {high:.2f}] {reading}" if len(ratios) > 1 else "(one seed)"
-    return f"{np.exp(np.log(ratios).mean()):.2f} {'(a bound) ' if bound else ''}{span}"
+    span = f" ({min(ratios):.2f} to {max(ratios):.2f})" if len(ratios) > 1 else " (one seed)"
+    return f"{np.exp(np.log(ratios).mean()):.2f}{span}{', a bound' if bound else ''}"
 
 
 def main_table(rows):
-    head, lines = ["arm", "", "seeds"], []
+    head, lines = ["arm", "", "seeds", "in"], []
     for _, title, _, shown in COLUMNS:
         head += [title] * ("m" in shown) + [f"{title}, minus control's"] * ("d" in shown)
     for arm, of in rows.items():
-        line = [f"`{arm}`", ARMS.get(arm, ""), len(values_of(of, "psnr"))]
+        kinds = sorted({row["precision_trained"] for row in of.values()})
+        line = [f"`{arm}`", ARMS.get(arm, ""), len(values_of(of, "psnr")), ", ".join(kinds)]
         for key, _, digits, shown in COLUMNS:
-            own = key != "probe_f1" or not other_sit(arm)  # else it is another arm's VAE
+            own = not key.startswith("probe_") or not other_sit(arm)  # else it is another arm's VAE
             line += [mean_of(of, key, digits)] if "m" in shown else []
             line += [change(rows, arm, key, digits) if own else ""] if "d" in shown else []
         lines.append([*line, speed_text(rows, arm)])
@@ -435,7 +445,7 @@ def claim_table(rows):
             lines.append([*line, "not run", "", "", ""])
             continue
         reading, visible = claim_verdict(d, direction)
-        digits = {"probe_f1": 3, "psnr": 2, "fd": 0, "curve_mean": 0, "fd_to_reconstructions": 0}.get(key, 1)
+        digits = {score: n for score, _, n, _ in COLUMNS}[key]
         low, high = interval(d)
         span = "" if np.isnan(low) else f" [{low:+.{digits}f}, {high:+.{digits}f}]"
         power = "" if np.isnan(visible) else f"{visible:.{max(digits, 1)}f}"
@@ -550,8 +560,8 @@ and many are shown: of those without any effect about one in 20 falls outside.
 ## Claims
 
 "Supported": the 95 % interval of the differences lies on the claimed side of 0. Everything else is "not
-supported", with the largest effect that the interval still holds. Beside it: the effect that as many seeds
-with this scatter show four times out of five.
+supported", with the effect that the interval does not exclude; of fewer than three seeds "undecided". Beside
+it: the effect that as many seeds with this scatter show four times out of five.
 
 {claim_table(rows)}
 ## Arms against the control
@@ -560,8 +570,8 @@ with this scatter show four times out of five.
 Probe F1 of the baselines: {simple}. An arm `X-suffix` is compared with `control-suffix` where there is one,
 which itself is compared with `control`. PSNR and probe F1 are of the test split. Speed-up: steps of the
 control over steps of the arm to the worse of the last distances of their two curves, linear between the
-points; above 1 the arm is faster; geometric mean and interval over seeds; "a bound" where a curve was there
-at its first point.
+points; above 1 the arm is faster; geometric mean and range over seeds; "a bound" where a curve was there at
+its first point.
 
 ![Distance while the SiT trains, and the arms' final distance minus the control's](convergence.png)
 

@@ -54,7 +54,8 @@ def write_arm(folder, fd, f1, curve, psnr=24.0, vae=True, commit="c0ffee", init=
     if vae:
         records["recon"] = dict(psnr=psnr, ssim=0.8, lpips=0.1, fd=fd / 2, seconds=1,
                                 inputs=dict(vae=vae_hash, data="x"))
-        results = {"vae.pt": dict(f1=f1, kde_gini=0.3 + fd / 1000, psnr=psnr, seconds=3.0),
+        results = {"vae.pt": dict(f1=f1, top5_recall=f1 / 2, kde_gini=0.3 + fd / 1000, psnr=psnr,
+                                  seconds=3.0),
                    "pixels 18 x 18": dict(f1=0.4), "majority": dict(f1=0.1)}
         records["probe"] = dict(inputs={"data": "y", "vae.pt": vae_hash}, results=results)
     for name, record in records.items():
@@ -99,14 +100,15 @@ def test_study_report(three_seeds):
     record = json.loads((three_seeds / "rows.json").read_text())
     send = lines_of(text, "| `send` | Send-VAE")
     for part in ("| 24.03 ± 0.12 | 215 ± 0 | 0.630 ± 0.010 | +0.020 [+0.020, +0.020] better |",
+                 "| 0.315 ± 0.005 | +0.010 [+0.010, +0.010] better |",
                  "| 861 ± 1 | -40 [-40, -40] better | 430 ± 0 | -20 [-20, -20] better |",
                  "| -4.0 [-4.0, -4.0] better | -0.4 [-0.4, -0.4] better | 0.40 ± 0.00 | 0.30 ± 0.00 |",
-                 "| 0.900 ± 0.000 | 1.29 [1.28, 1.30] faster |"):
+                 "| 0.900 ± 0.000 | 1.29 (1.29 to 1.29) |"):
         assert part in send, part
     claims = text[text.index("## Claims"):text.index("## Arms")].splitlines()
     claims = {"".join(line.split(" | ")[1:3]): line for line in claims if line.startswith("| ")}
     assert "-40 [-40, -40] | 3 | 0.0 | **supported**" in claims["`send` - `control`fd"]
-    assert "an effect of 0.254" in claims["`send` - `control`psnr"]
+    assert "up to 0.254" in claims["`send` - `control`psnr"]
     assert "not run" in claims["`oracle` - `control`fd"]
     with_repa = claims["`send-repa` - `control-repa`fd"]
     assert "+9 [" in with_repa and "the opposite is seen" in with_repa
@@ -139,8 +141,9 @@ def test_a_seed_in_two_precisions(three_seeds):
     assert "3 seeds (seed0 in bf16," in text and "seed0-fp32 in fp32)" in text
     send = lines_of(text, "| `send` | Send-VAE")  # -40 and -70, -40, -40; 860 and 880, 861, 862
     low, high = scipy.stats.t.interval(0.95, 2, -45, scipy.stats.sem([-55, -40, -40]))
-    assert "| 3 | 24.02 ± 0.10 | 216 ± 1 |" in send and f"| -45 [{low:+.0f}, {high:+.0f}] better |" in send
-    assert "| 864 ± 5 |" in send
+    for part in ("| 3 | bf16, fp32 | 24.02 ± 0.10 | 216 ± 1 |", "| 864 ± 5 |",
+                 f"| -45 [{low:+.0f}, {high:+.0f}] better |"):
+        assert part in send, part
 
 
 def test_gain_against_knowledge(three_seeds):
@@ -287,15 +290,11 @@ def test_speed_ups():
     rows = curves_of(control=[control, control], send=[[55.0, 50.0, 40.0, 30.0], [40.0, 20.0, 15.0, 10.0]])
     assert study.speed_ups(rows, "send", "control") == (pytest.approx([0.75, 2.0]), False)
     assert study.speed_ups(rows, "control", "send") == (pytest.approx([4 / 3, 0.5]), False)
-    text = study.speed_text(rows, "send")
-    assert text.startswith(f"{1.5 ** 0.5:.2f} [") and text.endswith("undecided")
+    assert study.speed_text(rows, "send") == f"{1.5 ** 0.5:.2f} (0.75 to 2.00)"
     early = curves_of(control=[[50.0, 20.0, 30.0, 25.0]], send=[[50.0, 20.0, 30.0, 25.0]])
     assert study.speed_text(early, "send") == "1.00 (one seed)"  # both were there before their ends
     below = curves_of(control=[control], send=[[19.0, 18.0, 17.0, 16.0]])
-    assert study.speed_text(below, "send") == "4.00 (a bound) (one seed)"
-    faster = curves_of(control=[control, control], send=[[44.0, 20.0, 15.0, 10.0], [40.0, 20.0, 15.0, 10.0]])
-    assert study.speed_text(faster, "send").endswith("faster")
-    assert study.speed_text(dict(control=faster["send"], send=faster["control"]), "send").endswith("slower")
+    assert study.speed_text(below, "send") == "4.00 (one seed), a bound"
     rng, logs = np.random.default_rng(0), []  # arms that are the control but for noise
     for _ in range(300):
         noisy = np.array([1200, 1090, 1040, 1015]) + rng.normal(size=(2, 4)) * 8
