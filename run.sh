@@ -27,7 +27,7 @@ STUDY_LONG=${STUDY_LONG-control-long send-long}
 arms_of() {  # QUESTION: its arms besides control and send (docs/study.md)
     case "$1" in
     vfm) echo random random-matched vfm-fine vfm-vit vfm-vgg16 vfm2 oracle ;;
-    weight) echo lambda0.1 lambda0.5 lambda8 ratio ;;
+    weight) echo lambda0.1 lambda0.5 lambda4 lambda8 ratio ;;
     noise) echo noise0.5 lognormal depth0 depth0-clean depth1-clean depth2 depth2-clean ;;
     length) echo {control,send}-{quarter,x4,x16} ;;
     backbone) echo {control,send}-{modern,cosine} ;;

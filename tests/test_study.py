@@ -70,14 +70,14 @@ def three_seeds(tmp_path, monkeypatch):
     correlate = study.correlate
     monkeypatch.setattr(study, "correlate", lambda rows: correlate(rows, draws=50))  # 2,000 take a while
     for i in range(3):
-        for k, arm in enumerate(("control", "send", "depth1-clean", "lambda4")):
+        for k, arm in enumerate(("control", "send", "depth1-clean", "lambda3")):
             curve = [(100, 1000.0 - 50 * k), (200, 900.0 - 40 * k + i)]
             write_arm(tmp_path / f"seed{i}/{arm}", 900.0 - 40 * k + i, 0.6 + 0.02 * k + 0.01 * i, curve,
                       psnr=24 + 0.1 * k * (-1) ** i)
         write_arm(tmp_path / f"seed{i}/send-repa", 700.0 + i, None, [(100, 800.0), (200, 700.0)], vae=False)
         write_arm(tmp_path / f"seed{i}/control-repa", 690.0 + i ** 2, None, [(100, 800.0), (200, 690.0)],
                   vae=False, commit=None)
-    (tmp_path / "seed2/lambda4/probe.json").unlink()
+    (tmp_path / "seed2/lambda3/probe.json").unlink()
     (tmp_path / "seed0/half/sit").mkdir(parents=True)
     return tmp_path
 
@@ -95,7 +95,7 @@ def assert_drawn(study, name):
 def test_study_report(three_seeds):
     """A number of the report is not its file's, or an unfinished arm counts."""
     out = do("study", three_seeds)
-    assert "left out: seed0/half, seed2/lambda4" in out and "| `send` |" in out
+    assert "left out: seed0/half, seed2/lambda3" in out and "| `send` |" in out
     text = (three_seeds / "report.md").read_text()
     record = json.loads((three_seeds / "rows.json").read_text())
     send = lines_of(text, "| `send` | Send-VAE")
