@@ -316,7 +316,9 @@ def test_arms_at_equal_psnr(three_seeds):
     for seed in range(3):  # lambda8 has half the PSNR and twice the distance of control, depth1-clean between
         write_arm(three_seeds / f"seed{seed}/lambda8", 1800.0, 0.6, [(100, 2000.0), (200, 1800.0)], psnr=12)
         change_file(three_seeds / f"seed{seed}/depth1-clean/recon.json", '"psnr": 2', '"psnr": 1')
+        for arm in ("control-fsq", "send-fsq"):  # these have a control of their own
+            write_arm(three_seeds / f"seed{seed}/{arm}", 900.0, 0.6, [(100, 1000.0), (200, 900.0)], psnr=18)
     do("study", three_seeds)
     text = (three_seeds / "report.md").read_text()
     part = text[text.index("## At equal loss of PSNR"):text.index("## SiTs trained longer")]
-    assert "`control`, `send`, `lambda8`." in part and "| `depth1-clean` | 3 | " in part
+    assert "`control`, `send`, `lambda8`." in part and "| `depth1-clean` | 3 | " in part and "-fsq" not in part
