@@ -111,7 +111,7 @@ COLUMNS = (
 # Arms by their vision model, of which SHARED/knows-NAME.json says which attributes its tokens tell
 LADDER = {"random": "random", "random-matched": "random", "vfm-vgg16": "vgg16", "vfm-vit": "vit",
           "vfm-fine": "fine", "send": "lite0", "vfm2": "lite2", "oracle": "oracle"}
-WEIGHTS = ("control", "lambda0.1", "lambda0.5", "send", "lambda4", "lambda8")  # one recipe, lambda from 0 to 8
+WEIGHTS = ("control", "lambda0.1", "lambda0.5", "send", "lambda4", "lambda8")  # one recipe, lambda 0 to 8
 OTHER_SIT = ("-repa", "-modern", "-cosine", "-long")  # of arms with another arm's VAE
 LENGTHS = {"quarter": 0.25, "x4": 4, "x16": 16}  # fine-tuning, in that of the others
 LOWER = ("fd", "curve_mean", "fd2", "fd3", "rfd", "fd_to_reconstructions")  # are better; others when higher

@@ -321,4 +321,5 @@ def test_arms_at_equal_psnr(three_seeds):
     do("study", three_seeds)
     text = (three_seeds / "report.md").read_text()
     part = text[text.index("## At equal loss of PSNR"):text.index("## SiTs trained longer")]
-    assert "`control`, `send`, `lambda8`." in part and "| `depth1-clean` | 3 | " in part and "-fsq" not in part
+    assert "`control`, `send`, `lambda8`." in part and "| `depth1-clean` | 3 | " in part
+    assert "-fsq" not in part
