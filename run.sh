@@ -54,7 +54,7 @@ check_study() {  # the words after run.sh
         fail "STUDY_SEEDS '${STUDY_SEEDS:-5}', STUDY_ARMS '$STUDY_ARMS'; expected a number of seeds, and" \
             "control among the arms"
     # "study - PART" is how the study itself calls for what its arms share
-    [[ $# -le 2 || $# = 3 && ( $2 = - || $2 =~ ^[0-9]+$ && " $arms " = *" $3 "* ) ]] ||
+    [[ $# -le 2 || $# = 3 && ( $2 = - || $2 =~ ^[0-9]+(-[a-z0-9]+)?$ && " $arms " = *" $3 "* ) ]] ||
         fail "'study ${*:2}'; expected: bash run.sh study, or study QUESTION, or study SEED ARM, ARM one of" \
             "$(printf '%s\n' $arms | awk '!seen[$0]++' | xargs)"
 }
@@ -612,7 +612,7 @@ if [ $# = 3 ]; then
     if [ "$2" = - ]; then
         shared "$3"
     else
-        testbed "$2" "$3" "$OUT/seed$2/$3"
+        testbed "${2%-*}" "$3" "$OUT/seed$2/$3"  # 0-fp32: seed 0, on a machine of another precision
     fi
     exit
 fi

@@ -3,10 +3,11 @@
     python extras/study.py out/study         # -> report.md, rows.json, correlations.json, figures
     python extras/study.py demo out/demo --study results/study_1000/rows.json  # -> report.json, report.png
 
-The study compares every arm within each seed, where all share the pre-trained VAE, images, order, noise and
-steps: with the control, an arm with REPA with the control with REPA. What is not finished is left out, and
-said. An interval is the 95 % interval of Student's t over the seeds of those differences; "undecided" means
-that it holds 0 (or 1, for a ratio). Arms whose SiT is trained longer (-long) stand apart.
+The study compares every arm within each run (folder seedN, or seedN-fp32 of the same seed in another
+precision), where all share the pre-trained VAE, images, order, noise and steps: with the control, an arm with
+REPA with the control with REPA. What is not finished is left out, and said. An interval is the 95 % interval
+of Student's t over the seeds of those differences; "undecided" means that it holds 0, or that there are fewer
+than three seeds. Arms whose SiT is trained longer (-long) stand apart.
 """
 import contextlib
 import json
@@ -89,6 +90,9 @@ CLAIMS = (
     ("Attributes are easier to read from aligned latents (probe F1)", "send", "control", "probe_f1",
      "higher"),
     ("... (top-5 recall)", "send", "control", "probe_top5_recall", "higher"),
+    ("`send` helps more than a VFM trained on the attributes (VGG16)", "send", "oracle", "fd3", "lower"),
+    ("A larger weight helps more", "lambda8", "send", "fd", "lower"),
+    ("REPA in the SiT helps `send` too", "send-repa", "send", "fd", "lower"),
     ("With REPA in the SiT too", "send-repa", "control-repa", "fd", "lower"),
     ("A ViT block in the mapper beats its MLP alone (Table 2)", "depth1-clean", "depth0-clean", "fd",
      "lower"),
@@ -177,7 +181,7 @@ def other_sit(arm):
 
 
 def read_row(folder):
-    """One arm of one seed: {name, run, arm, seed, measure, curve, commands, commits, sources,
+    """One arm of one run: {name, run, arm, seed, precisions, measure, curve, commands, commits, sources,
     baselines, and the scores of read_scores}; None when it is not finished. fd2 and fd3 are the distances by
     EfficientNet-Lite2 and VGG16; `measure` holds all that must agree between distances. Raises UserError."""
     arm, run = folder.name, folder.parent.name
@@ -217,7 +221,8 @@ def read_row(folder):
         real = f"{real:.0f}, one half of the training images against the other {fd['floor']:.0f}"
         commands = {k: r["made"]["command"].replace(sys.prefix, "ENV") for k, r in records.items()}
         return dict(name=f"{run}/{arm}", run=run, arm=arm, seed=int(run[4:].partition("-")[0]),
-                    precision_trained=trained["precision"], measure=measure, **scores,
+                    precisions=" and ".join(sorted({tuned["precision"], trained["precision"]})),
+                    measure=measure, **scores,
                     curve_measure=curve_measure, curve=curve, baselines=simple, real_images=real,
                     commands=commands, commits=sorted({str(r["made"]["commit"]) for r in records.values()}),
                     sources={k: str(p) for k, p in files.items()} | dict(curve=str(logs["train_sit"])))
@@ -225,7 +230,7 @@ def read_row(folder):
 
 def read_study(root):
     """{arm: {run: row}} in the order of ARMS, the same of the arms that are trained longer, and the names of
-    what is not finished. A run is a seed on one machine, in one precision. Raises UserError."""
+    what is not finished. Raises UserError."""
     order = {a: i for i, a in enumerate(ARMS)}
     folders = [p for p in root.glob("seed*/*") if p.is_dir()]
     folders.sort(key=lambda p: (order.get(p.name, len(order)), p.name, len(p.parent.name), p))  # seed10: last
@@ -243,11 +248,12 @@ def read_study(root):
         measures = {r["measure"] for of in group.values() for r in of.values()}
         if len(measures) > 1:
             raise UserError(f"{root}: distances of different kinds do not mix: {', '.join(sorted(measures))}")
-    for run in {row["run"] for of in rows.values() for row in of.values()}:
-        kinds = {of[run]["precision_trained"] for of in rows.values() if run in of}
-        if len(kinds) > 1:
-            raise UserError(f"{root}/{run}: arms in bf16 and in fp32 do not mix; move those in fp32, and a "
-                            f"control of theirs, to {root}/{run}-fp32")
+    every = [r for of in (rows | long).values() for r in of.values()]
+    for run in {r["run"] for r in every}:
+        found = {r["precisions"] for r in every if r["run"] == run}
+        if len(found) > 1 or run.partition("-")[2] not in ("", *found):
+            raise UserError(f"{root}/{run}: arms in {', '.join(sorted(found))}; expected one precision a "
+                            "folder; of another: bash run.sh study N-fp32 ARM, and its control")
     return rows, long, missing
 
 
@@ -267,17 +273,17 @@ def read_ladder(root, rows):
 
 
 def interval(values):
-    """95 % interval of the mean by Student's t: (low, high); nan for fewer than two values."""
+    """95 % interval of the mean by Student's t: (low, high); nan for fewer than three values."""
     v = np.asarray(values, float)
-    if len(v) < 2:
+    if len(v) < 3:
         return np.nan, np.nan
     half = scipy.stats.t.ppf(0.975, len(v) - 1) * v.std(ddof=1) / len(v) ** 0.5
     return v.mean() - half, v.mean() + half
 
 
 def values_of(of, key):
-    """A score of an arm's runs, one a seed."""
-    return by_seed([(row, row[key]) for row in of.values()])
+    """A score of an arm, one value a seed that has it."""
+    return by_seed([(row, row[key]) for row in of.values() if key in row])
 
 
 def pairs(rows, arm, reference):
@@ -291,12 +297,12 @@ def by_seed(found):
     of = {}
     for row, value in found:
         of.setdefault(row["seed"], []).append(value)
-    return [float(np.mean(values)) for values in of.values()]
+    return [np.mean(values, 0) for values in of.values()]
 
 
 def differences(rows, arm, key, reference="control"):
     """Arm minus reference, one a seed."""
-    return by_seed([(a, a[key] - b[key]) for a, b in pairs(rows, arm, reference)])
+    return by_seed([(a, a[key] - b[key]) for a, b in pairs(rows, arm, reference) if key in a and key in b])
 
 
 def reference_of(rows, arm):
@@ -315,11 +321,12 @@ def compared(d, key):
 
 def claim_verdict(d, direction):
     """Differences, one a seed, and the direction that is claimed -> (reading, the effect that as many seeds
-    with this scatter would show four times out of five: (t(.975) + t(.8)) standard errors)."""
-    low, high = interval(d)
-    if len(d) < 3:
+    with this scatter would show four times out of five: (t(.975) + t(.8)) standard errors; nan for fewer
+    than three)."""
+    (low, high), n = interval(d), len(d)
+    if n < 3:
         return "undecided: fewer than three seeds", np.nan
-    n, error = len(d), np.std(d, ddof=1) / len(d) ** 0.5
+    error = np.std(d, ddof=1) / n ** 0.5
     visible = float((scipy.stats.t.ppf(0.975, n - 1) + scipy.stats.t.ppf(0.8, n - 1)) * error)
     if direction == "higher":
         low, high = -high, -low  # below 0 supports the claim
@@ -347,20 +354,26 @@ def speed_ups(rows, arm, reference):
     curves reach, one a seed: above 1 the arm is faster, below 1 slower. (Counting only arms that reach the
     reference would call chance a gain.) And whether one is a bound: a curve was there at its first point."""
     logs, bound = [], False
-    for row, ours, theirs in ((a, a["curve"], b["curve"]) for a, b in pairs(rows, arm, reference)):
+    for row, other in pairs(rows, arm, reference):
+        ours, theirs = row["curve"], other["curve"]
         target = max(ours[-1][1], theirs[-1][1])
         logs.append((row, np.log(steps_to(theirs, target) / steps_to(ours, target))))
         bound |= min(ours[0][1], theirs[0][1]) <= target
     return list(np.exp(by_seed(logs))), bound
 
 
+def weights_of(rows, run):
+    """The arms of one run that differ in lambda alone."""
+    return [a for a in WEIGHTS if run in rows.get(a, {})]
+
+
 def at_equal_psnr(rows, arm, key):
     """Arm minus `send`'s recipe with the lambda that costs as much PSNR, one a seed: on a monotone cubic
-    through three or more of the WEIGHTS, as the gain of a dB shrinks. Seeds beyond its ends are left out."""
+    through the WEIGHTS of its run, as the gain of a dB shrinks. Left out: runs with fewer than three of them,
+    and arms beyond their ends."""
     out = []
     for run, row in rows[arm].items():
-        line = [rows[a][run] for a in WEIGHTS if run in rows.get(a, {})]
-        line = sorted((r["psnr"], r[key]) for r in line)
+        line = sorted((rows[a][run]["psnr"], rows[a][run][key]) for a in weights_of(rows, run))
         if len(line) > 2 and line[0][0] <= row["psnr"] <= line[-1][0]:
             curve = scipy.interpolate.PchipInterpolator(*zip(*line, strict=True))
             out.append((row, row[key] - curve(row["psnr"])))
@@ -368,13 +381,14 @@ def at_equal_psnr(rows, arm, key):
 
 
 def arm_means(rows):
-    """One row an arm, for correlate(), which then resamples arms: the control's mean over its seeds and the
+    """One row an arm, for correlate(), which then resamples arms: the control's mean over its seeds plus the
     arm's mean difference, as levels move with the precision. Without arms that have another SiT."""
     out, control = [], rows["control"]
     for arm in rows:
         both = pairs(rows, arm, "control")
         if both and not other_sit(arm):
-            keys = set.intersection(*(set(numbers(r)) for rs in both for r in rs)) | {"psnr"}
+            used = [*control.values(), *(row for row, _ in both)]
+            keys = set.intersection(*(set(numbers(r)) for r in used)) | {"psnr"}
             means = {k: float(np.mean(values_of(control, k)) + np.mean(differences(rows, arm, k)))
                      for k in sorted(keys)}
             out.append(dict(means, name=arm, run=arm, arm=arm))
@@ -395,14 +409,17 @@ def mean_sd(values, digits, sign=""):
 
 
 def mean_of(of, key, digits):
-    return mean_sd(values_of(of, key), digits)
+    values = values_of(of, key)
+    return mean_sd(values, digits) if values else ""
 
 
-def span_text(d, key, digits):
-    """Mean of the differences in a score, its interval and what it says."""
+def span_text(d, digits, key=None):
+    """Mean of differences and its interval; with the score's name what it says."""
     low, high = interval(d)
-    span = f"[{low:+.{digits}f}, {high:+.{digits}f}] {compared(d, key)}" if len(d) > 1 else "(one seed)"
-    return f"{np.mean(d):+.{digits}f} {span}"
+    if np.isnan(low):
+        return f"{np.mean(d):+.{digits}f} ({('one seed', 'two seeds')[len(d) - 1]})"
+    reading = f" {compared(d, key)}" if key else ""
+    return f"{np.mean(d):+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]{reading}"
 
 
 def change(rows, arm, key, digits):
@@ -410,12 +427,12 @@ def change(rows, arm, key, digits):
     reference = reference_of(rows, arm)
     d = differences(rows, arm, key, reference)
     if arm == reference or not d:
-        return "" if arm == reference else "no shared seed"
-    return span_text(d, key, digits)
+        return ""
+    return span_text(d, digits, key)
 
 
 def speed_text(rows, arm):
-    """Geometric mean and range of the speed-ups: bounds have no interval."""
+    """Geometric mean and range over seeds. No interval: a bound is no measurement."""
     ratios, bound = speed_ups(rows, arm, reference_of(rows, arm))
     if arm == reference_of(rows, arm) or not ratios:
         return ""
@@ -428,8 +445,8 @@ def main_table(rows):
     for _, title, _, shown in COLUMNS:
         head += [title] * ("m" in shown) + [f"{title}, minus control's"] * ("d" in shown)
     for arm, of in rows.items():
-        kinds = sorted({row["precision_trained"] for row in of.values()})
-        line = [f"`{arm}`", ARMS.get(arm, ""), len(values_of(of, "psnr")), ", ".join(kinds)]
+        line = [f"`{arm}`", ARMS.get(arm, ""), len(values_of(of, "psnr")),
+                ", ".join(sorted({r["precisions"] for r in of.values()}))]
         for key, _, digits, shown in COLUMNS:
             own = not key.startswith("probe_") or not other_sit(arm)  # else it is another arm's VAE
             line += [mean_of(of, key, digits)] if "m" in shown else []
@@ -447,12 +464,22 @@ def claim_table(rows):
             continue
         reading, visible = claim_verdict(d, direction)
         digits = {score: n for score, _, n, _ in COLUMNS}[key]
-        low, high = interval(d)
-        span = "" if np.isnan(low) else f" [{low:+.{digits}f}, {high:+.{digits}f}]"
         power = "" if np.isnan(visible) else f"{visible:.{max(digits, 1)}f}"
-        lines.append([*line, f"{np.mean(d):+.{digits}f}{span}", len(d), power, reading])
+        lines.append([*line, span_text(d, digits), len(d), power, reading])
     return table(["claim", "difference", "score", "mean and 95 % interval", "seeds",
                   "effect that would be seen (power 80 %)", "reading"], lines)
+
+
+def contrast_table(rows):
+    """Every score of the pairs of arms that CLAIMS names, the control's aside."""
+    shown = [("psnr", "PSNR", 2), *((key, title, n) for key, title, n, kind in COLUMNS if "d" in kind)]
+    lines = []
+    for arm, reference in dict.fromkeys((a, b) for _, a, b, *_ in CLAIMS if b != "control"):
+        d = [differences(rows, arm, key, reference) for key, *_ in shown]
+        if d[0]:
+            spans = [span_text(v, n) for v, (*_, n) in zip(d, shown, strict=True)]
+            lines.append([f"`{arm}` - `{reference}`", len(d[0]), *spans])
+    return table(["difference", "seeds", *(title for _, title, _ in shown)], lines)
 
 
 def long_part(long):
@@ -460,7 +487,7 @@ def long_part(long):
     lines, keys = [], {"fd": 0, "fd_to_reconstructions": 0, "precision": 3, "recall": 3, "class_agreement": 3}
     for arm, of in long.items():
         reached = [steps_to(a["curve"], b["curve"][-1][1]) for a, b in pairs(long, arm, "control-long")]
-        lines.append([f"`{arm}`", len(of), max(r["curve"][-1][0] for r in of.values()),
+        lines.append([f"`{arm}`", len(values_of(of, "psnr")), max(r["curve"][-1][0] for r in of.values()),
                       *(mean_of(of, k, digits) for k, digits in keys.items()),
                       ", ".join("never" if v is None else f"{v:.0f}" for v in reached)])
     head = ["arm", "seeds", "steps of the SiT", "gFD", "gFD to reconstructions", "precision", "recall",
@@ -497,16 +524,16 @@ def equal_psnr_part(rows):
         alike = not other_sit(arm) and not arm.startswith("control-") and reference_of(rows, arm) == "control"
         d = [at_equal_psnr(rows, arm, key) for key, *_ in shown] if alike and arm not in WEIGHTS else [[]]
         if d[0]:
-            spans = [span_text(v, key, digits) for v, (key, _, digits) in zip(d, shown, strict=True)]
-            lines.append([f"`{arm}`", len(d[0]), *spans])
-    line = ", ".join(f"`{a}`" for a in WEIGHTS if a in rows)
+            spans = [span_text(v, digits, key) for v, (key, _, digits) in zip(d, shown, strict=True)]
+            through = {", ".join(f"`{a}`" for a in weights_of(rows, run)) for run in rows[arm]}
+            lines.append([f"`{arm}`", "; ".join(sorted(through)), len(d[0]), *spans])
     return "" if not lines else f"""## At equal loss of PSNR
 
-An arm minus the recipe of `send` at the arm's own PSNR: within each seed, on a monotone cubic through
-{line}. Seeds in which the arm's PSNR lies beyond its ends are left out.
+An arm minus the recipe of `send` at the arm's own PSNR: within each run, on a monotone cubic through the arms
+that differ in lambda alone. Runs with fewer than three of those, and arms beyond their ends, are left out.
 The intervals are those of the seeds; how the curve runs between so few points is a guess.
 
-{table(["arm", "seeds", *(title for _, title, _ in shown)], lines)}
+{table(["arm", "through", "seeds", *(title for _, title, _ in shown)], lines)}
 """
 
 
@@ -541,22 +568,23 @@ def correlation_table(means, result):
 
 def write_report(root, rows, long, missing, means, correlations, known):
     control, made = next(iter(rows["control"].values())), common.made()
-    kinds = {r["run"]: r["precision_trained"] for of in rows.values() for r in of.values()}
+    runs = {r["run"]: r for of in rows.values() for r in of.values()}
     commits = sorted({c for of in (rows | long).values() for r in of.values() for c in r["commits"]})
     left_out = f" Not finished: {', '.join(missing)}." if missing else ""
     simple = ", ".join(f"{k} {v:.3f}" for k, v in control["baselines"].items())
     text = f"""# The study
 
-{len(rows) + len(long)} arms, {len({run.partition('-')[0] for run in kinds})} seeds \
-({', '.join(f'{run} in {kind}' for run, kind in kinds.items())}).{left_out}
+{len(rows) + len(long)} arms, {len({r['seed'] for r in runs.values()})} seeds \
+({', '.join(f"{run} in {r['precisions']}" for run, r in runs.items())}).{left_out}
 The distance to the training images is {control['measure']} (lower is better).
 As many real images score {control['real_images']}.
 The first judge, EfficientNet-Lite0, taught the aligned arms but `random*`, `oracle`, `vfm2`, `vfm-vit` and
 `vfm-vgg16`; Lite2 taught `vfm2` alone, VGG16 `vfm-vgg16` alone (VGG16's LPIPS helped to pre-train the VAE
 that all begin from). Values are mean ± standard deviation over seeds. A difference is taken within each
 seed and precision, and a seed that ran in two counts once, with its mean; in brackets the 95 % interval by
-Student's t; "undecided" where that holds 0. All differences from a control rest on the same few control runs,
-and many are shown: of those without any effect about one in 20 falls outside.
+Student's t; "undecided" where that holds 0; none of fewer than three seeds. All differences from a control
+rest on the same few control runs, and many are shown: of those without any effect about one in 20 falls
+outside.
 
 ## Claims
 
@@ -565,6 +593,7 @@ supported", with the effect that the interval does not exclude; of fewer than th
 it: the effect that as many seeds with this scatter show four times out of five.
 
 {claim_table(rows)}
+{contrast_table(rows)}
 ## Arms against the control
 
 {main_table(rows)}
@@ -588,7 +617,8 @@ brackets: minus the control's, within each seed, mean ± standard deviation.
 {curve_table(rows | long)}
 ## Which score of a VAE follows the distance?
 
-Means of the arms with the same SiT, and correlations with gFD over them; intervals are over resampled arms.
+The arms with the same SiT, each as the control's mean plus the arm's mean difference, and correlations with
+gFD over them; intervals are over resampled arms.
 {len(correlations)} scores were tried: of those without any relation about one in 20 leaves 0 outside its
 interval. The arms are variations of one recipe on the same pre-trained VAE, not a sample of all VAEs:
 intervals are too narrow for that. `recon_fd`, `rfd`, `lpips` and `ssim` look at the same decoder as gFD.
@@ -628,14 +658,14 @@ def show(axis, images, columns, title=None, name=None):
 
 
 def draw_convergence(rows, long, path):
-    """Left: distance against steps, mean and band of one standard deviation over runs; dotted: trained
+    """Left: distance against steps, mean and band of one standard deviation over seeds; dotted: trained
     longer. Right: final distance minus the control's, a dot a seed."""
     figure, colour = new_figure(13, 5.2), kind_colours(rows)
     left, right = figure.subplots(1, 2)
     for arm, of in (rows | long).items():
-        curves = [r["curve"] for r in of.values()]
-        steps = [s for s, _ in curves[0]]
-        values = np.array([[v for _, v in c] for c in curves if [s for s, _ in c] == steps])
+        steps = [s for s, _ in next(iter(of.values()))["curve"]]
+        alike = [r for r in of.values() if [s for s, _ in r["curve"]] == steps]
+        values = np.array(by_seed([(r, [v for _, v in r["curve"]]) for r in alike]))
         mean, main = values.mean(0), arm in ("control", "send")
         own = colour.get(arm.removesuffix("-long"), "grey")
         dash = ":" if arm in long else "--" if other_sit(arm) else "-"

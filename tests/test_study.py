@@ -33,7 +33,7 @@ def write_arm(folder, fd, f1, curve, psnr=24.0, vae=True, commit="c0ffee", init=
     folder, owner = Path(folder), str(folder).removesuffix("-repa").removesuffix("-long")
     made, vae_hash = dict(command="x.py --out here", commit=commit), fake_hash(owner)
     (folder / "sit").mkdir(parents=True)
-    tuned = dict(made=made, steps=200, batch=32, inputs=dict(init=init))
+    tuned = dict(made=made, steps=200, batch=32, precision=precision, inputs=dict(init=init))
     write_lines(folder / "metrics.jsonl", tuned, dict(step=200, seconds=3.5))
     trained = dict(lr=1, made=made, steps=steps, batch=64, precision=precision,
                    inputs=dict(latents=f"{vae_hash}-files"))
@@ -132,9 +132,9 @@ def test_study_report(three_seeds):
 
 
 def test_a_seed_in_two_precisions(three_seeds):
-    """A seed that ran twice counts as two, an arm is compared with a control in another precision, or means
-    lean to the seed with more runs."""
-    for fd, arm in ((950.0, "control"), (880.0, "send")):
+    """A seed that ran twice counts as two, an arm is compared with a control in another precision, or the
+    score of an arm in one precision alone holds that precision's level."""
+    for fd, arm in ((950.0, "control"), (880.0, "send"), (930.0, "random")):
         write_arm(three_seeds / f"seed0-fp32/{arm}", fd, 0.6, [(100, 1000.0), (200, fd)], precision="fp32")
     do("study", three_seeds)
     text = (three_seeds / "report.md").read_text()
@@ -144,6 +144,21 @@ def test_a_seed_in_two_precisions(three_seeds):
     for part in ("| 3 | bf16, fp32 | 24.02 ± 0.10 | 216 ± 1 |", "| 864 ± 5 |",
                  f"| -45 [{low:+.0f}, {high:+.0f}] better |"):
         assert part in send, part
+    assert "-20 (one seed)" in lines_of(text, "| `random` | Send-VAE")  # of 930 and 950, not 900
+    means = {m["arm"]: m["fd"] for m in study.arm_means(study.read_study(three_seeds)[0])}
+    assert means["control"] == pytest.approx((925 + 901 + 902) / 3)
+    assert means["random"] == pytest.approx(means["control"] - 20)
+    (three_seeds / "seed0-fp32").rename(three_seeds / "seed0-copy")
+    assert_refused(call("study", three_seeds), "seed0-copy: arms in fp32", "one precision")
+
+
+def test_verdicts():
+    """Two seeds decide, or a claim is supported by what contradicts it."""
+    assert study.claim_verdict([-40.0, -41.0], "lower")[0] == "undecided: fewer than three seeds"
+    assert study.compared([-40.0, -41.0], "fd") == "undecided"
+    assert study.claim_verdict([-40.0, -41.0, -39.0], "lower")[0] == "**supported**"
+    assert study.claim_verdict([-40.0, -41.0, -39.0], "higher")[0].endswith("the opposite is seen")
+    assert "up to" in study.claim_verdict([-40.0, 41.0, -39.0], "lower")[0]
 
 
 def test_gain_against_knowledge(three_seeds):
@@ -204,7 +219,7 @@ def test_study_of_what_does_not_belong_together(three_seeds):
             ("metrics.jsonl", "shipped", "another", ["VAE another", "VAE shipped"]),
             ("metrics.jsonl", '"steps": 200', '"steps": 100', ["100 steps of 32", "200 steps of 32"]),
             ("samples.json", "heun", "sde", ["sde 5 steps"]),
-            ("sit/metrics.jsonl", "bf16", "fp32", ["in bf16", "in fp32"]),
+            ("sit/metrics.jsonl", "bf16", "fp32", ["seed1: arms in bf16, bf16 and fp32", "one precision"]),
             ("fd.json", '"images": "a"', '"images": "b"', ["images a", "images b"]),
             ("fd3.json", fake_hash(arm), "another", ["seed1/send", "different samples"]),
             ("fd.json", '"rfd"', '"other"', ["seed1/send/fd.json", "no rFD", "--vae"]),
@@ -313,6 +328,8 @@ def test_arms_at_equal_psnr(three_seeds):
     cubic = 600 * 0.84375 + 220 * 0.140625 + 760 * 0.15625 - 64 * 0.046875
     assert study.at_equal_psnr(rows, "vavae", "fd") == pytest.approx([630 - cubic])
     assert study.at_equal_psnr(rows, "random", "fd") == []
+    two = {arm: of for arm, of in rows.items() if arm != "lambda8"}
+    assert study.at_equal_psnr(two, "oracle", "fd") == []  # a line through two weights
     for seed in range(3):  # lambda8 has half the PSNR and twice the distance of control, depth1-clean between
         write_arm(three_seeds / f"seed{seed}/lambda8", 1800.0, 0.6, [(100, 2000.0), (200, 1800.0)], psnr=12)
         change_file(three_seeds / f"seed{seed}/depth1-clean/recon.json", '"psnr": 2', '"psnr": 1')
@@ -321,5 +338,5 @@ def test_arms_at_equal_psnr(three_seeds):
     do("study", three_seeds)
     text = (three_seeds / "report.md").read_text()
     part = text[text.index("## At equal loss of PSNR"):text.index("## SiTs trained longer")]
-    assert "`control`, `send`, `lambda8`." in part and "| `depth1-clean` | 3 | " in part
+    assert "| `depth1-clean` | `control`, `send`, `lambda8` | 3 | " in part
     assert "-fsq" not in part
