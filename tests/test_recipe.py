@@ -359,6 +359,14 @@ CHANGES = {"control": dict(align="none", lambda_align=0.0),
               for arm, none in (("control", dict(align="none", lambda_align=0.0)), ("send", {}))}}
 
 
+def test_a_run_of_another_precision(fake_python):
+    """It goes into the seed's own folder, or its name is no seed."""
+    out, _ = recipe("study", "1-fp32", "send", **fake_python)
+    first = out.splitlines()[0]
+    assert "/seed1-fp32/send" in first and "--seed 1 " in first
+    recipe("study", "fp32-1", "send", status=2, **fake_python)
+
+
 @pytest.fixture
 def arms_commands(fake_python, tmp_path):
     """What run.sh runs for each arm of the study: {arm: {script and judge: its command}}, {arm: its fork}."""
