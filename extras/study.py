@@ -698,6 +698,7 @@ def draw_ladder(rows, known, path):
         axis.plot([f1], [np.mean(d)], "o", color=colour[arm], markersize=9)
         axis.annotate(f" {arm}", (f1, np.mean(d)), fontsize=8)
     axis.axhline(0, color="black", linewidth=1)
+    axis.margins(x=0.2)  # for the names
     axis.set(xlabel="F1 of the attributes in the vision model's tokens", title="Gain against knowledge",
              ylabel="gFD, mean of the curve, minus the control's")
     save_figure(figure, path)
