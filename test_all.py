@@ -2481,8 +2481,8 @@ def test_study_statistics():
     round."""
     noise, rows = np.random.default_rng(0).normal(size=(2, 5)), {}
     for k, arm in enumerate(("control", "send")):
-        rows[arm] = {f"seed{i}": dict(fd=100 + 50 * i + 10 * k + v, f1=0.5 + 0.1 * i + 0.05 * k + v / 1000)
-                     for i, v in enumerate(noise[k])}
+        rows[arm] = {f"seed{i}": dict(seed=i, fd=100 + 50 * i + 10 * k + v,
+                                      f1=0.5 + 0.1 * i + 0.05 * k + v / 1000) for i, v in enumerate(noise[k])}
     d = study.differences(rows, "send", "fd")
     ours, theirs = ([r["fd"] for r in rows[arm].values()] for arm in ("send", "control"))
     expected = scipy.stats.ttest_rel(ours, theirs).confidence_interval(0.95)
