@@ -107,11 +107,12 @@ COLUMNS = (
     ("psnr", "PSNR", 2, "m"), ("rfd", "rFD", 0, "m"), ("probe_f1", "probe F1", 3, "md"),
     ("probe_top5_recall", "top-5 recall", 3, "md"),
     ("fd", "gFD", 0, "md"), ("fd_to_reconstructions", "gFD to reconstructions", 0, "md"),
-    ("curve_mean", "gFD, mean of the curve", 0, "d"),
-    ("fd2", "gFD by Lite2", 1, "d"), ("fd3", "gFD by VGG16", 1, "d"),
+    ("curve_mean", "gFD, mean of the curve", 0, "md"),
+    ("fd2", "gFD by Lite2", 1, "md"), ("fd3", "gFD by VGG16", 1, "md"),
     ("precision", "precision", 2, "m"), ("recall", "recall", 2, "m"),
     ("class_agreement", "class agreement", 3, "m"),
 )
+COMPARED = tuple((key, title, digits) for key, title, digits, shown in COLUMNS if "d" in shown)
 # Arms by their vision model, of which SHARED/knows-NAME.json says which attributes its tokens tell
 LADDER = {"random": "random", "random-matched": "random", "vfm-vgg16": "vgg16", "vfm-vit": "vit",
           "vfm-fine": "fine", "send": "lite0", "vfm2": "lite2", "oracle": "oracle"}
@@ -222,9 +223,9 @@ def read_row(folder):
         commands = {k: r["made"]["command"].replace(sys.prefix, "ENV") for k, r in records.items()}
         return dict(name=f"{run}/{arm}", run=run, arm=arm, seed=int(run[4:].partition("-")[0]),
                     precisions=" and ".join(sorted({tuned["precision"], trained["precision"]})),
-                    measure=measure, **scores,
-                    curve_measure=curve_measure, curve=curve, baselines=simple, real_images=real,
-                    commands=commands, commits=sorted({str(r["made"]["commit"]) for r in records.values()}),
+                    measure=measure, curve_measure=curve_measure, curve=curve, **scores, baselines=simple,
+                    real_images=real, commands=commands,
+                    commits=sorted({str(r["made"]["commit"]) for r in records.values()}),
                     sources={k: str(p) for k, p in files.items()} | dict(curve=str(logs["train_sit"])))
 
 
@@ -281,6 +282,14 @@ def interval(values):
     return v.mean() - half, v.mean() + half
 
 
+def by_seed(found):
+    """[(row, value)] -> one value a seed: a seed that ran in two precisions is not two."""
+    of = {}
+    for row, value in found:
+        of.setdefault(row["seed"], []).append(value)
+    return [np.mean(values, 0) for values in of.values()]
+
+
 def values_of(of, key):
     """A score of an arm, one value a seed that has it."""
     return by_seed([(row, row[key]) for row in of.values() if key in row])
@@ -290,14 +299,6 @@ def pairs(rows, arm, reference):
     """The rows of an arm and of what it is compared with, of each run that both have."""
     theirs = rows.get(reference, {})
     return [(r, theirs[run]) for run, r in rows.get(arm, {}).items() if run in theirs]
-
-
-def by_seed(found):
-    """[(row, value)] -> one value a seed: a seed that ran in two precisions is not two."""
-    of = {}
-    for row, value in found:
-        of.setdefault(row["seed"], []).append(value)
-    return [np.mean(values, 0) for values in of.values()]
 
 
 def differences(rows, arm, key, reference="control"):
@@ -472,7 +473,7 @@ def claim_table(rows):
 
 def contrast_table(rows):
     """Every score of the pairs of arms that CLAIMS names, the control's aside."""
-    shown = [("psnr", "PSNR", 2), *((key, title, n) for key, title, n, kind in COLUMNS if "d" in kind)]
+    shown = [("psnr", "PSNR", 2), *COMPARED]
     lines = []
     for arm, reference in dict.fromkeys((a, b) for _, a, b, *_ in CLAIMS if b != "control"):
         d = [differences(rows, arm, key, reference) for key, *_ in shown]
@@ -518,13 +519,12 @@ F1 of a probe on its tokens, averaged over positions to about as many numbers as
 def equal_psnr_part(rows):
     """Each arm beside the recipe of `send` at the arm's own PSNR; not those with another SiT, length or
     latent, which have a control of their own."""
-    shown = [(key, title, digits) for key, title, digits, kind in COLUMNS if "d" in kind]
     lines = []
     for arm in rows:
         alike = not other_sit(arm) and not arm.startswith("control-") and reference_of(rows, arm) == "control"
-        d = [at_equal_psnr(rows, arm, key) for key, *_ in shown] if alike and arm not in WEIGHTS else [[]]
+        d = [at_equal_psnr(rows, arm, key) for key, *_ in COMPARED] if alike and arm not in WEIGHTS else [[]]
         if d[0]:
-            spans = [span_text(v, digits, key) for v, (key, _, digits) in zip(d, shown, strict=True)]
+            spans = [span_text(v, digits, key) for v, (key, _, digits) in zip(d, COMPARED, strict=True)]
             through = {", ".join(f"`{a}`" for a in weights_of(rows, run)) for run in rows[arm]}
             lines.append([f"`{arm}`", "; ".join(sorted(through)), len(d[0]), *spans])
     return "" if not lines else f"""## At equal loss of PSNR
@@ -533,7 +533,7 @@ An arm minus the recipe of `send` at the arm's own PSNR: within each run, on a m
 that differ in lambda alone. Runs with fewer than three of those, and arms beyond their ends, are left out.
 The intervals are those of the seeds; how the curve runs between so few points is a guess.
 
-{table(["arm", "through", "seeds", *(title for _, title, _ in shown)], lines)}
+{table(["arm", "through", "seeds", *(title for _, title, _ in COMPARED)], lines)}
 """
 
 
