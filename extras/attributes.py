@@ -17,7 +17,7 @@ with it which attributes there can be: those that the table knows of an image of
     skin, glasses, headgear   frequencies, of these attributes alone
 
 Of files seed*/ARM/samples.npz the arms' differences from the control follow, with their 95 % interval over
-seeds.
+seeds, where there are three or more.
 """
 import sys
 from pathlib import Path
@@ -113,7 +113,8 @@ def rarest(table, keep, share=0.01):
 
 
 def differences(results):
-    """{arm: {score: (mean, low, high)}} minus the control's, over the seeds of files seed*/ARM/x.npz."""
+    """{arm: {score: (mean, low, high)}} minus the control's, over the seeds of files seed*/ARM/x.npz; of
+    fewer than three seeds nothing."""
     runs = {}
     for name, scores in results.items():
         runs.setdefault(Path(name).parent.name, {})[Path(name).parent.parent.name] = scores
@@ -122,7 +123,7 @@ def differences(results):
         seeds = [seed for seed in of if seed in control]
         keys = [k for k in next(iter(of.values())) if all(k in of[s] and k in control[s] for s in seeds)]
         out |= {arm: {k: (float(np.mean(d)), *interval(d)) for k in keys
-                      for d in [[of[s][k] - control[s][k] for s in seeds]]}} if len(seeds) > 1 else {}
+                      for d in [[of[s][k] - control[s][k] for s in seeds]]}} if len(seeds) > 2 else {}
     return out
 
 

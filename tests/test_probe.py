@@ -749,9 +749,11 @@ def test_attributes_of_samples(tmp_path):
     assert other["impossible"] == pytest.approx(1 / 4) and other["rare"] == 0  # b cannot have the pair
     assert list(record["changes"].values())[2] == {"red": 0.5, "green": -0.5}
     assert other["pairs"] == pytest.approx(0.25)  # of an a, which alone may be both
-    found = attributes.differences({f"s{s}/{arm}/x.npz": {"k": float(v)} for s, pair in
-                                    enumerate(((1, 2), (3, 5))) for arm, v in zip(("control", "send"), pair)})
-    assert found["send"]["k"][0] == 1.5 and found["send"]["k"][1] < 0 < 3 < found["send"]["k"][2]
+    runs = {f"s{s}/{arm}/x.npz": {"k": float(v)} for s, pair in enumerate(((1, 2), (3, 5), (4, 7)))
+            for arm, v in zip(("control", "send"), pair)}
+    found = attributes.differences(runs)["send"]["k"]
+    assert found == pytest.approx((2, 2 - 4.3027 / 3 ** 0.5, 2 + 4.3027 / 3 ** 0.5), abs=1e-3)
+    assert attributes.differences(dict(list(runs.items())[:4])) == {}  # of two seeds no interval
     cut = sample("cut", [black] * 3, [0, 0, 2])
     assert_refused(call("attributes", root, tmp_path / "oracle.safetensors", cut), "its label 0 to 1")
     assert_refused(call("attributes", root, tmp_path / "oracle.safetensors", cut, "--size", 16),
