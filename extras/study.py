@@ -26,92 +26,78 @@ from common import UserError  # noqa: E402
 from correlate import correlate, kind_colours, new_figure, numbers, save_figure, verdict  # noqa: E402
 from fid import count_name, warn_of_blur  # noqa: E402
 
-# What each arm of run.sh changes, in the order of the tables
+# What each arm of run.sh is (from `depth0-clean` on: changes in `send`), in the order of the tables
 ARMS = {
-    "control": "fine-tuned, no alignment",
-    "send": "Send-VAE: depth 1, noise, lambda 2",
-    "random": "Send-VAE, VFM with random weights (negative control)",
-    "oracle": "Send-VAE, VFM trained on the attributes (positive control)",
-    "depth0-clean": "MLP only, no noise",
-    "depth1-clean": "depth 1, no noise",
-    "depth2": "depth 2, noise",
-    "random-matched": "random VFM, lambda for the PSNR of `send`",
+    "control": "no alignment",
+    "send": "Send-VAE: VFM EfficientNet-Lite0, lambda 2",
+    "random": "VFM: resnet10t, random weights",
+    "oracle": "VFM: resnet10t, taught the attributes",
+    "depth0-clean": "no noise, MLP alone as mapper",
+    "depth1-clean": "no noise",
+    "depth2": "mapper of depth 2",
+    "random-matched": "random VFM, lambda 8: the PSNR of `send`",
     "vavae": "VA-VAE's alignment",
-    "vfm2": "Send-VAE, EfficientNet-Lite2 as VFM",
-    "lambda0.5": "Send-VAE, lambda 0.5",
-    "lambda4": "Send-VAE, lambda 4",
-    "lambda8": "Send-VAE, lambda 8",
-    "standardised": "Send-VAE, tokens standardised per channel (not in the paper)",
-    "spatial": "Send-VAE, tokens standardised per image (iREPA; not in the paper)",
-    "gram": "Send-VAE and a Gram loss (not in the paper)",
-    "ve": "Send-VAE, variance expansion for the KL (not in the paper)",
-    "lambda0.1": "Send-VAE, lambda 0.1",
-    "ratio": "Send-VAE, lambda by VA-VAE's ratio of gradients",
-    "noise0.5": "Send-VAE, a = 0.5 in eq. (1)",
-    "lognormal": "Send-VAE, a as the SiT's times",
-    "depth0": "MLP only, noise",
-    "depth2-clean": "depth 2, no noise",
-    "vfm-fine": "Send-VAE, EfficientNet-Lite0's stride 8",
-    "vfm-vit": "Send-VAE, a ViT-S of DINOv2's shape, block 8",
-    "vfm-vgg16": "Send-VAE, VGG16",
-    "oracle-half": "Send-VAE, VFM trained on the attributes of other styles",
-    "control-repa": "control's VAE, REPA in the SiT",
-    "send-repa": "Send-VAE's VAE, REPA in the SiT",
-    **{f"{arm}-{name}": f"{words}, {change}" for name, change in {
+    "vfm2": "VFM: EfficientNet-Lite2",
+    "lambda0.5": "lambda 0.5",
+    "lambda4": "lambda 4",
+    "lambda8": "lambda 8",
+    "standardised": "tokens standardised per channel (not in the paper)",
+    "spatial": "tokens standardised per image (iREPA; not in the paper)",
+    "gram": "a Gram loss beside (not in the paper)",
+    "ve": "variance expansion for the KL (not in the paper)",
+    "lambda0.1": "lambda 0.1",
+    "ratio": "lambda by VA-VAE's ratio of gradients",
+    "noise0.5": "a = 0.5 in eq. (1)",
+    "lognormal": "a as the SiT's times",
+    "depth0": "MLP alone as mapper",
+    "depth2-clean": "no noise, mapper of depth 2",
+    "vfm-fine": "VFM: EfficientNet-Lite0's stride 8",
+    "vfm-vit": "VFM: a ViT-S of DINOv2's shape, block 8",
+    "vfm-vgg16": "VFM: VGG16",
+    "oracle-half": "VFM: resnet10t, taught the attributes of other styles",
+    "control-repa": "`control`, REPA in the SiT",
+    "send-repa": "`send`, REPA in the SiT",
+    **{f"{arm}-{name}": f"`{arm}`, {change}" for name, change in {
         "quarter": "a quarter of the fine-tuning", "x4": "4 times the fine-tuning",
         "x16": "16 times the fine-tuning", "fsq": "finite scalar quantisation",
         "foreign": "aligned on other images", "modern": "SiT of RMSNorm, rotary positions and SwiGLU",
         "cosine": "SiT on the cosine path"}.items()
-       for arm, words in (("control", "control"), ("send", "Send-VAE"))},
-    "control-long": "control's VAE, SiT trained longer",
-    "send-long": "Send-VAE's VAE, SiT trained longer",
+       for arm in ("control", "send")},
+    "control-long": "`control`, SiT trained longer",
+    "send-long": "`send`, SiT trained longer",
 }
-# Claims put to the test: words, arm, what it is compared with, score, and whether it is to be lower or higher
+# Claims put to the test: words, the arm that is to be better, than which, and by which scores
+DISTANCES = "curve_mean fd fd_to_reconstructions fd2 fd3"
 CLAIMS = (
-    ("A SiT learns faster on aligned latents (gFD after equal training)", "send", "control", "fd", "lower"),
-    ("... while it trains (mean gFD of the curve)", "send", "control", "curve_mean", "lower"),
-    ("... in the generator's own part (FD to the VAE's reconstructions)", "send", "control",
-     "fd_to_reconstructions", "lower"),
-    ("... for a judge that did not teach it (EfficientNet-Lite2)", "send", "control", "fd2", "lower"),
-    ("... for another that did not (VGG16)", "send", "control", "fd3", "lower"),
-    ("The testbed can show it: a VFM that knows the attributes helps", "oracle", "control", "fd", "lower"),
-    ("Smoothing alone helps: a VFM with random weights", "random", "control", "fd", "lower"),
-    ("... at the loss of PSNR of `send`", "random-matched", "control", "fd", "lower"),
-    ("... while it trains", "random-matched", "control", "curve_mean", "lower"),
-    ("Meaning helps beyond smoothing, at equal lambda", "send", "random", "fd", "lower"),
-    ("... for a judge that taught neither (VGG16)", "send", "random", "fd3", "lower"),
-    ("Meaning helps beyond smoothing, at equal loss of PSNR", "send", "random-matched", "fd", "lower"),
-    ("... while it trains (mean gFD of the curve)", "send", "random-matched", "curve_mean", "lower"),
-    ("... for a judge that taught neither (VGG16)", "send", "random-matched", "fd3", "lower"),
-    ("The same of one network, trained or random, at equal loss of PSNR", "oracle", "random-matched", "fd",
-     "lower"),
-    ("... while it trains (mean gFD of the curve)", "oracle", "random-matched", "curve_mean", "lower"),
-    ("... for a judge that taught neither (VGG16)", "oracle", "random-matched", "fd3", "lower"),
-    ("Attributes are easier to read from aligned latents (probe F1)", "send", "control", "probe_f1",
-     "higher"),
-    ("... (top-5 recall)", "send", "control", "probe_top5_recall", "higher"),
-    ("`send` helps more than a VFM trained on the attributes (VGG16)", "send", "oracle", "fd3", "lower"),
-    ("A larger weight helps more", "lambda8", "send", "fd", "lower"),
-    ("REPA in the SiT helps `send` too", "send-repa", "send", "fd", "lower"),
-    ("With REPA in the SiT too", "send-repa", "control-repa", "fd", "lower"),
-    ("A ViT block in the mapper beats its MLP alone (Table 2)", "depth1-clean", "depth0-clean", "fd",
-     "lower"),
-    ("Noise helps (Table 3)", "send", "depth1-clean", "fd", "lower"),
-    ("It beats VA-VAE's alignment", "send", "vavae", "fd", "lower"),
-    ("EfficientNet-Lite2 as VFM helps more (judged by VGG16, which taught neither)", "vfm2", "send", "fd3",
-     "lower"),
-    ("It costs reconstruction (PSNR)", "send", "control", "psnr", "lower"),
+    ("A SiT learns faster on aligned latents", "send", "control", DISTANCES),
+    ("... beside REPA in the SiT", "send-repa", "control-repa", DISTANCES),
+    ("REPA helps on aligned latents too", "send-repa", "send", DISTANCES),
+    ("The positive control helps", "oracle", "control", DISTANCES),
+    ("Smoothing alone helps: a random VFM", "random", "control", DISTANCES),
+    ("... at the PSNR of `send`", "random-matched", "control", DISTANCES),
+    ("Meaning helps beyond smoothing", "send", "random", DISTANCES),
+    ("... at equal PSNR", "send", "random-matched", DISTANCES),
+    ("... of one network, trained or random", "oracle", "random-matched", DISTANCES),
+    ("`send` helps more than the positive control", "send", "oracle", DISTANCES),
+    ("... than VA-VAE's alignment", "send", "vavae", DISTANCES),
+    ("Another VFM helps more", "vfm2", "send", DISTANCES),
+    ("A larger weight helps more", "lambda8", "send", DISTANCES),
+    ("Table 2: the mapper's block helps", "depth1-clean", "depth0-clean", DISTANCES),
+    ("Table 3: noise helps", "send", "depth1-clean", DISTANCES),
+    ("Attributes are easier to read from aligned latents", "send", "control", "probe_f1 probe_top5_recall"),
+    ("Alignment costs reconstruction", "control", "send", "psnr"),
 )
 # Columns of the main table: score, heading, digits, its (m)ean and its (d)ifference from the control's
 COLUMNS = (
     ("psnr", "PSNR", 2, "m"), ("rfd", "rFD", 0, "m"), ("probe_f1", "probe F1", 3, "md"),
     ("probe_top5_recall", "top-5 recall", 3, "md"),
-    ("fd", "gFD", 0, "md"), ("fd_to_reconstructions", "gFD to reconstructions", 0, "md"),
-    ("curve_mean", "gFD, mean of the curve", 0, "md"),
-    ("fd2", "gFD by Lite2", 1, "md"), ("fd3", "gFD by VGG16", 1, "md"),
+    ("fd", "gFD", 0, "md"), ("fd_to_reconstructions", "gFD to rec.", 0, "md"),
+    ("curve_mean", "curve", 0, "md"),
+    ("fd2", "by Lite2", 0, "md"), ("fd3", "by VGG16", 0, "md"),
     ("precision", "precision", 2, "m"), ("recall", "recall", 2, "m"),
     ("class_agreement", "class agreement", 3, "m"),
 )
+TITLES, DIGITS = {c[0]: c[1] for c in COLUMNS}, {c[0]: c[2] for c in COLUMNS}
 COMPARED = tuple((key, title, digits) for key, title, digits, shown in COLUMNS if "d" in shown)
 # Arms by their vision model, of which SHARED/knows-NAME.json says which attributes its tokens tell
 LADDER = {"random": "random", "random-matched": "random", "vfm-vgg16": "vgg16", "vfm-vit": "vit",
@@ -179,6 +165,11 @@ def read_scores(folder, owner):
 def other_sit(arm):
     """Whether an arm has another arm's VAE, and another SiT than the rest."""
     return arm.endswith(OTHER_SIT)
+
+
+def has_own(arm, key):
+    """Whether a score is not one of another arm's VAE."""
+    return not other_sit(arm) or not key.startswith(("probe_", "psnr"))
 
 
 def read_row(folder):
@@ -320,16 +311,16 @@ def compared(d, key):
     return "better" if (high < 0) == (key in LOWER) else "worse"
 
 
-def claim_verdict(d, direction):
-    """Differences, one a seed, and the direction that is claimed -> (reading, the effect that as many seeds
-    with this scatter would show four times out of five: (t(.975) + t(.8)) standard errors; nan for fewer
-    than three)."""
+def claim_verdict(d, key):
+    """Differences in a score, one a seed, that are claimed to be for the better -> (reading, the effect that
+    as many seeds with this scatter would show four times out of five: (t(.975) + t(.8)) standard errors; nan
+    for fewer than three)."""
     (low, high), n = interval(d), len(d)
     if n < 3:
         return "undecided: fewer than three seeds", np.nan
     error = np.std(d, ddof=1) / n ** 0.5
     visible = float((scipy.stats.t.ppf(0.975, n - 1) + scipy.stats.t.ppf(0.8, n - 1)) * error)
-    if direction == "higher":
+    if key not in LOWER:
         low, high = -high, -low  # below 0 supports the claim
     if high < 0:
         return "**supported**", visible
@@ -401,7 +392,8 @@ def arm_means(rows):
 
 
 def table(head, lines):
-    return "".join("| " + " | ".join(map(str, row)) + " |\n" for row in [head, ["---"] * len(head), *lines])
+    first, *others = ("| " + " | ".join(map(str, row)) + " |\n" for row in [head, *lines])
+    return first + "|" + "---|" * len(head) + "\n" + "".join(others)
 
 
 def mean_sd(values, digits, sign=""):
@@ -449,38 +441,50 @@ def main_table(rows):
         line = [f"`{arm}`", ARMS.get(arm, ""), len(values_of(of, "psnr")),
                 ", ".join(sorted({r["precisions"] for r in of.values()}))]
         for key, _, digits, shown in COLUMNS:
-            own = not key.startswith("probe_") or not other_sit(arm)  # else it is another arm's VAE
             line += [mean_of(of, key, digits)] if "m" in shown else []
-            line += [change(rows, arm, key, digits) if own else ""] if "d" in shown else []
+            line += [change(rows, arm, key, digits) if has_own(arm, key) else ""] if "d" in shown else []
         lines.append([*line, speed_text(rows, arm)])
     return table([*head, "speed-up"], lines)
 
 
 def claim_table(rows):
+    """A line a claim and score, with its verdict."""
     lines = []
-    for words, arm, reference, key, direction in CLAIMS:
-        d, line = differences(rows, arm, key, reference), [words, f"`{arm}` - `{reference}`", key]
-        if not d:
-            lines.append([*line, "not run", "", "", ""])
-            continue
-        reading, visible = claim_verdict(d, direction)
-        digits = {score: n for score, _, n, _ in COLUMNS}[key]
-        power = "" if np.isnan(visible) else f"{visible:.{max(digits, 1)}f}"
-        lines.append([*line, span_text(d, digits), len(d), power, reading])
-    return table(["claim", "difference", "score", "mean and 95 % interval", "seeds",
+    for words, arm, reference, scores in CLAIMS:
+        for key in scores.split():
+            d, line = differences(rows, arm, key, reference), [words, f"`{arm}` - `{reference}`", TITLES[key]]
+            if not d:
+                lines.append([*line, "", "", "", "not run"])
+                continue
+            reading, visible = claim_verdict(d, key)
+            power = "" if np.isnan(visible) else f"{visible:.{max(DIGITS[key], 1)}f}"
+            lines.append([*line, len(d), span_text(d, DIGITS[key]), power, reading])
+    return table(["claim", "difference", "score", "seeds", "mean and 95 % interval",
                   "effect that would be seen (power 80 %)", "reading"], lines)
 
 
-def contrast_table(rows):
-    """Every score of the pairs of arms that CLAIMS names, the control's aside."""
-    shown = [("psnr", "PSNR", 2), *COMPARED]
-    lines = []
-    for arm, reference in dict.fromkeys((a, b) for _, a, b, *_ in CLAIMS if b != "control"):
-        d = [differences(rows, arm, key, reference) for key, *_ in shown]
-        if d[0]:
-            spans = [span_text(v, n) for v, (*_, n) in zip(d, shown, strict=True)]
-            lines.append([f"`{arm}` - `{reference}`", len(d[0]), *spans])
-    return table(["difference", "seeds", *(title for _, title, _ in shown)], lines)
+def short_part(rows):
+    """The means of the arms in CLAIMS and the differences between them, as README shows them."""
+    keys = ("psnr", "probe_f1", "curve_mean", "fd", "fd_to_reconstructions", "fd3")
+    arms, contrasts, named = [], [], {arm for _, *both, _ in CLAIMS for arm in both}
+    for arm, of in ((a, of) for a, of in rows.items() if a in named):
+        means = [f"{np.mean(values_of(of, k)):.{DIGITS[k]}f}" if has_own(arm, k) else "" for k in keys]
+        precisions = ", ".join(sorted({r["precisions"] for r in of.values()}))
+        arms.append([f"`{arm}`", ARMS.get(arm, ""), f"{len(values_of(of, 'psnr'))}, {precisions}", *means])
+    for words, arm, reference, scores in CLAIMS:
+        if scores == DISTANCES and pairs(rows, arm, reference):
+            d = {k: differences(rows, arm, k, reference) for k in keys if has_own(arm, k)}
+            spans = [marked(d[k], DIGITS[k]) if k in d else "" for k in keys]
+            contrasts.append([words, f"`{arm}` - `{reference}`", len(d["fd"]), *spans])
+    titles = [TITLES[k] for k in keys]
+    return (table(["arm", "", "seeds, in", *titles], arms) + "\n"
+            + table(["claim", "difference", "seeds", *titles], contrasts))
+
+
+def marked(d, digits):
+    """Mean of differences and its interval, bold where that leaves out 0."""
+    low, high = interval(d)
+    return f"**{span_text(d, digits)}**" if low > 0 or high < 0 else span_text(d, digits)
 
 
 def long_part(long):
@@ -501,10 +505,10 @@ def long_part(long):
 
 def ladder_part(rows, known):
     """What each arm's vision model knows, and what the arm gains."""
-    keys = {"probe_f1": 3, "curve_mean": 0, "fd3": 1, "psnr": 2}
+    keys = {"probe_f1": 3, "curve_mean": 0, "fd3": 0, "psnr": 2}
     lines = [[f"`{arm}`", f"{f1:.3f}", *(change(rows, arm, k, digits) for k, digits in keys.items())]
              for arm, f1 in known.items()]
-    gains = ["probe F1 of the latent", "gFD, mean of the curve", "gFD by VGG16", "PSNR"]
+    gains = ["probe F1 of the latent", "curve", "by VGG16", "PSNR"]
     head = ["arm", "F1 of the vision model's tokens", *(f"{gain}, minus control's" for gain in gains)]
     return f"""## What the vision model knows
 
@@ -586,6 +590,12 @@ Student's t; "undecided" where that holds 0; none of fewer than three seeds. All
 rest on the same few control runs, and many are shown: of those without any effect about one in 20 falls
 outside.
 
+## In short
+
+*Curve*: mean gFD while the SiT trains, of fewer samples. Distances: below 0 the first arm is better. Bold
+where the 95 % interval leaves out 0.
+
+{short_part(rows)}
 ## Claims
 
 "Supported": the 95 % interval of the differences lies on the claimed side of 0. Everything else is "not
@@ -593,7 +603,6 @@ supported", with the effect that the interval does not exclude; of fewer than th
 it: the effect that as many seeds with this scatter show four times out of five.
 
 {claim_table(rows)}
-{contrast_table(rows)}
 ## Arms against the control
 
 {main_table(rows)}

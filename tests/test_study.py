@@ -98,24 +98,32 @@ def test_study_report(three_seeds):
     assert "left out: seed0/half, seed2/lambda3" in out and "| `send` |" in out
     text = (three_seeds / "report.md").read_text()
     record = json.loads((three_seeds / "rows.json").read_text())
+    assert "score 27, one half" in text
+    short, text = text[text.index("## In short"):text.index("## Claims")], text[text.index("## Claims"):]
+    assert "| 3, bf16 | 24.03 | 0.630 | 906 | 861 | 430 | 9 |" in lines_of(short, "| `send` | ")
+    gain = lines_of(short, "| A SiT learns faster on aligned latents | `send` - `control` | 3 | +0.03 [")
+    assert "| **+0.020 [+0.020, +0.020]** | **-45 [-45, -45]** | **-40 [-40, -40]** |" in gain
+    assert "| ... beside REPA in the SiT | `send-repa` - `control-repa` | 3 |  |  | " in short
     send = lines_of(text, "| `send` | Send-VAE")
     for part in ("| 24.03 ± 0.12 | 215 ± 0 | 0.630 ± 0.010 | +0.020 [+0.020, +0.020] better |",
                  "| 0.315 ± 0.005 | +0.010 [+0.010, +0.010] better |",
                  "| 861 ± 1 | -40 [-40, -40] better | 430 ± 0 | -20 [-20, -20] better |",
-                 "| 86.1 ± 0.1 | -4.0 [-4.0, -4.0] better | 8.6 ± 0.0 | -0.4 [-0.4, -0.4] better |",
+                 "| 86 ± 0 | -4 [-4, -4] better | 9 ± 0 | -0 [-0, -0] better |",
                  "| 0.40 ± 0.00 | 0.30 ± 0.00 |",
                  "| 0.900 ± 0.000 | 1.29 (1.29 to 1.29) |"):
         assert part in send, part
-    claims = text[text.index("## Claims"):text.index("## Arms")].splitlines()
+    claims = text[:text.index("## Arms")].splitlines()
     claims = {"".join(line.split(" | ")[1:3]): line for line in claims if line.startswith("| ")}
-    assert "-40 [-40, -40] | 3 | 0.0 | **supported**" in claims["`send` - `control`fd"]
-    assert "up to 0.254" in claims["`send` - `control`psnr"]
-    assert "not run" in claims["`oracle` - `control`fd"]
-    with_repa = claims["`send-repa` - `control-repa`fd"]
+    assert "| 3 | -40 [-40, -40] | 0.0 | **supported**" in claims["`send` - `control`gFD"]
+    assert "**supported**" in claims["`send` - `control`probe F1"]
+    assert "up to 0.254" in claims["`control` - `send`PSNR"]
+    assert "not run" in claims["`oracle` - `control`gFD"]
+    with_repa = claims["`send-repa` - `control-repa`gFD"]
     assert "+9 [" in with_repa and "the opposite is seen" in with_repa
     expected = scipy.stats.t.interval(0.95, 2, np.mean([10, 10, 8]), scipy.stats.sem([10, 10, 8]))
-    assert f"| +9 [{expected[0]:+.0f}, {expected[1]:+.0f}] worse |" in lines_of(text, "| `send-repa` | Send")
-    assert "Commits of the arms: None, c0ffee" in text and "nan" not in text and "score 27, one half" in text
+    line = lines_of(text, "| `send-repa` | `send`")
+    assert f"| +9 [{expected[0]:+.0f}, {expected[1]:+.0f}] worse |" in line
+    assert "Commits of the arms: None, c0ffee" in text and not re.search(r"\bnan\b", text)
     row = next(r for r in record if r["arm"] == "send" and r["seed"] == 1)
     assert len(record) == 17 and row["sources"]["fd"] == str(three_seeds / "seed1/send/fd.json")
     values = dict(fd=861, probe_f1=0.63, recon_fd=430.5, rfd=215.25, fd_to_reconstructions=430.5, fd2=86.1,
@@ -140,12 +148,14 @@ def test_a_seed_in_two_precisions(three_seeds):
     do("study", three_seeds)
     text = (three_seeds / "report.md").read_text()
     assert "3 seeds (seed0 in bf16," in text and "seed0-fp32 in fp32)" in text
+    assert "| 3, bf16, fp32 | 24.02 |" in lines_of(text, "| `send` | Send-VAE")
+    text = text[text.index("## Arms"):]
     send = lines_of(text, "| `send` | Send-VAE")  # -40 and -70, -40, -40; 860 and 880, 861, 862
     low, high = scipy.stats.t.interval(0.95, 2, -45, scipy.stats.sem([-55, -40, -40]))
     for part in ("| 3 | bf16, fp32 | 24.02 ± 0.10 | 216 ± 1 |", "| 864 ± 5 |",
                  f"| -45 [{low:+.0f}, {high:+.0f}] better |"):
         assert part in send, part
-    assert "-20 (one seed)" in lines_of(text, "| `random` | Send-VAE")  # of 930 and 950, not 900
+    assert "-20 (one seed)" in lines_of(text, "| `random` | VFM")  # of 930 and 950, not 900
     means = {m["arm"]: m["fd"] for m in study.arm_means(study.read_study(three_seeds)[0])}
     assert means["control"] == pytest.approx((925 + 901 + 902) / 3)
     assert means["random"] == pytest.approx(means["control"] - 20)
@@ -153,13 +163,20 @@ def test_a_seed_in_two_precisions(three_seeds):
     assert_refused(call("study", three_seeds), "seed0-copy: arms in fp32", "one precision")
 
 
+def test_readme_shows_the_report():
+    """README's tables are of other runs than the report's."""
+    root = Path(__file__).resolve().parent.parent
+    tables = re.search(r"^\| arm .*\|$", (root / "results/study/report.md").read_text(), re.S | re.M)[0]
+    assert tables.split("\n\n## ")[0] in (root / "README.md").read_text()
+
+
 def test_verdicts():
     """Two seeds decide, or a claim is supported by what contradicts it."""
-    assert study.claim_verdict([-40.0, -41.0], "lower")[0] == "undecided: fewer than three seeds"
+    assert study.claim_verdict([-40.0, -41.0], "fd")[0] == "undecided: fewer than three seeds"
     assert study.compared([-40.0, -41.0], "fd") == "undecided"
-    assert study.claim_verdict([-40.0, -41.0, -39.0], "lower")[0] == "**supported**"
-    assert study.claim_verdict([-40.0, -41.0, -39.0], "higher")[0].endswith("the opposite is seen")
-    assert "up to" in study.claim_verdict([-40.0, 41.0, -39.0], "lower")[0]
+    assert study.claim_verdict([-40.0, -41.0, -39.0], "fd")[0] == "**supported**"
+    assert study.claim_verdict([-40.0, -41.0, -39.0], "psnr")[0].endswith("the opposite is seen")
+    assert "up to" in study.claim_verdict([-40.0, 41.0, -39.0], "fd")[0]
 
 
 def test_gain_against_knowledge(three_seeds):
@@ -175,7 +192,7 @@ def test_gain_against_knowledge(three_seeds):
     part = text[text.index("## What the vision model knows"):text.index("## SiTs trained longer")]
     assert [line for line in part.splitlines() if line.startswith("| `")] == [
         "| `send` | 0.800 | +0.020 [+0.020, +0.020] better | -45 [-45, -45] better | "
-        "-0.4 [-0.4, -0.4] better | +0.03 [-0.25, +0.32] undecided |"]
+        "-0 [-0, -0] better | +0.03 [-0.25, +0.32] undecided |"]
     assert (three_seeds / "ladder.png").exists() and "](ladder.png)" in part
     (three_seeds / "shared/knows-lite0.json").write_text("{}")
     assert_refused(call("study", three_seeds), "knows-lite0.json", "delete it")
