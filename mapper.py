@@ -249,7 +249,7 @@ def pretrained(name, ckpt=None, flag="--vfm", weights=True, **kwargs):
         else:
             model = timm.create_model(name, pretrained=False, **kwargs)
             model.load_state_dict(in_order)
-            print(f"{ckpt}: no name matches, but all {len(in_order)} shapes do, in order: loaded by position")
+            print(f"{ckpt}: loaded by position: its names are not timm's, its {len(in_order)} shapes are")
         model.reset_classifier(0)
         return model
     except (OSError, RuntimeError, ValueError, KeyError) as e:
