@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import scipy.interpolate
+import scipy.optimize
 import scipy.stats
 import torch
 from PIL import Image
@@ -26,35 +27,35 @@ from common import UserError  # noqa: E402
 from correlate import correlate, kind_colours, new_figure, numbers, save_figure, verdict  # noqa: E402
 from fid import count_name, warn_of_blur  # noqa: E402
 
-# What each arm of run.sh is (from `depth0-clean` on: changes in `send`), in the order of the tables
+# What each arm of run.sh is, in the order of the tables
 ARMS = {
     "control": "no alignment",
     "send": "Send-VAE: VFM EfficientNet-Lite0, lambda 2",
-    "random": "VFM: resnet10t, random weights",
-    "oracle": "VFM: resnet10t, taught the attributes",
-    "depth0-clean": "no noise, MLP alone as mapper",
-    "depth1-clean": "no noise",
-    "depth2": "mapper of depth 2",
-    "random-matched": "random VFM, lambda 8: the PSNR of `send`",
+    "random": "`send`, VFM resnet10t, random weights",
+    "oracle": "`send`, VFM resnet10t, taught the attributes",
+    "depth0-clean": "`send`, MLP alone as mapper, no noise",
+    "depth1-clean": "`send`, no noise",
+    "depth2": "`send`, mapper of depth 2",
+    "random-matched": "`random`, lambda 8: at the PSNR of `send`",
     "vavae": "VA-VAE's alignment",
-    "vfm2": "VFM: EfficientNet-Lite2",
-    "lambda0.5": "lambda 0.5",
-    "lambda4": "lambda 4",
-    "lambda8": "lambda 8",
-    "standardised": "tokens standardised per channel (not in the paper)",
-    "spatial": "tokens standardised per image (iREPA; not in the paper)",
-    "gram": "a Gram loss beside (not in the paper)",
-    "ve": "variance expansion for the KL (not in the paper)",
-    "lambda0.1": "lambda 0.1",
-    "ratio": "lambda by VA-VAE's ratio of gradients",
-    "noise0.5": "a = 0.5 in eq. (1)",
-    "lognormal": "a as the SiT's times",
-    "depth0": "MLP alone as mapper",
-    "depth2-clean": "no noise, mapper of depth 2",
-    "vfm-fine": "VFM: EfficientNet-Lite0's stride 8",
-    "vfm-vit": "VFM: a ViT-S of DINOv2's shape, block 8",
-    "vfm-vgg16": "VFM: VGG16",
-    "oracle-half": "VFM: resnet10t, taught the attributes of other styles",
+    "vfm2": "`send`, VFM EfficientNet-Lite2",
+    "lambda0.5": "`send`, lambda 0.5",
+    "lambda4": "`send`, lambda 4",
+    "lambda8": "`send`, lambda 8",
+    "standardised": "`send`, tokens standardised per channel (not in the paper)",
+    "spatial": "`send`, tokens standardised per image (iREPA; not in the paper)",
+    "gram": "`send` and a Gram loss (not in the paper)",
+    "ve": "`send`, variance expansion for the KL (not in the paper)",
+    "lambda0.1": "`send`, lambda 0.1",
+    "ratio": "`send`, lambda by VA-VAE's ratio of gradients",
+    "noise0.5": "`send`, a = 0.5 in eq. (1)",
+    "lognormal": "`send`, a as the SiT's times",
+    "depth0": "`send`, MLP alone as mapper",
+    "depth2-clean": "`send`, no noise, mapper of depth 2",
+    "vfm-fine": "`send`, VFM EfficientNet-Lite0's stride 8",
+    "vfm-vit": "`send`, VFM a ViT-S of DINOv2's shape, block 8",
+    "vfm-vgg16": "`send`, VFM VGG16",
+    "oracle-half": "`send`, VFM resnet10t, taught the attributes of other styles",
     "control-repa": "`control`, REPA in the SiT",
     "send-repa": "`send`, REPA in the SiT",
     **{f"{arm}-{name}": f"`{arm}`, {change}" for name, change in {
@@ -67,7 +68,7 @@ ARMS = {
     "send-long": "`send`, SiT trained longer",
 }
 # Claims put to the test: words, the arm that is to be better, than which, and by which scores
-DISTANCES = "curve_mean fd fd_to_reconstructions fd2 fd3"
+DISTANCES = ("curve_mean", "fd", "fd_to_reconstructions", "fd2", "fd3")  # better when lower, all else higher
 CLAIMS = (
     ("A SiT learns faster on aligned latents", "send", "control", DISTANCES),
     ("... beside REPA in the SiT", "send-repa", "control-repa", DISTANCES),
@@ -82,10 +83,11 @@ CLAIMS = (
     ("... than VA-VAE's alignment", "send", "vavae", DISTANCES),
     ("Another VFM helps more", "vfm2", "send", DISTANCES),
     ("A larger weight helps more", "lambda8", "send", DISTANCES),
-    ("Table 2: the mapper's block helps", "depth1-clean", "depth0-clean", DISTANCES),
-    ("Table 3: noise helps", "send", "depth1-clean", DISTANCES),
-    ("Attributes are easier to read from aligned latents", "send", "control", "probe_f1 probe_top5_recall"),
-    ("Alignment costs reconstruction", "control", "send", "psnr"),
+    ("The mapper's ViT block helps (Table 2)", "depth1-clean", "depth0-clean", DISTANCES),
+    ("Noise helps (Table 3)", "send", "depth1-clean", DISTANCES),
+    ("Attributes are easier to read from aligned latents", "send", "control",
+     ("probe_f1", "probe_top5_recall")),
+    ("Alignment costs reconstruction", "control", "send", ("psnr",)),
 )
 # Columns of the main table: score, heading, digits, its (m)ean and its (d)ifference from the control's
 COLUMNS = (
@@ -105,7 +107,6 @@ LADDER = {"random": "random", "random-matched": "random", "vfm-vgg16": "vgg16", 
 WEIGHTS = ("control", "lambda0.1", "lambda0.5", "send", "lambda4", "lambda8")  # one recipe, lambda 0 to 8
 OTHER_SIT = ("-repa", "-modern", "-cosine", "-long")  # of arms with another arm's VAE
 LENGTHS = {"quarter": 0.25, "x4": 4, "x16": 16}  # fine-tuning, in that of the others
-LOWER = ("fd", "curve_mean", "fd2", "fd3", "rfd", "fd_to_reconstructions")  # are better; others when higher
 # The demo's table: names in report.json, and digits
 PRINTED = dict(psnr=2, probe_f1=4, fd=1, rfd=1, fd_to_reconstructions=1, precision=3, recall=3,
                precision_to_reconstructions=3, recall_to_reconstructions=3, class_agreement=3)
@@ -169,7 +170,7 @@ def other_sit(arm):
 
 def has_own(arm, key):
     """Whether a score is not one of another arm's VAE."""
-    return not other_sit(arm) or not key.startswith(("probe_", "psnr"))
+    return not other_sit(arm) or not key.startswith(("probe_", "psnr", "rfd"))
 
 
 def read_row(folder):
@@ -308,19 +309,19 @@ def compared(d, key):
     low, high = interval(d)
     if np.isnan(low) or low <= 0 <= high:
         return "undecided"
-    return "better" if (high < 0) == (key in LOWER) else "worse"
+    return "better" if (high < 0) == (key in DISTANCES) else "worse"
 
 
 def claim_verdict(d, key):
     """Differences in a score, one a seed, that are claimed to be for the better -> (reading, the effect that
-    as many seeds with this scatter would show four times out of five: (t(.975) + t(.8)) standard errors; nan
-    for fewer than three)."""
+    as many seeds with this scatter would show four times out of five, by the noncentral t; nan for fewer than
+    three)."""
     (low, high), n = interval(d), len(d)
     if n < 3:
         return "undecided: fewer than three seeds", np.nan
-    error = np.std(d, ddof=1) / n ** 0.5
-    visible = float((scipy.stats.t.ppf(0.975, n - 1) + scipy.stats.t.ppf(0.8, n - 1)) * error)
-    if key not in LOWER:
+    error, limit = np.std(d, ddof=1) / n ** 0.5, scipy.stats.t.ppf(0.975, n - 1)
+    visible = error * scipy.optimize.brentq(lambda e: scipy.stats.nct.sf(limit, n - 1, e) - 0.8, 0, 20)
+    if key not in DISTANCES:
         low, high = -high, -low  # below 0 supports the claim
     if high < 0:
         return "**supported**", visible
@@ -354,22 +355,19 @@ def speed_ups(rows, arm, reference):
     return list(np.exp(by_seed(logs))), bound
 
 
-def weights_of(rows, run):
-    """The arms of one run that differ in lambda alone."""
-    return [a for a in WEIGHTS if run in rows.get(a, {})]
-
-
 def at_equal_psnr(rows, arm, key):
     """Arm minus `send`'s recipe with the lambda that costs as much PSNR, one a seed: on a monotone cubic
-    through the WEIGHTS of its run, as the gain of a dB shrinks. Left out: runs with fewer than three of them,
-    and arms beyond their ends."""
-    out = []
+    through the WEIGHTS of its run, as the gain of a dB shrinks. And through which. Left out: runs with fewer
+    than three of them, and arms beyond their ends."""
+    out, through = [], set()
     for run, row in rows[arm].items():
-        line = sorted((rows[a][run]["psnr"], rows[a][run][key]) for a in weights_of(rows, run))
+        weights = [a for a in WEIGHTS if run in rows.get(a, {})]
+        line = sorted((rows[a][run]["psnr"], rows[a][run][key]) for a in weights)
         if len(line) > 2 and line[0][0] <= row["psnr"] <= line[-1][0]:
             curve = scipy.interpolate.PchipInterpolator(*zip(*line, strict=True))
             out.append((row, row[key] - curve(row["psnr"])))
-    return by_seed(out)
+            through.add(", ".join(f"`{a}`" for a in weights))
+    return by_seed(out), "; ".join(sorted(through))
 
 
 def arm_means(rows):
@@ -426,23 +424,28 @@ def change(rows, arm, key, digits):
 
 def speed_text(rows, arm):
     """Geometric mean and range over seeds. No interval: a bound is no measurement."""
-    ratios, bound = speed_ups(rows, arm, reference_of(rows, arm))
-    if arm == reference_of(rows, arm) or not ratios:
+    reference = reference_of(rows, arm)
+    ratios, bound = speed_ups(rows, arm, reference)
+    if arm == reference or not ratios:
         return ""
     span = f" ({min(ratios):.2f} to {max(ratios):.2f})" if len(ratios) > 1 else " (one seed)"
     return f"{np.exp(np.log(ratios).mean()):.2f}{span}{', a bound' if bound else ''}"
 
 
+def seeds_in(of):
+    return ", ".join([str(len(values_of(of, "psnr"))), *sorted({r["precisions"] for r in of.values()})])
+
+
 def main_table(rows):
-    head, lines = ["arm", "", "seeds", "in"], []
+    head, lines = ["arm", "", "seeds, in"], []
     for _, title, _, shown in COLUMNS:
         head += [title] * ("m" in shown) + [f"{title}, minus control's"] * ("d" in shown)
     for arm, of in rows.items():
-        line = [f"`{arm}`", ARMS.get(arm, ""), len(values_of(of, "psnr")),
-                ", ".join(sorted({r["precisions"] for r in of.values()}))]
+        line = [f"`{arm}`", ARMS.get(arm, ""), seeds_in(of)]
         for key, _, digits, shown in COLUMNS:
-            line += [mean_of(of, key, digits)] if "m" in shown else []
-            line += [change(rows, arm, key, digits) if has_own(arm, key) else ""] if "d" in shown else []
+            own = has_own(arm, key)
+            line += [mean_of(of, key, digits) if own else ""] if "m" in shown else []
+            line += [change(rows, arm, key, digits) if own else ""] if "d" in shown else []
         lines.append([*line, speed_text(rows, arm)])
     return table([*head, "speed-up"], lines)
 
@@ -451,7 +454,7 @@ def claim_table(rows):
     """A line a claim and score, with its verdict."""
     lines = []
     for words, arm, reference, scores in CLAIMS:
-        for key in scores.split():
+        for key in scores:
             d, line = differences(rows, arm, key, reference), [words, f"`{arm}` - `{reference}`", TITLES[key]]
             if not d:
                 lines.append([*line, "", "", "", "not run"])
@@ -465,12 +468,11 @@ def claim_table(rows):
 
 def short_part(rows):
     """The means of the arms in CLAIMS and the differences between them, as README shows them."""
-    keys = ("psnr", "probe_f1", "curve_mean", "fd", "fd_to_reconstructions", "fd3")
+    keys = ("psnr", "probe_f1", *(k for k in DISTANCES if k != "fd2"))
     arms, contrasts, named = [], [], {arm for _, *both, _ in CLAIMS for arm in both}
     for arm, of in ((a, of) for a, of in rows.items() if a in named):
         means = [f"{np.mean(values_of(of, k)):.{DIGITS[k]}f}" if has_own(arm, k) else "" for k in keys]
-        precisions = ", ".join(sorted({r["precisions"] for r in of.values()}))
-        arms.append([f"`{arm}`", ARMS.get(arm, ""), f"{len(values_of(of, 'psnr'))}, {precisions}", *means])
+        arms.append([f"`{arm}`", ARMS.get(arm, ""), seeds_in(of), *means])
     for words, arm, reference, scores in CLAIMS:
         if scores == DISTANCES and pairs(rows, arm, reference):
             d = {k: differences(rows, arm, k, reference) for k in keys if has_own(arm, k)}
@@ -478,13 +480,14 @@ def short_part(rows):
             contrasts.append([words, f"`{arm}` - `{reference}`", len(d["fd"]), *spans])
     titles = [TITLES[k] for k in keys]
     return (table(["arm", "", "seeds, in", *titles], arms) + "\n"
-            + table(["claim", "difference", "seeds", *titles], contrasts))
+            + table(["claim tested", "difference", "seeds", *titles], contrasts))
 
 
 def marked(d, digits):
     """Mean of differences and its interval, bold where that leaves out 0."""
     low, high = interval(d)
-    return f"**{span_text(d, digits)}**" if low > 0 or high < 0 else span_text(d, digits)
+    text = span_text(d, digits)
+    return f"**{text}**" if low > 0 or high < 0 else text
 
 
 def long_part(long):
@@ -495,7 +498,7 @@ def long_part(long):
         lines.append([f"`{arm}`", len(values_of(of, "psnr")), max(r["curve"][-1][0] for r in of.values()),
                       *(mean_of(of, k, digits) for k, digits in keys.items()),
                       ", ".join("never" if v is None else f"{v:.0f}" for v in reached)])
-    head = ["arm", "seeds", "steps of the SiT", "gFD", "gFD to reconstructions", "precision", "recall",
+    head = ["arm", "seeds", "steps of the SiT", "gFD", "gFD to rec.", "precision", "recall",
             "class agreement", "steps to the control's last distance (curve)"]
     return f"""On the VAEs of the arms above, with a decaying learning rate; not part of any table above.
 
@@ -505,11 +508,10 @@ def long_part(long):
 
 def ladder_part(rows, known):
     """What each arm's vision model knows, and what the arm gains."""
-    keys = {"probe_f1": 3, "curve_mean": 0, "fd3": 0, "psnr": 2}
-    lines = [[f"`{arm}`", f"{f1:.3f}", *(change(rows, arm, k, digits) for k, digits in keys.items())]
+    keys = ("probe_f1", "curve_mean", "fd3", "psnr")
+    lines = [[f"`{arm}`", f"{f1:.3f}", *(change(rows, arm, k, DIGITS[k]) for k in keys)]
              for arm, f1 in known.items()]
-    gains = ["probe F1 of the latent", "curve", "by VGG16", "PSNR"]
-    head = ["arm", "F1 of the vision model's tokens", *(f"{gain}, minus control's" for gain in gains)]
+    head = ["arm", "F1 of the vision model's tokens", *(f"{TITLES[k]}, minus control's" for k in keys)]
     return f"""## What the vision model knows
 
 F1 of a probe on its tokens, averaged over positions to about as many numbers as the latent has.
@@ -525,12 +527,13 @@ def equal_psnr_part(rows):
     latent, which have a control of their own."""
     lines = []
     for arm in rows:
-        alike = not other_sit(arm) and not arm.startswith("control-") and reference_of(rows, arm) == "control"
-        d = [at_equal_psnr(rows, arm, key) for key, *_ in COMPARED] if alike and arm not in WEIGHTS else [[]]
-        if d[0]:
-            spans = [span_text(v, digits, key) for v, (key, _, digits) in zip(d, COMPARED, strict=True)]
-            through = {", ".join(f"`{a}`" for a in weights_of(rows, run)) for run in rows[arm]}
-            lines.append([f"`{arm}`", "; ".join(sorted(through)), len(d[0]), *spans])
+        if reference_of(rows, arm) != "control" or arm.startswith("control-") or other_sit(arm):
+            continue
+        found = {key: at_equal_psnr(rows, arm, key) for key, *_ in COMPARED}
+        d, through = found["fd"]
+        if d and arm not in WEIGHTS:
+            spans = [span_text(found[key][0], digits, key) for key, _, digits in COMPARED]
+            lines.append([f"`{arm}`", through, len(d), *spans])
     return "" if not lines else f"""## At equal loss of PSNR
 
 An arm minus the recipe of `send` at the arm's own PSNR: within each run, on a monotone cubic through the arms
@@ -583,17 +586,17 @@ def write_report(root, rows, long, missing, means, correlations, known):
 The distance to the training images is {control['measure']} (lower is better).
 As many real images score {control['real_images']}.
 The first judge, EfficientNet-Lite0, taught the aligned arms but `random*`, `oracle`, `vfm2`, `vfm-vit` and
-`vfm-vgg16`; Lite2 taught `vfm2` alone, VGG16 `vfm-vgg16` alone (VGG16's LPIPS helped to pre-train the VAE
-that all begin from). Values are mean ± standard deviation over seeds. A difference is taken within each
-seed and precision, and a seed that ran in two counts once, with its mean; in brackets the 95 % interval by
-Student's t; "undecided" where that holds 0; none of fewer than three seeds. All differences from a control
-rest on the same few control runs, and many are shown: of those without any effect about one in 20 falls
-outside.
+`vfm-vgg16`, and the SiT of `*-repa`; Lite2 taught `vfm2` alone, VGG16 `vfm-vgg16` alone (VGG16's LPIPS helped
+to pre-train the VAE that all begin from). Values are mean ± standard deviation over seeds. A difference is
+taken within each seed and precision, and a seed that ran in two counts once, with its mean; in brackets the
+95 % interval by Student's t; "undecided" where that holds 0; none of fewer than three seeds. All differences
+from a control rest on the same few control runs, and many are shown: of those without any effect about one in
+20 falls outside.
 
 ## In short
 
-*Curve*: mean gFD while the SiT trains, of fewer samples. Distances: below 0 the first arm is better. Bold
-where the 95 % interval leaves out 0.
+*Curve*: mean gFD while the SiT trains, of fewer samples. A claim is supported by a distance where its bold
+number is below 0, contradicted where one is above; the others are not told apart by this many seeds.
 
 {short_part(rows)}
 ## Claims
