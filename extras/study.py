@@ -67,8 +67,8 @@ ARMS = {
     "control-long": "`control`, SiT trained longer",
     "send-long": "`send`, SiT trained longer",
 }
-# Claims put to the test: words, the arm that is to be better, than which, and by which scores
 DISTANCES = ("curve_mean", "fd", "fd_to_reconstructions", "fd2", "fd3")  # better when lower, all else higher
+# Claims put to the test: words, the arm that is to be better, than which, and by which scores
 CLAIMS = (
     ("A SiT learns faster on aligned latents", "send", "control", DISTANCES),
     ("... beside REPA in the SiT", "send-repa", "control-repa", DISTANCES),
@@ -476,18 +476,13 @@ def short_part(rows):
     for words, arm, reference, scores in CLAIMS:
         if scores == DISTANCES and pairs(rows, arm, reference):
             d = {k: differences(rows, arm, k, reference) for k in keys if has_own(arm, k)}
-            spans = [marked(d[k], DIGITS[k]) if k in d else "" for k in keys]
+            spans = [span_text(d[k], DIGITS[k]) if k in d else "" for k in keys]
+            spans = [f"**{text}**" if k in d and compared(d[k], k) != "undecided" else text
+                     for k, text in zip(keys, spans, strict=True)]
             contrasts.append([words, f"`{arm}` - `{reference}`", len(d["fd"]), *spans])
     titles = [TITLES[k] for k in keys]
     return (table(["arm", "", "seeds, in", *titles], arms) + "\n"
             + table(["claim tested", "difference", "seeds", *titles], contrasts))
-
-
-def marked(d, digits):
-    """Mean of differences and its interval, bold where that leaves out 0."""
-    low, high = interval(d)
-    text = span_text(d, digits)
-    return f"**{text}**" if low > 0 or high < 0 else text
 
 
 def long_part(long):
@@ -526,12 +521,12 @@ def equal_psnr_part(rows):
     """Each arm beside the recipe of `send` at the arm's own PSNR; not those with another SiT, length or
     latent, which have a control of their own."""
     lines = []
-    for arm in rows:
-        if reference_of(rows, arm) != "control" or arm.startswith("control-") or other_sit(arm):
+    for arm in (a for a in rows if a not in WEIGHTS and not a.startswith("control-")):
+        if reference_of(rows, arm) != "control" or other_sit(arm):
             continue
         found = {key: at_equal_psnr(rows, arm, key) for key, *_ in COMPARED}
         d, through = found["fd"]
-        if d and arm not in WEIGHTS:
+        if d:
             spans = [span_text(found[key][0], digits, key) for key, _, digits in COMPARED]
             lines.append([f"`{arm}`", through, len(d), *spans])
     return "" if not lines else f"""## At equal loss of PSNR
