@@ -83,8 +83,11 @@ CLAIMS = (
     ("... than VA-VAE's alignment", "send", "vavae", DISTANCES),
     ("Another VFM helps more", "vfm2", "send", DISTANCES),
     ("A larger weight helps more", "lambda8", "send", DISTANCES),
+    ("A quarter of the weight helps too", "lambda0.5", "control", DISTANCES),
     ("The mapper's ViT block helps (Table 2)", "depth1-clean", "depth0-clean", DISTANCES),
+    ("... more than two (with noise)", "send", "depth2", DISTANCES),
     ("Noise helps (Table 3)", "send", "depth1-clean", DISTANCES),
+    ("Standardised tokens help more", "standardised", "send", DISTANCES),
     ("Attributes are easier to read from aligned latents", "send", "control",
      ("probe_f1", "probe_top5_recall")),
     ("Alignment costs reconstruction", "control", "send", ("psnr",)),
@@ -677,13 +680,13 @@ def draw_convergence(rows, long, path):
         own = colour.get(arm.removesuffix("-long"), "grey")
         dash = ":" if arm in long else "--" if other_sit(arm) else "-"
         style = dict(linewidth=3 if main else 1, linestyle=dash, zorder=3 if main else 2)
-        left.plot(steps, mean, color=own, label=arm, **style)
+        left.plot(steps, mean, color=own, **style)
         if len(values) > 1:
             sd = values.std(0, ddof=1)
             left.fill_between(steps, mean - sd, mean + sd, color=own, alpha=0.15 if main else 0.05, lw=0)
     left.set(xlabel="steps of the SiT", ylabel="Fréchet distance (lower is better)",
-             title="The same SiT on each arm's latents", xscale="log" if long else "linear")
-    left.legend(fontsize=8)
+             title="The same SiT on each arm's latents (control black, others as right)",
+             xscale="log" if long else "linear")
     arms = [a for a in rows if a != "control"][::-1]
     for i, arm in enumerate(arms):
         d = differences(rows, arm, "fd", reference_of(rows, arm))
