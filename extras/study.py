@@ -416,6 +416,15 @@ def span_text(d, digits, key=None):
     return f"{np.mean(d):+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]{reading}"
 
 
+def short_span(d, key):
+    """Mean of differences ± half of its interval, bold where that leaves out 0."""
+    if len(d) < 3:
+        return span_text(d, DIGITS[key])
+    low, high = interval(d)
+    text = f"{np.mean(d):+.{DIGITS[key]}f} ± {(high - low) / 2:.{DIGITS[key]}f}"
+    return text if compared(d, key) == "undecided" else f"**{text}**"
+
+
 def change(rows, arm, key, digits):
     """Difference from the control; nothing for the control itself."""
     reference = reference_of(rows, arm)
@@ -479,9 +488,7 @@ def short_part(rows):
     for words, arm, reference, scores in CLAIMS:
         if scores == DISTANCES and pairs(rows, arm, reference):
             d = {k: differences(rows, arm, k, reference) for k in keys if has_own(arm, k)}
-            spans = [span_text(d[k], DIGITS[k]) if k in d else "" for k in keys]
-            spans = [f"**{text}**" if k in d and compared(d[k], k) != "undecided" else text
-                     for k, text in zip(keys, spans, strict=True)]
+            spans = [short_span(d[k], k) if k in d else "" for k in keys]
             contrasts.append([words, f"`{arm}` - `{reference}`", len(d["fd"]), *spans])
     titles = [TITLES[k] for k in keys]
     return (table(["arm", "", "seeds, in", *titles], arms) + "\n"
@@ -593,8 +600,9 @@ from a control rest on the same few control runs, and many are shown: of those w
 
 ## In short
 
-*Curve*: mean gFD while the SiT trains, of fewer samples. A claim is supported by a distance where its bold
-number is below 0, contradicted where one is above; the others are not told apart by this many seeds.
+*Curve*: mean gFD while the SiT trains, of fewer samples. ± is half of the 95 % interval over seeds. A claim is
+supported by a distance where its bold number is below 0, contradicted where one is above; the others are not
+told apart by this many seeds.
 
 {short_part(rows)}
 ## Claims

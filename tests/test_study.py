@@ -172,7 +172,10 @@ def test_readme_shows_the_report():
 
 
 def test_verdicts():
-    """Two seeds decide, or a claim is supported by what contradicts it."""
+    """Two seeds decide, or a claim is supported by what contradicts it; ± is not half of the interval."""
+    assert study.short_span([-40.0, -41.0, -39.0], "fd") == "**-40 ± 2**"  # t = 4.30, 1 / sqrt 3
+    assert study.short_span([-40.0, 41.0, -39.0], "fd").startswith("-13 ± 1")
+    assert study.short_span([-40.0, -41.0], "fd") == "-40 (two seeds)"
     assert study.claim_verdict([-40.0, -41.0], "fd")[0] == "undecided: fewer than three seeds"
     assert study.compared([-40.0, -41.0], "fd") == "undecided"
     assert study.claim_verdict([-40.0, -41.0, -39.0], "fd")[0] == "**supported**"
