@@ -16,7 +16,6 @@ import hashlib
 import json
 import os
 import struct
-import sys
 import time
 import warnings
 import zipfile
@@ -232,20 +231,17 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     return 0.0 if -noise <= found <= 0 else found
 
 
-def statistics(features, counts=None, block=4096):
+def statistics(features, block=4096):
     """(N, D) -> mean (D,) and unbiased covariance (D, D), float64, without a float64 copy of the features and
-    about the first block's mean, so that no digits are lost to a large one. counts (N,): how often each row
-    is taken (default once)."""
-    features, shift, n, total, outer = torch.as_tensor(features), None, 0, 0, 0
-    for i in range(0, len(features), block):
-        x = features[i:i + block].double()
+    about the first block's mean, so that no digits are lost to a large one."""
+    features, shift, total, outer = torch.as_tensor(features), None, 0, 0
+    for x in features.split(block):
+        x = x.double()
         shift = x.mean(0) if shift is None else shift
         x = x - shift
-        w = torch.ones(len(x)) if counts is None else torch.as_tensor(counts[i:i + block])
-        w = w.double()
-        n += int(w.sum())
-        total = total + w @ x
-        outer = outer + x.T @ (x * w[:, None])
+        total = total + x.sum(0)
+        outer = outer + x.T @ x
+    n = len(features)
     mean = total / n
     return (shift + mean).numpy(), ((outer - n * torch.outer(mean, mean)) / (n - 1)).numpy()
 
@@ -588,15 +584,6 @@ def compare_reconstructions(reference, copies, sample, order, device):
                 precision_to_reconstructions=precision, recall_to_reconstructions=recall)
 
 
-def bootstrap_interval(reference, sample, draws):
-    """1.96 standard deviations of the distance over resampled samples."""
-    generator, n = np.random.Generator(np.random.Philox(key=1)), len(sample.pool)
-    counts = [generator.multinomial(n, np.full(n, 1 / n)) for _ in range(draws)]
-    mu, sigma = reference.stats["mu"], reference.stats["sigma"]
-    values = [frechet_distance(mu, sigma, *statistics(sample.pool, c)) for c in tqdm(counts, disable=None)]
-    return 1.96 * float(np.std(values, ddof=1))
-
-
 def score(args):
     """Every sample set against the reference, and the floors: one half of the reference against the other,
     and as many real images as samples."""
@@ -627,8 +614,6 @@ def score(args):
     among_real = lambda a, b: frechet_distance(*statistics(reference.pool[a]), *statistics(reference.pool[b]))
     for sample in samples:
         scores, n = compare(reference, sample, order, device), len(sample.rows)
-        if args.bootstrap and n:
-            scores["interval"] = bootstrap_interval(reference, sample, args.bootstrap)
         if args.vae and n:
             scores.update(compare_reconstructions(reference, copies, sample, order, device))
         if 4 <= n <= len(order) // 2:  # what as many real images would score
@@ -670,9 +655,8 @@ def print_scores(result, skipped):
     for name, scores in result["scores"].items():
         n = result["n"][name]
         text = f"{name}: {metric}-{count_name(n) if n else 'stats'} {scores['fd']:.2f}"
-        text += f" +- {scores['interval']:.2f}" if "interval" in scores else ""
         text += f" (as many real images {result['fd_real'][name]:.2f})" if name in result["fd_real"] else ""
-        print(text + "".join(f", {k} {v:.4f}" for k, v in scores.items() if k not in ("fd", "interval")))
+        print(text + "".join(f", {k} {v:.4f}" for k, v in scores.items() if k != "fd"))
         warn_of_blur(scores)
     if "floor" in result:
         print(f"{metric}-{count_name(result['floor_n'])} {result['floor']:.2f}  floor: one half of the "
@@ -814,8 +798,6 @@ def parse_args():
     s.add_argument("reference", help="image folder, .npz of images, or .npz of statistics")
     s.add_argument("samples", nargs="+", help="the same, or the word none: the reference's floors alone")
     s.add_argument("--vae", help="the samples' VAE: rFD, and the samples against its reconstructions")
-    s.add_argument("--bootstrap", type=common.natural, default=0, metavar="B", help="resample the samples B "
-                   "times: +- 1.96 standard deviations of the distance (0: do not)")
     s.add_argument("--cache", metavar="FILE", help="keep the features of the reference's images in this .npz")
     s.add_argument("--save-stats", type=common.npz_name, metavar="FILE",
                    help="write the reference's statistics to this .npz")
@@ -836,15 +818,10 @@ def parse_args():
         c.add_argument("--precision", choices=("bf16", "fp32"), default="fp32", help="of the networks")
         c.add_argument("--json", metavar="FILE", help="write the scores here")
         c.add_argument("--dry-run", action="store_true", help="print what would be scored, and end")
-    args = p.parse_args()
-    if getattr(args, "bootstrap", 0) == 1:
-        p.error("--bootstrap 1: a standard deviation needs 2 or more")
-    return args
+    return p.parse_args()
 
 
 def main():
-    if sys.argv[1:2] == ["report"]:
-        raise UserError(f"report has moved: python extras/study.py demo {' '.join(sys.argv[2:])}")
     args = parse_args()
     for flag in () if args.dry_run else ("json", "png", "cache", "save_stats"):
         if getattr(args, flag, None):

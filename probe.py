@@ -11,7 +11,6 @@ numbers stand beside it, so that good can be told from bad.
 import csv
 import importlib.util
 import math
-import sys
 import tempfile
 import time
 import warnings
@@ -678,8 +677,6 @@ def write_csv(path, names, share, results):
 
 
 def main():
-    if sys.argv[1:2] == ["correlate"]:
-        raise UserError(f"correlate has moved: python extras/correlate.py {' '.join(sys.argv[2:])}")
     args = parse_args()
     device, _, _ = common.setup()
     args.precision = args.precision or common.fast_precision(device)

@@ -1401,8 +1401,7 @@ def test_frechet_distance_errors():
 
 
 def test_statistics():
-    """Mean or covariance is biased, of the wrong axis, loses digits to a large mean, or weighs rows
-    wrongly."""
+    """Mean or covariance is biased, of the wrong axis, or loses digits to a large mean."""
     x = np.random.default_rng(0).normal(size=(200, 5)).astype(np.float32)
     for shift, block in ((0, 4096), (1000, 29)):
         shifted = x + np.float32(shift)
@@ -1411,10 +1410,6 @@ def test_statistics():
         np.testing.assert_allclose(mean, exact.mean(0), rtol=1e-12, atol=1e-15)
         np.testing.assert_allclose(covariance, np.cov(exact, rowvar=False), rtol=1e-9, atol=1e-12)
         assert mean.dtype == covariance.dtype == np.float64
-    counts = np.arange(200) % 3
-    repeated = np.repeat(x.astype(float), counts, 0)
-    covariance = fid.statistics(x, counts)[1]
-    np.testing.assert_allclose(covariance, np.cov(repeated, rowvar=False), rtol=1e-9, atol=1e-12)
 
 
 def test_inception_is_torch_fidelitys(inception):
@@ -1504,8 +1499,7 @@ def test_score_is_adms(inception, tmp_path, monkeypatch):
         write_npz(tmp_path / f"{name}.npz", pixels[name])
     ref, one = (net.features(torch.from_numpy(v).permute(0, 3, 1, 2)) for v in pixels.values())
     flags = (tmp_path / "one.npz", "--json", tmp_path / "a.json")
-    out = do("fid", "score", tmp_path / "ref.npz", *flags, "--save-stats", tmp_path / "stats.npz",
-             "--bootstrap", 2)
+    out = do("fid", "score", tmp_path / "ref.npz", *flags, "--save-stats", tmp_path / "stats.npz")
     s, result = read_scores(tmp_path / "a.json"), json.loads((tmp_path / "a.json").read_text())
 
     def distance(a, b):
@@ -1516,8 +1510,8 @@ def test_score_is_adms(inception, tmp_path, monkeypatch):
     assert s["sfid"] == pytest.approx(distance(ref[1], one[1]), rel=1e-4)
     assert s["inception_score"] == pytest.approx(fid.inception_score(one[2]), rel=1e-4)
     assert (s["precision"], s["recall"]) == pytest.approx(fid.precision_recall(ref[0], one[0]))
-    assert 0 < s["interval"] < s["fd"] and result["n"] == {str(tmp_path / "one.npz"): 10}
-    assert f"FID-10 {s['fd']:.2f} +- {s['interval']:.2f}, sfid {s['sfid']:.4f}, inception_score" in out
+    assert result["n"] == {str(tmp_path / "one.npz"): 10}
+    assert f"FID-10 {s['fd']:.2f}, sfid {s['sfid']:.4f}, inception_score" in out
     assert (result["metric"], result["network"]) == ("FID", "inception") and "TensorFlow" in result["resize"]
     assert "samples of 10 images" in out and "floor" in out and result["weights"] in out
     saved = np.load(tmp_path / "stats.npz")
@@ -2200,7 +2194,7 @@ def test_bad_commands(line, small, tmp_path, monkeypatch):
 
 # Numbers that have a meaning, at the edge of their range
 MEANT = dict(kl=0, lambda_align=0, gan=0, lpips=0, lr=0, clip="inf", repa=0, label_dropout=0, mapper_depth=0,
-             vfm_layer=-1, cfg=0, interval=1, workers=0, seed=2 ** 32 - 1, bootstrap=0)
+             vfm_layer=-1, cfg=0, interval=1, workers=0, seed=2 ** 32 - 1)
 
 
 def test_every_number_has_a_range(monkeypatch):

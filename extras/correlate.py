@@ -29,7 +29,7 @@ NEEDED = 8  # runs, and kinds of VAE, below which nothing is said of a score
 # Scores of samples, not of a VAE
 SAMPLE_SCORES = ("fd", "curve_mean", "fd2", "fd3", "fd_n", "fd_to_reconstructions", "fd2_to_reconstructions",
                  "precision", "recall", "precision_to_reconstructions", "recall_to_reconstructions",
-                 "class_agreement", "class_agreement_real", "sfid", "inception_score", "interval")
+                 "class_agreement", "class_agreement_real", "sfid", "inception_score")
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -600,7 +600,7 @@ from a control rest on the same few control runs, and many are shown: of those w
 
 ## In short
 
-*Curve*: mean gFD while the SiT trains, of fewer samples. ± is half of the 95 % interval over seeds. A claim is
+*Curve*: mean gFD while the SiT trains, of fewer samples. ±: half of the 95 % interval over seeds. A claim is
 supported by a distance where its bold number is below 0, contradicted where one is above; the others are not
 told apart by this many seeds.
 

@@ -275,8 +275,6 @@ def test_flags_of_the_score(tmp_vae, judge, tmp_path):
     assert "8 images" in score(root, a, "--dry-run", "--json", tmp_path / "dry.json")[1]
     assert not (tmp_path / "dry.json").exists()
     assert_refused(score(root, tmp_path / "gone.npz"), "gone.npz", "sample.py")
-    assert_refused(call("fid", "report", "out/demo"), "extras/study.py demo out/demo")
-    assert_refused(score(root, a, "--bootstrap", 1), "--bootstrap", "2 or more")
 
 
 def test_feature_net():

@@ -101,8 +101,8 @@ def test_study_report(three_seeds):
     assert "score 27, one half" in text
     short, text = text[text.index("## In short"):text.index("## Claims")], text[text.index("## Claims"):]
     assert "| 3, bf16 | 24.03 | 0.630 | 906 | 861 | 430 | 215 |" in lines_of(short, "| `send` | ")
-    gain = lines_of(short, "| A SiT learns faster on aligned latents | `send` - `control` | 3 | +0.03 [")
-    assert "| **+0.020 [+0.020, +0.020]** | **-45 [-45, -45]** | **-40 [-40, -40]** |" in gain
+    gain = lines_of(short, "| A SiT learns faster on aligned latents | `send` - `control` | 3 | +0.03 ± ")
+    assert "| **+0.020 ± 0.000** | **-45 ± 0** | **-40 ± 0** |" in gain
     assert "| ... beside REPA in the SiT | `send-repa` - `control-repa` | 3 |  |  | " in short
     send = lines_of(text, "| `send` | Send-VAE")
     for part in ("| 24.03 ± 0.12 | 215 ± 0 | 0.630 ± 0.010 | +0.020 [+0.020, +0.020] better |",
