@@ -529,14 +529,13 @@ def measure_once(path, key, source, run):
         return
     try:
         kept = common.read_npz(path)
-        found, pool = str(kept.pop("key")), torch.from_numpy(kept.pop("pool"))
+        found, pool, rows = str(kept.pop("key")), torch.from_numpy(kept.pop("pool")), kept.pop("rows")
     except common.DAMAGED as e:
         raise common.damage(e, f"--cache {path}: not readable ({type(e).__name__}: {e}); delete it") from None
     if found != key:
         raise UserError(f"--cache {path}: holds features of {found}; this command needs those of {key}; give "
                         "another file or delete it")
-    source.rows = kept.pop("rows", np.arange(len(pool)))  # an older file does not say: all
-    source.pool, source.stats = pool, kept
+    source.rows, source.pool, source.stats = rows, pool, kept
 
 
 # -----------------------------------------------------------------------------------------------------------

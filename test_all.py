@@ -498,8 +498,6 @@ def test_vae_is_diffusers(tmp_path):
     assert_is_diffusers(tmp_path, 32, **config)
     again = call("extras.convert", "to-diffusers", "--vae", tmp_path / "peer", "--out", tmp_path / "ours")
     assert_refused(again, "holds a config.json already")
-    moved = call("vae", "export-diffusers", "--vae", "a.pt", "--out", "b")
-    assert_refused(moved, "python extras/convert.py to-diffusers --vae a.pt --out b")
 
 
 def with_lightning(state, monkeypatch):

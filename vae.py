@@ -344,7 +344,7 @@ UNFINISHED = ("sums.npy", "done.npy", "unfinished.json", ".lock")  # what lies t
 
 def parse_args():
     p = common.Parser(description=__doc__)
-    p.add_argument("command", nargs="?", default="encode", choices=("encode", "export", "export-diffusers"),
+    p.add_argument("command", nargs="?", default="encode", choices=("encode", "export"),
                    help="encode (default): latents; export: the weights alone (with --vae and --out only)")
     p.add_argument("--vae", required=True, help="checkpoint, in any format of load_vae")
     p.add_argument("--data", help="image folder (encode)")
@@ -360,9 +360,6 @@ def parse_args():
     p.add_argument("--deterministic", action="store_true", help="equal bits in each run on CUDA too, slower")
     p.add_argument("--dry-run", action="store_true", help="print the plan (images, disk), and end")
     args = p.parse_args()
-    if args.command == "export-diffusers":
-        raise UserError("export-diffusers is now: python extras/convert.py to-diffusers "
-                        f"--vae {args.vae} --out {args.out}")
     if args.command == "encode" and not args.data:
         p.error("the following arguments are required: --data")
     return args
