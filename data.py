@@ -624,12 +624,7 @@ def main():
     c.add_argument("--size", type=common.side, default=64, help="crop, in pixels")
     c.add_argument("--batch", type=common.positive, nargs=2, metavar=("VAE", "SIT"), help="refuse, too, what "
                    "would stop run.sh folder later; these are its batches")
-    commands.add_parser("avatars", help="now: python extras/avatars.py")
-    args, others = p.parse_known_args()
-    if args.command == "avatars":
-        raise UserError(f"the built-in data set is drawn by: python extras/avatars.py {' '.join(others)}")
-    if others:
-        p.error(f"unrecognized arguments: {' '.join(others)}")
+    args = p.parse_args()
     table = read_attributes(args.dir) if (Path(args.dir) / "attributes.csv").exists() else None
     parts = [ImageFolder(args.dir, args.size, split=s) for s in (SPLITS if args.batch and table else (None,))]
     if args.batch:

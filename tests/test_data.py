@@ -52,7 +52,7 @@ def test_damaged_files_raise_nothing_else(tmp_path):
 
 
 def test_check(tmp_path):
-    """`data.py check` misses an unreadable image or a wrong table, or its old command leads nowhere."""
+    """`data.py check` misses an unreadable image or a wrong table."""
     root = write_images(tmp_path / "x", 101, size=8)
     files = data.find_images(root)
     (root / "attributes.csv").write_text("file,split,hat\n" + "".join(f"{f},train,1\n" for f in files))
@@ -65,7 +65,6 @@ def test_check(tmp_path):
     truncate(root / "b/011.png")
     assert_refused(call("data", "check", root, "--size", 8), "2 of 101")
     assert_refused(call("data", "check", tmp_path / "gone"), "gone", "python extras/avatars.py")
-    assert_refused(call("data", "avatars", "out/x", "--n", 5), "python extras/avatars.py out/x --n 5")
 
 
 def test_avatars_have_usable_attributes():
