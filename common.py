@@ -359,10 +359,10 @@ def commit():
 
 
 def made():
-    """What every output says of its making: command, commit, versions."""
+    """What every output says of its making: command, commit, versions, processor."""
     packages = {p: metadata.version(p) for p in ("torch", "numpy", "pillow", "timm")}
     versions = dict(python=platform.python_version(), **packages)
-    return dict(command=command(), commit=commit(), versions=versions)
+    return dict(command=command(), commit=commit(), versions=versions, cpu=cpu_name())
 
 
 def without_folders(text):

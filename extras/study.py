@@ -85,7 +85,7 @@ CLAIMS = (
     ("A larger weight helps more", "lambda8", "send", DISTANCES),
     ("A quarter of the weight helps too", "lambda0.5", "control", DISTANCES),
     ("The mapper's ViT block helps (Table 2)", "depth1-clean", "depth0-clean", DISTANCES),
-    ("... more than two (with noise)", "send", "depth2", DISTANCES),
+    ("One block helps more than two (with noise)", "send", "depth2", DISTANCES),
     ("Noise helps (Table 3)", "send", "depth1-clean", DISTANCES),
     ("Standardised tokens help more", "standardised", "send", DISTANCES),
     ("Attributes are easier to read from aligned latents", "send", "control",
@@ -418,10 +418,11 @@ def span_text(d, digits, key=None):
 
 def short_span(d, key):
     """Mean of differences ± half of its interval, bold where that leaves out 0."""
+    digits, (low, high) = DIGITS[key], interval(d)
     if len(d) < 3:
-        return span_text(d, DIGITS[key])
-    low, high = interval(d)
-    text = f"{np.mean(d):+.{DIGITS[key]}f} ± {(high - low) / 2:.{DIGITS[key]}f}"
+        return span_text(d, digits)
+    mean = round(np.mean(d), digits) + 0.0  # no "-0"
+    text = f"{mean:+.{digits}f} ± {(high - low) / 2:.{digits}f}"
     return text if compared(d, key) == "undecided" else f"**{text}**"
 
 
@@ -693,12 +694,12 @@ def draw_convergence(rows, long, path):
             sd = values.std(0, ddof=1)
             left.fill_between(steps, mean - sd, mean + sd, color=own, alpha=0.15 if main else 0.05, lw=0)
     left.set(xlabel="steps of the SiT", ylabel="Fréchet distance (lower is better)",
-             title="The same SiT on each arm's latents (control black, others as right)",
+             title="The same SiT on each arm's latents (control black, dashed: with REPA)",
              xscale="log" if long else "linear")
     arms = [a for a in rows if a != "control"][::-1]
     for i, arm in enumerate(arms):
         d = differences(rows, arm, "fd", reference_of(rows, arm))
-        right.barh(i, np.mean(d or [0]), color=colour[arm], alpha=0.6)
+        right.barh(i, np.mean(d or [0]), color=colour[arm])
         right.plot(d, [i] * len(d), "o", color="black", markersize=4)
     right.axvline(0, color="black", linewidth=1)
     right.set(yticks=range(len(arms)), yticklabels=arms, title="After equal training",

@@ -163,18 +163,27 @@ def test_a_seed_in_two_precisions(three_seeds):
     assert_refused(call("study", three_seeds), "seed0-copy: arms in fp32", "one precision")
 
 
-def test_readme_shows_the_report():
-    """README's tables or the report's are not of the runs that lie in results/study."""
+def test_pages_show_the_results():
+    """README's tables, a report or docs/study.md's correlations are not of the runs that lie in results/."""
     root = Path(__file__).resolve().parent.parent
-    tables = study.short_part(study.read_study(root / "results/study")[0])
-    for page in (root / "README.md", root / "results/study/report.md"):
-        assert tables in page.read_text(), page
+    tables = {name: study.short_part(study.read_study(root / "results" / name)[0])
+              for name in ("study", "study_1000")}
+    assert tables["study"] in (root / "README.md").read_text()
+    for name, text in tables.items():
+        assert text in (root / "results" / name / "report.md").read_text(), name
+    found = json.loads((root / "results/study/correlations.json").read_text())
+    shown = re.findall(r"`(\w+)`[^|\n]*\| (\S+) \[(\S+), (\S+)\] \|", (root / "docs/study.md").read_text())
+    assert len(shown) > 10
+    for name, *numbers in shown:
+        of = found.get(name) or found[f"probe_{name}"]
+        expected = [f"{v:+.2f}" for v in (of["partial"], *of["partial_interval"])]
+        assert [f"{float(v):+.2f}" for v in numbers] == expected, name
 
 
 def test_verdicts():
     """Two seeds decide, or a claim is supported by what contradicts it; ± is not half of the interval."""
     assert study.short_span([-40.0, -41.0, -39.0], "fd") == "**-40 ± 2**"  # t = 4.30, 1 / sqrt 3
-    assert study.short_span([-40.0, 41.0, -39.0], "fd").startswith("-13 ± 1")
+    assert study.short_span([-40.0, 41.0, -39.0], "fd") == "-13 ± 115"
     assert study.short_span([-40.0, -41.0], "fd") == "-40 (two seeds)"
     assert study.claim_verdict([-40.0, -41.0], "fd")[0] == "undecided: fewer than three seeds"
     assert study.compared([-40.0, -41.0], "fd") == "undecided"
