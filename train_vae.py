@@ -11,8 +11,7 @@ Rerunning a command goes on where it stopped. Random numbers depend on (seed, st
 batch), so the checkpoint needs no generator state, and the number of processes and --micro-batch change
 memory and speed only (but see --disc-ckpt: its batch norm sees the split).
 
-Which loss moves what (the VFM and LPIPS are frozen; during --mapper-warmup L_align moves the mapper alone;
-L_align is Send-VAE's or VA-VAE's):
+Which loss moves what (the VFM and LPIPS are frozen; L_align is Send-VAE's or VA-VAE's):
 
     loss            encoder   decoder   mapper   discriminator
     L_rec, L_LPIPS     x         x
@@ -99,8 +98,6 @@ def parse_args():
     p.add_argument("--mapper-depth", type=common.natural, default=1, help="ViT blocks; 0: MLP only")
     p.add_argument("--mapper-width", type=common.positive, help="default: the VFM's dimension")
     p.add_argument("--mapper-mlp", type=common.positive, default=2048, help="width of the mapper's projector")
-    p.add_argument("--mapper-warmup", type=common.natural, default=0,
-                   help="first steps in which L_align trains the mapper alone")
     p.add_argument("--noise", type=NoiseType(float, 0, 1), default=1, help="1: a ~ U(0, 1) in eq. (1), "
                    "the paper's; 0: no noise (a = 1); between: this a for all; lognormal: as train_sit.py "
                    "--time lognormal")
@@ -157,7 +154,7 @@ class VAELoss(nn.Module):
         super().__init__()
         self.vae, self.mapper, self.weights, self.rec, self.align = vae, mapper, weights, rec, align
 
-    def forward(self, x, noise, tokens, stats, align_encoder, critic, lpips):
+    def forward(self, x, noise, tokens, stats, critic, lpips):
         """x (B, 3, H, W); noise: a (B,) or None, eps of the posterior and of eq. (1), (B, c, h, w) each;
         tokens (B, N, D) of the VFM or None; stats: LatentStats; critic: the frozen discriminator or None;
         lpips: the frozen metric or None."""
@@ -171,13 +168,12 @@ class VAELoss(nn.Module):
             parts["lpips"] = lpips(x_rec, x).mean()
         if critic is not None:
             parts["gan"] = -critic(x_rec).mean()
-        aligned = z if align_encoder else z.detach()
         if self.align == "send":
-            z_n = stats.normalise(aligned)
+            z_n = stats.normalise(z)
             z_t = z_n if a is None else add_noise(z_n, a=a, eps=eps_align)  # eq. (1)
             parts["align"] = align_loss(self.mapper(z_t), tokens)  # eq. (2)
         elif self.align == "vavae":  # the latent as it is, without noise
-            parts["align"] = vavae_loss(self.mapper(aligned), tokens)
+            parts["align"] = vavae_loss(self.mapper(z), tokens)
         return parts, x_rec, z
 
 
@@ -291,7 +287,7 @@ def gradient_ratio(loss, micro_batches, run, stats, lpips):
 
     def gradients(x, noise, tokens):  # a function, so that only one graph is alive
         with common.autocast(run.device, run.args.precision):
-            parts, _, _ = loss(x, noise, tokens, stats, True, None, lpips)
+            parts, _, _ = loss(x, noise, tokens, stats, None, lpips)
         reconstruction = sum(loss.weights[k] * parts[k] for k in ("rec", "lpips") if k in parts)
         pair = reconstruction, parts["align"]
         return [torch.autograd.grad(v, layer, retain_graph=True)[0].float() for v in pair]
@@ -540,19 +536,18 @@ def main():
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
         optimizer.zero_grad(set_to_none=True)
-        align_encoder = step >= args.mapper_warmup
         with_gan = discriminator is not None and step >= args.gan_start
         if with_gan:
             discriminator.requires_grad_(False)
         critic = compiled_critic if with_gan else None
         parts, fakes, step_weights = {}, [], weights
-        if adaptive and align_encoder:
+        if adaptive:
             ratio = parts["align_ratio"] = gradient_ratio(loss, micro_batches, run, stats, lpips)
             step_weights = {**weights, "align": args.lambda_align * ratio}
         for i, (x, noise, tokens) in enumerate(micro_batches):
             last = i == len(micro_batches) - 1
             with common.autocast(device, args.precision), common.sync_if(forward, last):
-                losses, x_rec, z = forward(x, noise, tokens, stats, align_encoder, critic, lpips)
+                losses, x_rec, z = forward(x, noise, tokens, stats, critic, lpips)
                 total = sum(step_weights[k] * v for k, v in losses.items())
                 (total * share).backward()
             for k, v in losses.items():

@@ -125,7 +125,7 @@ def test_plain_vae_step(precision, within):
     stats = train_vae.LatentStats(3, torch.device("cpu"))
     stats.add(model.encode(x).sample(noise[1]).detach())
     stats.update(momentum=1.0)
-    parts, _, _ = loss(x, noise, tokens, stats, True, disc, None)
+    parts, _, _ = loss(x, noise, tokens, stats, disc, None)
     assert expected == pytest.approx(sum(weights[k] * v.item() for k, v in parts.items()), rel=within)
 
 
