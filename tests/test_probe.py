@@ -704,8 +704,6 @@ def test_bad_probe_inputs(vae_pair, tmp_path, monkeypatch):
     first = vae_pair / "vae.pt"
     assert_refused(call("probe", first, first, "--data", root), "twice")
     assert_refused(call("probe", first), "--data")
-    assert_refused(call("probe", "correlate", "out/demo", "--png", "a.png"),
-                   "python extras/correlate.py out/demo --png a.png")
     monkeypatch.setattr(probe.importlib.util, "find_spec", lambda name: None)
     assert_refused(call("probe", first, "--data", root, "--rivals"), "pip install scikit-learn")
     text = (root / "attributes.csv").read_text()
