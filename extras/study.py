@@ -407,13 +407,17 @@ def mean_of(of, key, digits):
     return mean_sd(values, digits) if values else ""
 
 
+def signed(value, digits):
+    return f"{round(float(value), digits) + 0.0:+.{digits}f}"  # no "-0"
+
+
 def span_text(d, digits, key=None):
     """Mean of differences and its interval; with the score's name what it says."""
     low, high = interval(d)
     if np.isnan(low):
-        return f"{np.mean(d):+.{digits}f} ({('one seed', 'two seeds')[len(d) - 1]})"
+        return f"{signed(np.mean(d), digits)} ({('one seed', 'two seeds')[len(d) - 1]})"
     reading = f" {compared(d, key)}" if key else ""
-    return f"{np.mean(d):+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]{reading}"
+    return f"{signed(np.mean(d), digits)} [{signed(low, digits)}, {signed(high, digits)}]{reading}"
 
 
 def short_span(d, key):
@@ -421,8 +425,7 @@ def short_span(d, key):
     digits, (low, high) = DIGITS[key], interval(d)
     if len(d) < 3:
         return span_text(d, digits)
-    mean = round(np.mean(d), digits) + 0.0  # no "-0"
-    text = f"{mean:+.{digits}f} ± {(high - low) / 2:.{digits}f}"
+    text = f"{signed(np.mean(d), digits)} ± {(high - low) / 2:.{digits}f}"
     return text if compared(d, key) == "undecided" else f"**{text}**"
 
 
@@ -646,7 +649,7 @@ intervals are too narrow for that. `recon_fd`, `rfd`, `lpips` and `ssim` look at
 ## Where the numbers come from
 
 `rows.json` holds every number, its file and its commands. Commits of the arms: {', '.join(commits)}; torch
-{made['versions']['torch']}. This report: `{made['command']}` at {made['commit']}, on {common.cpu_name()}.
+{made['versions']['torch']}. This report: `{made['command']}` at {made['commit']}, on {made['cpu']}.
 An arm again: delete its folder, and those of its `-repa` and `-long`, and run the study's command again.
 """
     common.write_text(root / "report.md", text)

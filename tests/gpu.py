@@ -83,9 +83,11 @@ class Checks:
         return {k: np.array([r[k] for r in steps]) for k in known if k in steps[0]}
 
     def furthest(self, a, b):
-        """The largest relative difference of two runs' losses (of small ones: absolute, in units of 0.1)."""
+        """The largest relative difference of two runs' losses (of small ones: absolute, in units of 0.1; of
+        the GAN's, a mean of logits about 0, in those of the hinge's margin, 1)."""
         a, b = self.losses(a), self.losses(b)
-        return max(float((np.abs(a[k] - b[k]) / np.maximum(np.abs(a[k]), 0.1)).max()) for k in a)
+        scale = {k: np.maximum(np.abs(a[k]), 1 if k == "gan" else 0.1) for k in a}
+        return max(float((np.abs(a[k] - b[k]) / scale[k]).max()) for k in a)
 
     def train(self, name, *flags, env=None):
         """Both trainers under a name; what is there is not done again."""

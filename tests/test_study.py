@@ -185,6 +185,7 @@ def test_verdicts():
     assert study.short_span([-40.0, -41.0, -39.0], "fd") == "**-40 ± 2**"  # t = 4.30, 1 / sqrt 3
     assert study.short_span([-40.0, 41.0, -39.0], "fd") == "-13 ± 115"
     assert study.short_span([-40.0, -41.0], "fd") == "-40 (two seeds)"
+    assert study.span_text([-0.6, -0.1, 0.2], 0) == "+0 [-1, +1]"  # no "-0"
     assert study.claim_verdict([-40.0, -41.0], "fd")[0] == "undecided: fewer than three seeds"
     assert study.compared([-40.0, -41.0], "fd") == "undecided"
     assert study.claim_verdict([-40.0, -41.0, -39.0], "fd")[0] == "**supported**"
