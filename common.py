@@ -33,6 +33,7 @@ import socket
 import struct
 import subprocess
 import sys
+import tempfile
 import time
 import tokenize
 import zipfile
@@ -79,16 +80,14 @@ HINTS = {errno.ENOSPC: "free space", errno.EDQUOT: "free space",
 
 
 def of_the_machine(error, of_a_file=OF_A_FILE):
-    """Whether an error in reading a file tells of the machine (memory, disk, network, rights) and nothing of
-    its content."""
+    """Whether an error in reading a file tells of the machine (memory, disk, rights), not of its content."""
     if isinstance(error, OSError):
         return error.errno not in of_a_file
     return isinstance(error, MemoryError) or "allocate memory" in str(error)
 
 
 def damage(error, text):
-    """What to raise for an error in reading content: UserError with this text, or an error of the machine as
-    it is."""
+    """UserError with this text for an error in reading content; an error of the machine as it is."""
     return error if of_the_machine(error) else UserError(text)
 
 
@@ -245,8 +244,7 @@ def setup(deterministic=False):
 
 
 def keep_memory(device):
-    """glibc gives large freed blocks back to the system, and each step of a CPU pays for their pages anew:
-    keep them."""
+    """glibc gives large freed blocks back, and each step of a CPU pays for their pages anew: keep them."""
     libc = ctypes.CDLL(None) if sys.platform == "linux" and device.type == "cpu" else None
     if hasattr(libc, "mallopt"):
         libc.mallopt(-4, 0)  # M_MMAP_MAX: no mappings of their own
@@ -254,8 +252,7 @@ def keep_memory(device):
 
 
 def fast_precision(device):
-    """bf16 where matrix units for it exist (CUDA Ampere and later, CPUs with AVX512-BF16 or AMX), else
-    fp32."""
+    """bf16 where matrix units for it exist (CUDA Ampere and later, AVX512-BF16, AMX), else fp32."""
     if device.type == "cuda":
         return "bf16" if torch.cuda.get_device_capability(device)[0] >= 8 else "fp32"
     units = (getattr(torch.cpu, f"_is_{unit}_supported", bool)() for unit in ("avx512_bf16", "amx_tile"))
@@ -268,8 +265,7 @@ def autocast(device, precision):
 
 
 def cast_matmuls(module, device, precision):
-    """Keep the weights of a frozen network's matmuls and convolutions in bf16: the values that autocast would
-    make of them in each pass. Norms and embeddings stay float32."""
+    """A frozen network's matmuls and convolutions in bf16, as autocast would cast them in each pass."""
     for m in module.modules() if precision == "bf16" else ():
         if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d)):
             m.to(torch.bfloat16)
@@ -422,17 +418,11 @@ def release(f):
 
 
 def open_out(folder, need_bytes=0, flag="--out"):
-    """Make an output folder. Raises UserError, which names the `flag`, when it cannot be written or the disk
-    lacks `need_bytes`."""
+    """Make an output folder. Raises OSError where it cannot be written, UserError where the disk lacks
+    `need_bytes`; that names the `flag`."""
     folder = Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".write-test-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as e:
-        hint = HINTS.get(e.errno, f"choose another {flag}")
-        raise UserError(f"{folder}: cannot be written ({e.strerror}); {hint}") from None
+    folder.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=folder).close()
     free = shutil.disk_usage(folder).free
     if need_bytes > free:
         raise UserError(f"{folder}: needs {need_bytes / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free; "
@@ -461,8 +451,8 @@ def sync(path):
 
 
 @contextlib.contextmanager
-def whole_file(path):
-    """`path` appears whole or not at all: yields another name, to write to."""
+def whole_file(path, before=None):
+    """`path` appears whole or not at all: yields another name to write to. before: a name for the old one."""
     temporary = Path(f"{path}.tmp")
     try:
         yield temporary
@@ -470,6 +460,8 @@ def whole_file(path):
     except BaseException:
         temporary.unlink(missing_ok=True)  # it may fill the disk
         raise
+    if before and os.path.exists(path):
+        os.replace(path, before)
     os.replace(temporary, path)
     sync(temporary.parent)
 
@@ -544,8 +536,7 @@ def write_npz(path, **arrays):
 
 
 def new_array(path, dtype, shape):
-    """A .npy file of zeros that has its place on disk: a memory map would end in a bus error when that is
-    full."""
+    """A .npy file of zeros that has its place on disk: a full one would end a memory map in a bus error."""
     np.lib.format.open_memmap(path, "w+", dtype, shape)
     with open(path, "r+b") as f:
         if hasattr(os, "posix_fallocate"):
@@ -591,8 +582,7 @@ def open_rows(name, mark, lock, settings, files, rank, spare=0, flag="--out"):
 
 
 class RowFiles:
-    """Arrays on disk that processes fill in row by row, in any order; a stopped run goes on. Made by
-    begin_rows()."""
+    """Arrays on disk that processes fill in row by row, in any order; a stopped run goes on."""
 
     EVERY = 2  # seconds between marks
 
@@ -608,8 +598,7 @@ class RowFiles:
         return rows[split_rows(len(rows), rank, world)].tolist()
 
     def put(self, rows, *values):
-        """Store the values of these rows; every few seconds mark what is then safe on disk (a kill in between
-        repeats it)."""
+        """Store the values of these rows; every few seconds mark what is then safe on disk."""
         for array, value in zip(self.arrays, values):
             array[rows] = value
         self.pending += rows
@@ -640,32 +629,23 @@ def weights_hash(state_dict):
 
 def save_checkpoint(path, state):
     """Write `path` so that a kill at any moment leaves a whole checkpoint; the one before stays as
-    NAME.prev.pt. Raises UserError, and leaves both as they are, for a value that is not finite and for a disk
-    that fails."""
+    NAME.prev.pt. Raises UserError for a value that is not finite, OSError for a disk that fails, and leaves
+    both as they are."""
     path = Path(path)
-    temporary = path.with_suffix(".tmp")
     bad = [keystr(k) for k, v in tree_flatten_with_path(state)[0]
            if isinstance(v, torch.Tensor) and v.is_floating_point() and not v.isfinite().all()]
     if bad:
         raise UserError(f"{path}: not saved, {bad[0]} is not finite ({len(bad)} such tensors); the "
                         "checkpoint before it is intact; begin anew with another --out and a smaller --lr")
     try:
-        with open(temporary, "wb") as f:
+        with whole_file(path, before=path.with_suffix(".prev.pt")) as part, open(part, "wb") as f:
             torch.save(dict(state, made=made()), f)
-            f.flush()
-            os.fsync(f.fileno())
-    except BaseException as e:
-        temporary.unlink(missing_ok=True)
+    except (OSError, RuntimeError) as e:
         cause = e.__context__ if isinstance(e, RuntimeError) else e  # torch.save hides the system's error
         if not isinstance(cause, OSError):
             raise
-        raise UserError(f"{path}: cannot be written ({cause.strerror or cause}); the checkpoint before it is "
-                        f"intact; {HINTS.get(cause.errno, 'mend that')}, then run the same command "
-                        "again") from None
-    if path.exists():
-        os.replace(path, path.with_suffix(".prev.pt"))
-    os.replace(temporary, path)
-    sync(path.parent)
+        cause.filename = str(path)
+        raise cause from None
 
 
 # What other projects pickle beside their weights (settings, Lightning's callbacks, counters): read as
@@ -686,8 +666,7 @@ class Placeholder:
 
 
 def load_checkpoint(path):
-    """Tensors of a .safetensors, or of a torch file without running pickled code, on the CPU. Raises
-    UserError for a missing, torn or foreign file."""
+    """Tensors of a .safetensors or torch file, on the CPU; runs no pickled code. Raises UserError."""
     path = Path(path)
     if not path.is_file():
         kind = "a folder, expected a checkpoint file" if path.is_dir() else "no such checkpoint"
@@ -810,16 +789,14 @@ def local_path(text):
 
 
 def learning_rate(args, step):
-    """args.lr, times a linear warm-up over --lr-warmup steps, times (--lr-decay 1) half a cosine from 1 to 0
-    over all steps."""
+    """args.lr, times a linear warm-up over --lr-warmup steps, times (--lr-decay 1) half a cosine to 0."""
     warm = min(1.0, (step + 1) / args.lr_warmup) if args.lr_warmup else 1.0
     return args.lr * warm * (0.5 + 0.5 * math.cos(math.pi * step / args.steps) if args.lr_decay else 1.0)
 
 
 @torch.no_grad()
 def update_ema(ema, model, step, decay):
-    """ema <- d ema + (1 - d) model, with d = min(decay, (1 + step) / (10 + step)) so that early averages are
-    not noise."""
+    """ema <- d ema + (1 - d) model, d = min(decay, (1 + step) / (10 + step)): early averages are no noise."""
     d = min(decay, (1 + step) / (10 + step))
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - d)
 
@@ -853,7 +830,10 @@ class Losses:
             parts = dict(zip(names, row.tolist()))
             bad = [k for k, v in parts.items() if not np.isfinite(v)]
             if bad:
-                places = [] if each is None else self.not_finite(each, rank, world)
+                flags = torch.zeros(world, 0 if each is None else len(each))
+                if each is not None:
+                    flags[rank] = (~each.detach().isfinite()).float().cpu()
+                places = all_reduce(flags).flatten().nonzero()[:, 0].tolist()  # in the global batch
                 names = name_images(step - 1, places[:8])
                 images = ", ".join(f"{p} ({name})" for p, name in zip(places, names))
                 images = f"; {len(places)} of the batch's images, {images}" if places else ""
@@ -871,13 +851,6 @@ class Losses:
         bins = (t * self.BINS).long().clamp(0, self.BINS - 1)
         sums = [torch.bincount(bins, w.double(), self.BINS) for w in (each, torch.ones_like(each))]
         self.sums += all_reduce(torch.stack(sums)).numpy()
-
-    @staticmethod
-    def not_finite(each, rank, world):
-        """Places in the global batch whose number in `each` (B,) is not finite."""
-        flags = torch.zeros(world, len(each))
-        flags[rank] = (~each.detach().isfinite()).float().cpu()
-        return all_reduce(flags).flatten().nonzero()[:, 0].tolist()
 
     def by_time(self):
         """[mean loss of the images in each time bin since the last call], None where there were none."""
@@ -915,32 +888,26 @@ class Log:
                 self.track(numbers, record["step"])
 
 
-def import_tracker(name):
-    """The module of --log-to. Raises UserError."""
-    try:
-        return importlib.import_module("torch.utils.tensorboard" if name == "tensorboard" else name)
-    except (ImportError, TypeError, AttributeError) as e:  # the latter two: of other versions
-        raise UserError(f"--log-to {name}: cannot be imported ({brief(e)}); pip install {name}, or leave the "
-                        "flag out") from None
-
-
-def open_tracker(module, out, step, settings):
-    """The module of --log-to -> what takes ({name: number}, step) and what takes (picture (H, W, 3) uint8,
-    step), or None twice. step: the checkpoint's; later numbers come again. Raises UserError."""
-    if module is None:
+def open_tracker(name, out, step, settings):
+    """--log-to -> what takes ({name: number}, step) and what takes (picture (H, W, 3) uint8, step), or None
+    twice. step: the checkpoint's; later numbers come again. Raises UserError."""
+    if name is None:
         return None, None
-    if hasattr(module, "SummaryWriter"):
-        board = module.SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)
-        return (lambda numbers, step: [*(board.add_scalar(k, v, step) for k, v in numbers.items()),
-                                       board.flush()],
-                lambda picture, step: board.add_image("samples", picture, step, dataformats="HWC"))
-    try:  # "auto": a run that was stopped goes on
-        board = module.init(project="send-vae", dir=str(out), config=settings, resume="auto")
-    except module.Error as e:
-        raise UserError(f"--log-to wandb: {brief(e, 400)}") from None
+    try:
+        if name == "tensorboard":
+            module = importlib.import_module("torch.utils.tensorboard")
+            board = module.SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)
+            return (lambda numbers, step: [*(board.add_scalar(k, v, step) for k, v in numbers.items()),
+                                           board.flush()],
+                    lambda picture, step: board.add_image("samples", picture, step, dataformats="HWC"))
+        wandb = importlib.import_module("wandb")  # "auto": a run that was stopped goes on
+        board = wandb.init(project="send-vae", dir=str(out), config=settings, resume="auto")
+    except Exception as e:  # another version's import may raise anything; wandb without an account its Error
+        raise UserError(f"--log-to {name}: {brief(e, 400)}; pip install {name}, or leave the flag "
+                        "out") from None
     board.define_metric("*", step_metric="step")  # wandb's own steps cannot go back to the checkpoint's
     return (lambda numbers, step: board.log({**numbers, "step": step}),
-            lambda picture, step: board.log({"samples": module.Image(picture), "step": step}))
+            lambda picture, step: board.log({"samples": wandb.Image(picture), "step": step}))
 
 
 def load_figure():
@@ -979,8 +946,8 @@ def run_flags(p, save_every):
     p.add_argument("--save-every", type=positive, default=save_every, help="steps between checkpoints")
     p.add_argument("--log-every", type=positive, default=50, help="steps between lines of metrics.jsonl")
     p.add_argument("--log-to", choices=("tensorboard", "wandb"), help="numbers and samples go there too")
-    p.add_argument("--sample-every", type=natural,
-                   help="steps between pictures: samples/STEP.png, curves.png (default: 500; 0: none)")
+    p.add_argument("--sample-every", type=natural, default=500,
+                   help="steps between pictures: samples/STEP.png, curves.png; 0: none")
     p.add_argument("--dry-run", action="store_true",
                    help="print the plan (parameters, tokens, steps, disk), and end; needs no frozen weights")
 
@@ -1002,8 +969,6 @@ class Run:
         if args.batch % (self.world * self.micro):
             raise UserError(f"--batch {args.batch}: expected a multiple of {self.world} process(es) times "
                             f"--micro-batch {self.micro}")
-        self.sample_every = 500 if args.sample_every is None else args.sample_every
-        self.tracker = import_tracker(args.log_to) if args.log_to and self.rank == 0 else None
         other = self.path.with_name({"vae.pt": "sit.pt", "sit.pt": "vae.pt"}[name])
         there = [any(p.exists() for p in (f, f.with_suffix(".prev.pt"))) for f in (self.path, other)]
         if there == [False, True]:
@@ -1048,14 +1013,15 @@ class Run:
         name_images(step, places in the global batch) -> names; draw() -> what the model can do, two rows of
         images, uint8 (N, 3, H, W): called by the first process alone."""
         settings, out = dict(vars(self.args), inputs=self.inputs), self.path.parent
-        track, self.track_picture = open_tracker(self.tracker, out, self.step, settings)
+        track, self.track_picture = open_tracker(None if self.rank else self.args.log_to, out, self.step,
+                                                 settings)
         self.log = Log(out / "metrics.jsonl", self.step, settings, self.rank, track)
         self.signal = torch.zeros(1)  # the number of the signal that asks for a save and an end
         for s in (signal.SIGTERM, signal.SIGINT):
             signal.signal(s, lambda number, _: self.signal.fill_(number))
         self.since, self.seen, self.name_images = time.time(), 0, name_images
         self.draw, self.last, self.told = draw, {}, (self.since, self.step)
-        self.figure = load_figure() if self.sample_every and self.rank == 0 else None
+        self.figure = load_figure() if self.args.sample_every and self.rank == 0 else None
         with tqdm(total=self.args.steps, initial=self.step, disable=self.rank > 0 or None) as self.bar:
             for batch in batches:
                 yield self.step, batch
@@ -1101,7 +1067,7 @@ class Run:
         self.losses.add(self.step, losses, each, t)
         self.bar.update()
         stopping = int(all_reduce(self.signal.clone(), dist.ReduceOp.MAX))  # on all ranks, or on none
-        logs, saves, shows = (self.due(n) for n in (args.log_every, args.save_every, self.sample_every))
+        logs, saves, shows = (self.due(n) for n in (args.log_every, args.save_every, args.sample_every))
         if logs or saves or shows or stopping or score is not None:
             self.last = self.losses.look(self.name_images, self.advice)
         if logs:

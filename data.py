@@ -349,22 +349,17 @@ def read_rows(images, rows, replace=False):
     return stack, torch.tensor(labels), kept, bad
 
 
-class Guarded(torch.utils.data.Dataset):
-    """Item i: (read(i), None), or (None, the exception): a worker's own way to raise ends in a traceback and
-    a hang."""
-
-    def __init__(self, read):
-        self.read = read
-
-    def __getitem__(self, i):
-        try:
-            return self.read(i), None
-        except (UserError, OSError, MemoryError) as e:
-            return None, e
-        except Exception as e:  # any fault at all: uncaught in a worker it would hang the main process's exit
-            last = traceback.extract_tb(e.__traceback__)[-1]
-            where = f"{Path(last.filename).name}, line {last.lineno}"
-            return None, UserError(f"{type(e).__name__} in a reader ({where}): {common.brief(e)}")
+def guarded(read, item):
+    """(read(item), None), or (None, the exception): a worker's own way to raise ends in a traceback and a
+    hang."""
+    try:
+        return read(item), None
+    except (UserError, OSError, MemoryError) as e:
+        return None, e
+    except Exception as e:  # any fault at all: uncaught in a worker it would hang the main process's exit
+        last = traceback.extract_tb(e.__traceback__)[-1]
+        where = f"{Path(last.filename).name}, line {last.lineno}"
+        return None, UserError(f"{type(e).__name__} in a reader ({where}): {common.brief(e)}")
 
 
 def ignore_signals(_):
@@ -378,8 +373,9 @@ def load(read, items, workers=0):
     """Yield read(i) of each item, in order: read ahead by `workers` processes, in pinned memory where there
     is a GPU. Raises what read raised, and UserError for a worker that takes longer than WORKER_TIMEOUT."""
     loader = torch.utils.data.DataLoader(
-        Guarded(read), sampler=items, batch_size=None, num_workers=workers, worker_init_fn=ignore_signals,
-        pin_memory=torch.cuda.is_available(), timeout=WORKER_TIMEOUT if workers else 0)
+        items, batch_size=None, collate_fn=functools.partial(guarded, read), num_workers=workers,
+        worker_init_fn=ignore_signals, pin_memory=torch.cuda.is_available(),
+        timeout=WORKER_TIMEOUT if workers else 0)
     try:
         for item, error in loader:
             if error is not None:
@@ -542,33 +538,19 @@ def load_latents(folder):
         stats = common.read_npz(folder / "stats.npz", "mean", "std")
         mean, std = (torch.from_numpy(stats[k]).float() for k in ("mean", "std"))
         files = (folder / "files.txt").read_text("utf-8").splitlines()
-        found = Latents(moments, labels, files, mean, std, meta)
-        check_latents(found)
+        n, flips, c2, _, _ = moments.shape
+        whole = (moments.dtype == np.float16 and labels.dtype == np.int64 and labels.shape == (n,)
+                 and flips in (1, 2) and len(files) == meta["n"] == n
+                 and mean.shape == std.shape == (c2 // 2,)
+                 and mean.isfinite().all() and std.isfinite().all() and (std > 0).all()
+                 and 0 <= labels.min() and labels.max() < len(meta["classes"])
+                 and {"resolution", "split", "vae", "vae_hash"} <= meta.keys())
+        if not whole:
+            raise ValueError("its parts do not belong together, or are not finite")
     except common.DAMAGED as e:
         raise common.damage(e, f"{folder}: the latent cache is damaged ({type(e).__name__}: "
                                f"{common.brief(e, 400)}); delete the folder and {again}") from None
-    return found
-
-
-def check_latents(latents):
-    """Raise ValueError or LookupError for parts that do not belong together."""
-    moments, labels, meta = latents.moments, latents.labels, latents.meta
-    mean, std = latents.mean, latents.std
-    counts = len(moments), len(labels), len(latents.files), meta["n"]
-    if len(set(counts)) > 1:
-        text = "{} moments, {} labels, {} files, meta.json says {}; expected equal counts"
-        raise ValueError(text.format(*counts))
-    n, flips, c2, *side = moments.shape
-    shapes = len(side) == 2 and flips in (1, 2) and mean.shape == std.shape == (c2 // 2,)
-    if not shapes or moments.dtype != np.float16 or labels.shape != (n,) or labels.dtype != np.int64:
-        raise ValueError(f"moments {moments.dtype} {moments.shape}, mean {tuple(mean.shape)}, std "
-                         f"{tuple(std.shape)}, labels {labels.dtype} {labels.shape}; expected float16 (N, 1 "
-                         "or 2, 2c, h, w), (c,), (c,), int64 (N,)")
-    in_range = 0 <= labels.min() and labels.max() < len(meta["classes"])
-    if not (mean.isfinite().all() and std.isfinite().all() and (std > 0).all() and in_range):
-        raise ValueError("a mean or std that is not finite and positive, or a label beyond the classes")
-    for key in ("resolution", "split", "vae", "vae_hash"):
-        meta[key]
+    return Latents(moments, labels, files, mean, std, meta)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -576,23 +558,18 @@ def check_latents(latents):
 
 def check_stages(parts, table, batches):
     """Refuse images with which a later stage of run.sh folder would stop: parts, the ImageFolder of each of
-    SPLITS, or with table None the one of all images; batches: of the VAE and of the SiT."""
+    SPLITS, or with table None the one of all images, all read; batches: of the VAE and of the SiT."""
     check_folder(parts[0], step=8, flags=(None, "RES="))  # latents of RES / 4, in patches of 2
-    check_batches(parts[0], batches)
+    n, names = len(parts[0]) - len(parts[0].bad), ("VAE_FLAGS", "SIT_FLAGS")
+    large = [f"{name}=--batch={n}" for name, batch in zip(names, batches) if batch > n]
+    if large:
+        raise UserError(f"{parts[0].name}: {n} images, less than a batch of {max(batches)}; run it with "
+                        f"{' '.join(large)}")
     for images in (parts[0], parts[-1]):  # scored
         if len(images) < 4:
             raise UserError(f"{images.name}: {len(images)} images; a covariance needs 4")
     if table:
         usable_attributes(table)
-
-
-def check_batches(images, batches):
-    """Refuse a batch above the images that are not known to be unreadable."""
-    n, names = len(images) - len(images.bad), ("VAE_FLAGS", "SIT_FLAGS")
-    large = [f"{name}=--batch={n}" for name, batch in zip(names, batches) if batch > n]
-    if large:
-        raise UserError(f"{images.name}: {n} images, less than a batch of {max(batches)}; run it with "
-                        f"{' '.join(large)}")
 
 
 def check_images(images):
@@ -627,12 +604,10 @@ def main():
     args = p.parse_args()
     table = read_attributes(args.dir) if (Path(args.dir) / "attributes.csv").exists() else None
     parts = [ImageFolder(args.dir, args.size, split=s) for s in (SPLITS if args.batch and table else (None,))]
-    if args.batch:
-        check_stages(parts, table, args.batch)
     for images in parts:
         check_images(images)
     if args.batch:
-        check_batches(parts[0], args.batch)
+        check_stages(parts, table, args.batch)
     if table:
         rows, count = Counter(table.splits), len(find_images(args.dir))
         of = ", ".join(f"{rows[split]} {split}" for split in SPLITS)

@@ -133,11 +133,6 @@ def read_step(latents, pair, cached, args, rank, world, step):
     rows = np.array(data.sample_order(n, args.seed, places))
     flip = (u[:, 0] < 0.5).numpy().astype(np.int64) if flips == 2 else np.zeros(len(rows), np.int64)
     moments = torch.from_numpy(np.stack([latents.moments[r, f] for r, f in zip(rows, flip)])).float()
-    bad = [latents.files[r] for r, m in zip(rows, moments) if not m.isfinite().all()]
-    if bad:
-        raise UserError(f"step {step + 1}: latents of {', '.join(bad[:8])} in {args.latents} are not finite "
-                        f"({len(bad)} of the batch); the last checkpoint is intact; delete that folder and "
-                        "encode again")
     mean, std = moments.chunk(2, dim=1)
     z = mean + std * eps_posterior
     x = (z - latents.mean.view(1, -1, 1, 1)) / latents.std.view(1, -1, 1, 1)  # unit variance per channel
@@ -154,16 +149,6 @@ def read_step(latents, pair, cached, args, rank, world, step):
     return batch, pixels, None, unreadable
 
 
-def read_steps(latents, pair, cached, run):
-    """Yield (latents, labels, times, noise), raw images, VFM tokens of every step that is left."""
-    read = partial(read_step, latents, pair, cached, run.args, run.rank, run.world)
-    for batch, pixels, tokens, unreadable in data.load(read, range(run.step, run.args.steps),
-                                                       run.args.workers):
-        if unreadable:
-            pair[0].note_bad(unreadable)
-        yield batch, pixels, tokens
-
-
 class Sampler:
     """Samples, decoded by the VAE that made the latents: Heun, no guidance, the same noise each time."""
 
@@ -172,11 +157,11 @@ class Sampler:
         if not path.exists():
             command = latents.meta.get("made", {}).get("command", "vae.py --vae ...")
             raise UserError(f"{path}, the VAE of {run.args.latents}, is not there; if it has moved, run "
-                            f"again, with its new --vae: python {command}")
+                            f"again, with its new --vae: python {command}; or train with --sample-every 0")
         self.vae = load_vae(path)
         if common.weights_hash(self.vae.state_dict()) != latents.meta["vae_hash"]:
             raise UserError(f"{latents.meta['vae']}: no longer the VAE that made {run.args.latents}; encode "
-                            "again, or leave --eval-every and --sample-every out")
+                            "again, or train with --sample-every 0 and without --eval-every")
         self.vae.to(run.device, memory_format=torch.channels_last)
         self.mean, self.std = (s.view(1, -1, 1, 1).to(run.device) for s in (latents.mean, latents.std))
 
@@ -277,16 +262,10 @@ def main():
 
     # Pictures of 16 samples, from the first class to the last, and scores
     sampler = None
-    if args.eval_every or run.sample_every:
-        try:
-            path = common.local_path(meta["vae"])  # by all processes: it may come from the hub
-            if args.eval_every or run.rank == 0:
-                sampler = Sampler(run, latents, path)
-        except (UserError, OSError) as e:
-            if args.eval_every or args.sample_every:
-                raise
-            if run.rank == 0:
-                print(f"no samples are drawn: {e}")  # nobody asked for them
+    if args.eval_every or args.sample_every:
+        path = common.local_path(meta["vae"])  # by all processes: it may come from the hub
+        if args.eval_every or run.rank == 0:
+            sampler = Sampler(run, latents, path)
     labels = torch.arange(16) * model.num_classes // 16
     draw = sampler and partial(sampler, ema, range(16), labels, steps=10)
     evaluate = Evaluation(run, sampler) if args.eval_every else None
@@ -309,8 +288,11 @@ def main():
         rows = data.sample_order(n, args.seed, [step * args.batch + p for p in places])
         return [latents.files[row] for row in rows]
 
-    batches = read_steps(latents, pair, cached, run)
-    for step, (batch, pixels, cached_tokens) in run.steps(batches, name_images, draw):
+    read = partial(read_step, latents, pair, cached, args, run.rank, run.world)
+    batches = data.load(read, range(run.step, args.steps), args.workers)
+    for step, (batch, pixels, cached_tokens, unreadable) in run.steps(batches, name_images, draw):
+        if unreadable:
+            pair[0].note_bad(unreadable)
         # 1. Forward and backward, in pieces of --micro-batch
         learning_rate = common.learning_rate(args, step)
         for group in optimizer.param_groups:

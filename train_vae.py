@@ -20,8 +20,6 @@ Which loss moves what (the VFM and LPIPS are frozen; L_align is Send-VAE's or VA
     L_align            x                   x
     L_disc                                              x
 """
-import argparse
-import contextlib
 import copy
 from functools import partial
 
@@ -98,7 +96,7 @@ def parse_args():
     p.add_argument("--mapper-depth", type=common.natural, default=1, help="ViT blocks; 0: MLP only")
     p.add_argument("--mapper-width", type=common.positive, help="default: the VFM's dimension")
     p.add_argument("--mapper-mlp", type=common.positive, default=2048, help="width of the mapper's projector")
-    p.add_argument("--noise", type=NoiseType(float, 0, 1), default=1, help="1: a ~ U(0, 1) in eq. (1), "
+    p.add_argument("--noise", type=noise_level, default="1", help="1: a ~ U(0, 1) in eq. (1), "
                    "the paper's; 0: no noise (a = 1); between: this a for all; lognormal: as train_sit.py "
                    "--time lognormal")
     p.add_argument("--align-ratio", **switch, help="1: the alignment's weight times the ratio of gradients "
@@ -130,16 +128,9 @@ def check_args(p, args):
     return args
 
 
-class NoiseType(common.Range):
+def noise_level(text):
     """argparse type of --noise."""
-
-    def __call__(self, text):
-        if text == "lognormal":
-            return text
-        with contextlib.suppress(argparse.ArgumentTypeError):
-            share = super().__call__(text)
-            return int(share) if share in (0, 1) else share
-        raise argparse.ArgumentTypeError(f"{text!r}; expected a number from 0 to 1, or lognormal")
+    return text if text == "lognormal" else common.share(text)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -353,14 +344,6 @@ def read_step(images, cached, args, rank, world, latent_shape, step):
     return pixels, (noise_levels(a[:, 0], args.noise), eps_posterior, eps_align), tokens, bad
 
 
-def read_steps(images, cached, run, latent_shape):
-    """Yield (images, noise, tokens) of every step that is left."""
-    read = partial(read_step, images, cached, run.args, run.rank, run.world, latent_shape)
-    for pixels, noise, tokens, bad in data.load(read, range(run.step, run.args.steps), run.args.workers):
-        images.note_bad(bad)
-        yield pixels, noise, tokens
-
-
 def token_statistics(vfm, cached, images, run):
     """Mean and std (D,) of the VFM's tokens of up to 256 images, for --vfm-normalise channel."""
     rows = torch.linspace(0, len(images.files) - 1, min(256, len(images.files))).long().tolist()
@@ -380,7 +363,7 @@ def spatial_normalise(tokens):
 
 
 def to_device(run, vfm, normalise, part, pixels, noise, tokens):
-    """A slice of what read_steps() yields -> x (B, 3, H, W) in [-1, 1]; noise; the VFM's tokens (B, N, D) of
+    """A slice of what read_step() returns -> x (B, 3, H, W) in [-1, 1]; noise; the VFM's tokens (B, N, D) of
     the clean images, from the cache or computed here, None without a VFM. normalise(tokens) -> tokens, or
     None."""
     x = data.to_float(pixels[part].to(run.device, non_blocking=True))
@@ -518,7 +501,10 @@ def main():
         return [images.files[row % len(images.files)] for row in rows]
 
     draw = partial(draw_images, images, ema, run)
-    for step, batch in run.steps(read_steps(images, cached, run, latent_shape), name_images, draw):
+    read = partial(read_step, images, cached, args, run.rank, run.world, latent_shape)
+    batches = data.load(read, range(run.step, args.steps), args.workers)
+    for step, (*batch, unreadable) in run.steps(batches, name_images, draw):
+        images.note_bad(unreadable)
         # 1. The batch, in pieces of --micro-batch
         micro_batches = [to_device(run, vfm, normalise, slice(i, i + run.micro), *batch)
                          for i in range(0, run.local, run.micro)]

@@ -427,13 +427,13 @@ def time_peers(bench):
     module = dict(sit=train_sit, vae=train_vae)[name]
     bench.flags = [*peers.DEFAULTS[name], *flags]
     bench.count = 2 * bench.args.steps + 4
-    read_steps = module.read_steps
+    load = data.load
 
     def keep(*args):
-        for bench.batch in read_steps(*args):
+        for bench.batch in load(*args):
             yield bench.batch
 
-    bench.patch(module, "read_steps", keep)
+    bench.patch(data, "load", keep)
     bench.protocol = peers.race(bench)
     time_training(bench, module)
     bench.record = dict(stage=f"peers {name}", machine=machine(bench.device), command=bench.command,

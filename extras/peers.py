@@ -132,7 +132,7 @@ def race(bench):
         steps = {f"plain {args.precision}": vae_step(*networks, args)}
 
     def inputs():
-        first, second, tokens = bench.batch  # of the step before
+        first, second, tokens, _ = bench.batch  # of the step before
         if "model" in modules:
             return [v.to(device) for v in first], tokens.to(device)
         return data.to_float(first.to(device)), [v.to(device) for v in second], tokens.to(device)

@@ -180,8 +180,7 @@ class Checks:
         meta = dict(n=rows, classes=["a"], resolution=256, split=None, vae="none", vae_hash="none")
         (latents / "meta.json").write_text(json.dumps(meta))
         words = ["train_sit.py", "--latents", str(latents), "--model", "SiT-XL/1", "--batch", "64", "--repa",
-                 "0",
-                 "--compile", "0", "--out", str(self.out / "oom")]
+                 "0", "--compile", "0", "--sample-every", "0", "--out", str(self.out / "oom")]
         hold = f"""
 import sys, torch
 torch.cuda.set_per_process_memory_fraction(0.05)

@@ -337,7 +337,7 @@ def test_a_latent_that_is_not_finite(small, tmp_path):
     moments.flush()
     file = data.load_latents(small / "latents").files[5]
     result = call(*command, "--steps", 30)
-    assert_refused(result, "step ", file, "not finite", "(1 of the batch)", "encode again")
+    assert_refused(result, "step ", file, "not finite")
     np.savez(tmp_path / "latents/stats.npz", mean=np.full(4, np.nan), std=np.ones(4))
     assert_refused(call(*command, "--steps", 30), "damaged", "not finite")
 
