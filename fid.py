@@ -11,7 +11,6 @@ ADM's reference files, or ours of --save-stats), or ADM's files that hold both. 
 with its network's name, input size and number of images, as FD(name@size)-2k: two such numbers compare only
 when all of these agree. It is called FID for the Inception network of 2015 alone.
 """
-import contextlib
 import hashlib
 import json
 import os
@@ -75,7 +74,15 @@ class FIDInception(nn.Module):
             # not in every copy of the weights, and unused
             counters = {k: v for k, v in net.state_dict().items() if k.endswith("num_batches_tracked")}
             source = f"--net-ckpt {ckpt}" if ckpt else INCEPTION_URL
-            common.load_weights(net, {**inception_weights(ckpt), **counters}, source)
+            try:
+                with common.rank_zero_first():
+                    state = tensors_of(ckpt) if ckpt else torch.hub.load_state_dict_from_url(
+                        INCEPTION_URL, map_location="cpu", check_hash=True, weights_only=True)
+            except (OSError, RuntimeError) as e:  # no network, or a file with another checksum
+                raise UserError(f"--net inception: its weights cannot be fetched ({common.brief(e)}); "
+                                f"give {INCEPTION_URL.rsplit('/')[-1]} with --net-ckpt, or another "
+                                "--net") from None
+            common.load_weights(net, {**state, **counters}, source)
         self.eval().requires_grad_(False)
 
     @staticmethod
@@ -112,18 +119,6 @@ def resize_tf1(x, size):
 
     with torch.autocast(x.device.type, enabled=False):
         return weights(x.shape[-2]) @ x @ weights(x.shape[-1]).T
-
-
-def inception_weights(ckpt):
-    if ckpt is not None:
-        return tensors_of(ckpt)
-    try:
-        with common.rank_zero_first():
-            return torch.hub.load_state_dict_from_url(
-                INCEPTION_URL, map_location="cpu", check_hash=True, weights_only=True)
-    except (OSError, RuntimeError) as e:  # no network, or a file with another checksum
-        raise UserError(f"--net inception: its weights cannot be fetched ({common.brief(e)}); give "
-                        f"{INCEPTION_URL.rsplit('/')[-1]} with --net-ckpt, or another --net") from None
 
 
 def tensors_of(ckpt, prefix=""):
@@ -377,7 +372,8 @@ def load_npz(path):
     except common.DAMAGED as e:
         raise common.damage(e, f"{path}: expected an .npz with arr_0 (images), or mu and sigma (statistics) "
                                f"({type(e).__name__}: {e})") from None
-    source = Source(str(path), hash=file_hash(path), stats=stats)
+    digest = hashlib.sha256(np.memmap(path, np.uint8, "r")).hexdigest()[:16]
+    source = Source(str(path), hash=digest, stats=stats)
     if array is None:
         return source
     if array.dtype != np.uint8 or array.ndim != 4 or array.shape[-1] != 3:
@@ -393,32 +389,20 @@ def load_npz(path):
     return source
 
 
-def file_hash(path):
-    """16 hex digits: the beginning of what sha256sum says."""
-    h = hashlib.sha256()
-    with open(path, "rb") as f:
-        while piece := f.read(2 ** 24):
-            h.update(piece)
-    return h.hexdigest()[:16]
-
-
 def map_array(path, name):
     """An array of an .npz, memory-mapped when it is stored without compression (np.savez, sample.py): 50,000
     samples are 10 GB."""
     with zipfile.ZipFile(path) as z:
         info = z.getinfo(f"{name}.npy")
-        with z.open(info) as f:
-            version = np.lib.format.read_magic(f)
-            header = "read_array_header_1_0" if version == (1, 0) else "read_array_header_2_0"
-            shape, fortran, dtype = getattr(np.lib.format, header)(f)
-            start = f.tell()
-    if info.compress_type != zipfile.ZIP_STORED or fortran or dtype.hasobject or 0 in shape:
-        with np.load(path, allow_pickle=False) as z:
-            return z[name]
     with open(path, "rb") as f:
         f.seek(info.header_offset + 26)  # the local header's lengths of name and extra field
-        start += info.header_offset + 30 + sum(struct.unpack("<HH", f.read(4)))
-    return np.memmap(path, dtype, "r", start, shape)
+        f.seek(sum(struct.unpack("<HH", f.read(4))), os.SEEK_CUR)
+        if info.compress_type == zipfile.ZIP_STORED and np.lib.format.read_magic(f) == (1, 0):
+            shape, fortran, dtype = np.lib.format.read_array_header_1_0(f)
+            if not (fortran or dtype.hasobject or 0 in shape):
+                return np.memmap(f, dtype, "r", f.tell(), shape)
+    with np.load(path, allow_pickle=False) as z:
+        return z[name]
 
 
 def load_sources(args):
@@ -551,9 +535,10 @@ def count_name(n):
     return f"{n // 1000}k" if n and n % 1000 == 0 else str(n)
 
 
-def compare(reference, sample, order, device):
+def compare(reference, sample, order, device, copies=None):
     """All scores that the two have the features for: {name: float}. order: a fixed permutation of the
-    reference's images."""
+    reference's images. copies: a VAE's reconstructions of them, which tell its part of the distance (rFD, to
+    their originals) from the generator's (the samples against the reconstructions)."""
     out = {"fd": distance(reference, sample)}
     if "mu_s" in reference.stats and "mu_s" in sample.stats:
         out["sfid"] = distance(reference, sample, ("mu_s", "sigma_s"))
@@ -570,17 +555,13 @@ def compare(reference, sample, order, device):
             some = order[:50_000]  # of ImageNet: a classifier needs no more
             out["class_agreement"], out["class_agreement_real"] = class_agreement(
                 reference.pool[some], real[some], sample.pool, asked)
+    if copies is not None:
+        originals = statistics(reference.pool[np.sort(order[:RECONSTRUCTED])])
+        out["rfd"] = frechet_distance(*originals, copies.stats["mu"], copies.stats["sigma"])
+        out["fd_to_reconstructions"] = distance(copies, sample)
+        out["precision_to_reconstructions"], out["recall_to_reconstructions"] = precision_recall(
+            copies.pool.to(device), sample.pool.to(device))
     return out
-
-
-def compare_reconstructions(reference, copies, sample, order, device):
-    """What is the VAE's part of the distance, and what the generator's: rFD of the reconstructions to their
-    originals, and of the samples their distance, precision and recall against the reconstructions."""
-    originals = statistics(reference.pool[np.sort(order[:RECONSTRUCTED])])
-    precision, recall = precision_recall(copies.pool.to(device), sample.pool.to(device))
-    return dict(rfd=frechet_distance(*originals, copies.stats["mu"], copies.stats["sigma"]),
-                fd_to_reconstructions=distance(copies, sample),
-                precision_to_reconstructions=precision, recall_to_reconstructions=recall)
 
 
 def score(args):
@@ -604,6 +585,7 @@ def score(args):
     key = f"images {reference.hash}, crop {reference.size}, {net.label} {weights} in {args.precision}"
     measure_once(args.cache, key, reference, features)
     order = np.random.Generator(np.random.Philox(key=0)).permutation(len(reference.rows))
+    copies = None
     if args.vae:
         copies = features(reconstructions(args.vae, reference, order, device, args.precision))
         result["inputs"]["vae"] = copies.hash
@@ -612,9 +594,7 @@ def score(args):
 
     among_real = lambda a, b: frechet_distance(*statistics(reference.pool[a]), *statistics(reference.pool[b]))
     for sample in samples:
-        scores, n = compare(reference, sample, order, device), len(sample.rows)
-        if args.vae and n:
-            scores.update(compare_reconstructions(reference, copies, sample, order, device))
+        scores, n = compare(reference, sample, order, device, copies), len(sample.rows)
         if 4 <= n <= len(order) // 2:  # what as many real images would score
             result["fd_real"][sample.name] = among_real(order[n:], order[:n])
         result["scores"][sample.name] = scores
@@ -825,11 +805,6 @@ def main():
     for flag in () if args.dry_run else ("json", "png", "cache", "save_stats"):
         if getattr(args, flag, None):
             common.open_file(getattr(args, flag), f"--{flag.replace('_', '-')}")
-    stats = getattr(args, "save_stats", None)
-    if stats and Path(stats).exists():
-        with contextlib.suppress(zipfile.BadZipFile), zipfile.ZipFile(stats) as z:
-            if "arr_0.npy" in z.namelist():
-                raise UserError(f"--save-stats {stats}: holds images; choose another name")
     dict(score=score, recon=recon)[args.command](args)
 
 

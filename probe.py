@@ -8,7 +8,6 @@ One logistic regression an attribute on the flattened posterior mean, trained on
 strength chosen on val, scored on test. The majority guess and a probe on as many raw pixels as the latent has
 numbers stand beside it, so that good can be told from bad.
 """
-import csv
 import importlib.util
 import math
 import tempfile
@@ -574,7 +573,6 @@ def parse_args():
     p.add_argument("--png", help="draw what the probe saw here: attributes down and up in decoded images")
     p.add_argument("--show", nargs="+", metavar="ATTRIBUTE", help="attributes of --png (default: best six)")
     p.add_argument("--json", help="write all scores here")
-    p.add_argument("--csv", help="write the scores of every attribute here")
     p.add_argument("--precision", choices=("bf16", "fp32"), help="of the encoder (default: bf16 where fast)")
     p.add_argument("--dry-run", action="store_true", help="print images, attributes and disk, and end")
     return p.parse_args()
@@ -589,7 +587,7 @@ def check_args(args):
         raise UserError(f"{max(args.vae, key=args.vae.count)} is given twice; expected different checkpoints")
     if args.rivals and not importlib.util.find_spec("sklearn"):
         raise UserError("--rivals needs scikit-learn: pip install scikit-learn")
-    for flag in () if args.dry_run else ("png", "json", "csv"):
+    for flag in () if args.dry_run else ("png", "json"):
         if getattr(args, flag):
             common.open_file(getattr(args, flag), f"--{flag}")
 
@@ -666,16 +664,6 @@ def print_plan(images, attributes, order, vaes):
           f"{', '.join(map(str, sizes))}; {disk / 2**30:.2f} GiB in {tempfile.gettempdir()}")
 
 
-def write_csv(path, names, share, results):
-    """One row an attribute: its share of positive test labels, then every score of every feature set."""
-    columns = {f"{name} {k}": v for name, r in results.items() for k, v in r["per_attribute"].items()}
-    with open(path, "w", newline="", encoding="utf-8") as f:
-        writer = csv.writer(f)
-        writer.writerow(["attribute", "share", *columns])
-        for i, name in enumerate(names):
-            writer.writerow([name, round(share[i].item(), 4), *(round(v[i], 4) for v in columns.values())])
-
-
 def main():
     args = parse_args()
     device, _, _ = common.setup()
@@ -737,15 +725,14 @@ def main():
     # What is printed and written
     print_table(results)
     print_differences(results, bootstrap_f1(Y[test], predictions), args.vae)
-    if args.csv:
-        write_csv(args.csv, names, Y[test].nanmean(0), results)
     if blocks:
         draw_directions(args.png, blocks)
     if args.json:  # last: it marks the stage as done
         inputs = {path: common.weights_hash(vae.state_dict()) for path, vae in vaes.items()}
         common.write_json(args.json, dict(
             data=args.data, inputs=dict(data=images.hash, **inputs), attributes=names, left_out=dropped,
-            n=counts, precision=args.precision, results=results, seconds=round(time.time() - begin, 1)))
+            share=Y[test].nanmean(0).tolist(), n=counts, precision=args.precision, results=results,
+            seconds=round(time.time() - begin, 1)))
 
 
 if __name__ == "__main__":

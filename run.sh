@@ -232,7 +232,7 @@ arm() {
         --json "$dir/recon.json"
     [ -z "${PROBE:-}" ] ||
         once launch probe.py "$vae" --data "$PROBE" --resolution "$size" --rivals ${PROBE_FLAGS:-} \
-            --csv "$dir/probe.csv" --json "$dir/probe.json"
+            --json "$dir/probe.json"
 }
 
 trio() {  # VAE NAME RESOLUTION SIT: the VAE as it is, its control, and Send-VAE
@@ -486,7 +486,7 @@ testbed() {  # SEED ARM FOLDER
         --png "$dir/recon.png" --json "$dir/recon.json"
     [ -z "$TRAIN" ] ||
         once python "${code}probe.py" "$vae" --data "$DATA" ${JUDGES:+--rivals} \
-            --csv "$dir/probe.csv" --json "$dir/probe.json"
+            --json "$dir/probe.json"
 }
 
 # The demo, and the same on your own images: two arms of the testbed, one seed, a shorter SiT; then a table

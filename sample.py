@@ -196,21 +196,13 @@ def describe(args, model, guide, checkpoint):
                 guide_hash=guide and common.weights_hash(guide.state_dict()))
 
 
-def finished(out, settings):
+def finished(out, decides):
     """Whether `out` was written with these settings."""
     record, unfinished = out.with_suffix(".json"), Path(f"{out}.run")
     if not out.exists() or not record.exists() or unfinished.exists():
         return False
     found = common.read_json(record)
-    return all(found.get(k) == v for k, v in settings.items() if k not in PATHS)
-
-
-def open_store(out, settings, shape, rank):
-    """The arrays to fill in, new or of a stopped run: images of `shape` uint8, and which are there."""
-    files = {f"{out}.part": (np.uint8, shape), f"{out}.done": (np.uint8, shape[:1])}
-    kept = {k: v for k, v in settings.items() if k not in PATHS}
-    once_more = math.prod(shape)  # in the .npz
-    return common.open_rows(out, f"{out}.run", f"{out}.lock", kept, files, rank, spare=once_more)
+    return all(found.get(k) == v for k, v in decides.items())
 
 
 def remove_unfinished(out):
@@ -236,7 +228,8 @@ def main():
         return
 
     # Where it goes
-    if finished(out, settings):
+    decides = {k: v for k, v in settings.items() if k not in PATHS}
+    if finished(out, decides):
         if rank == 0:
             if os.path.exists(f"{out}.part"):  # left by a kill at the end, if nobody is at work there
                 common.claim(f"{out}.lock")
@@ -245,7 +238,9 @@ def main():
         return
     if rank == 0 and out.exists() and not os.path.exists(f"{out}.run"):
         print(f"{out}: of another command; drawn anew")
-    store = open_store(out, settings, shape, rank)
+    files = {f"{out}.part": (np.uint8, shape), f"{out}.done": (np.uint8, shape[:1])}
+    again = math.prod(shape)  # bytes of the .npz beside it
+    store = common.open_rows(out, f"{out}.run", f"{out}.lock", decides, files, rank, spare=again)
     batches = common.chunks(store.missing(rank, world), args.micro_batch)
 
     # Sample; a batch is stored while a GPU works on the next

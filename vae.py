@@ -372,21 +372,10 @@ def already_encoded(out, settings):
     found = common.read_json(out / "meta.json")
     paths = ("vae", "data")  # these may move: what they hold is compared by its hash
     other = [k for k in settings if k not in paths and found.get(k, settings[k]) != settings[k]]
-    if other == ["files_hash"]:
-        raise UserError(f"{out} holds the latents of other images than --data {settings['data']}: some were "
-                        "added, removed or replaced; bring them back, or choose another --out")
     if other:
         raise UserError(f"{out} holds latents with {other[0]} {found.get(other[0])}, this command says "
                         f"{settings[other[0]]}; choose another --out or delete it")
     return True
-
-
-def note_places(out, **places):
-    """Where the VAE and the images of finished latents lie now: train_sit.py --eval-every reads the VAE
-    there."""
-    meta = common.read_json(out / "meta.json")
-    if meta != meta | places and os.access(out, os.W_OK):
-        common.write_text(out / "meta.json", json.dumps(meta | places, indent=1) + "\n")
 
 
 @torch.no_grad()
@@ -485,7 +474,10 @@ def main():
     if already_encoded(out, settings):
         if rank == 0:
             remove_unfinished(out)
-            note_places(out, vae=args.vae, data=args.data)
+            meta = common.read_json(out / "meta.json")
+            places = dict(vae=args.vae, data=args.data)  # where they lie now, for train_sit.py
+            if meta != meta | places and os.access(out, os.W_OK):
+                common.write_text(out / "meta.json", json.dumps(meta | places, indent=1) + "\n")
             print(f"{out}: already encoded")
         return
     # moments; sums of E[z] and E[z^2] of each image over flips and positions; which rows are there

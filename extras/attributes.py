@@ -28,6 +28,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common  # noqa: E402
 import data  # noqa: E402
+import fid  # noqa: E402
 from common import UserError  # noqa: E402
 from mapper import pretrained  # noqa: E402
 from oracle import NET, logits  # noqa: E402
@@ -40,20 +41,12 @@ GROUPS = {"skin": ("skin_",), "glasses": ("glasses", "sunglasses"),
 
 def read_samples(path, size, classes):
     """An .npz of sample.py -> uint8 (N, 3, S, S), labels (N,). Raises UserError."""
-    try:
-        found = common.read_npz(path, "arr_0", "arr_1")
-        images, labels = found["arr_0"], found["arr_1"]
-    except common.BROKEN as e:
-        raise UserError(f"{path}: no samples in it ({common.brief(e)}); expected an .npz of "
-                        "sample.py") from None
-    if images.shape[1:] != (size, size, 3) or images.dtype != np.uint8:
-        raise UserError(f"{path}: images {images.dtype} {images.shape[1:]}; expected uint8 "
-                        f"{(size, size, 3)}, or another --size")
-    known = labels.shape == (len(images),) and labels.dtype.kind in "iu"
-    if len(images) < 2 or not known or not 0 <= labels.min() <= labels.max() < classes:
-        raise UserError(f"{path}: {len(images)} images, labels {labels.dtype} {labels.shape}; expected two "
-                        f"or more, each with its label 0 to {classes - 1}, as the classes of the data")
-    return torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(labels.astype(np.int64))
+    source = fid.load_npz(path)
+    known = source.n > 1 and source.labels is not None and set(source.labels.tolist()) <= {*range(classes)}
+    if source.size != size or not known:
+        raise UserError(f"{path}: {source.n} images of {source.size} pixels; expected two or more of {size} "
+                        f"(or another --size), each with its label 0 to {classes - 1}, as the data's")
+    return source.read(range(source.n))[0], torch.from_numpy(source.labels.astype(np.int64))
 
 
 def train_reader(table, keep, images, applies, features):

@@ -354,8 +354,7 @@ def demo(avatars, net, tmp_path_factory):
            "--png", folder / "recon.png", "--json", folder / "recon.json", *FP32)
         do("fid", "score", avatars, samples, "--split", "val", *net, "--vae", vae_pt,
            "--cache", out / "reference.npz", "--json", folder / "fd.json", *FP32)
-        do("probe", vae_pt, "--data", avatars, "--json", folder / "probe.json", "--csv", folder / "probe.csv",
-           *FP32)
+        do("probe", vae_pt, "--data", avatars, "--json", folder / "probe.json", *FP32)
     do("study", "demo", out)
     return out
 
