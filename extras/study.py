@@ -511,8 +511,7 @@ def long_part(long):
             "class agreement", "steps to the control's last distance (curve)"]
     return f"""On the VAEs of the arms above, with a decaying learning rate; not part of any table above.
 
-{table(head, lines)}
-![Their first samples, from the same noise and labels, first seed](samples.png)"""
+{table(head, lines)}"""
 
 
 def ladder_part(rows, known):
@@ -594,13 +593,10 @@ def write_report(root, rows, long, missing, means, correlations, known):
 ({', '.join(f"{run} in {r['precisions']}" for run, r in runs.items())}).{left_out}
 The distance to the training images is {control['measure']} (lower is better).
 As many real images score {control['real_images']}.
-The first judge, EfficientNet-Lite0, taught the aligned arms but `random*`, `oracle`, `vfm2`, `vfm-vit` and
-`vfm-vgg16`, and the SiT of `*-repa`; Lite2 taught `vfm2` alone, VGG16 `vfm-vgg16` alone (VGG16's LPIPS helped
-to pre-train the VAE that all begin from). Values are mean ± standard deviation over seeds. A difference is
-taken within each seed and precision, and a seed that ran in two counts once, with its mean; in brackets the
-95 % interval by Student's t; "undecided" where that holds 0; none of fewer than three seeds. All differences
-from a control rest on the same few control runs, and many are shown: of those without any effect about one in
-20 falls outside.
+EfficientNet-Lite0, the first judge, taught the aligned arms but `random*`, `oracle`, `vfm2`, `vfm-vit` and
+`vfm-vgg16`. Values: mean ± standard deviation over seeds; differences have their 95 % interval by Student's t
+in brackets ("undecided" where that holds 0). All differences from a control rest on the same few control
+runs: of those without any effect about one in 20 falls outside.
 
 ## In short
 
@@ -659,7 +655,7 @@ An arm again: delete its folder, and those of its `-repa` and `-long`, and run t
 # Figures
 
 
-def sheet_images(path, size, top=0.0, bottom=1.0):
+def sheet_images(path, size, top, bottom):
     """The pictures (N, size, size, 3) in a share of the height of a grid that common.save_grid wrote."""
     with Image.open(path) as sheet:
         box = 0, int(top * sheet.height), sheet.width, int(bottom * sheet.height)
@@ -726,16 +722,6 @@ def draw_ladder(rows, known, path):
     save_figure(figure, path)
 
 
-def draw_samples(files, path):
-    """A row an arm: the first line of its samples.png."""
-    figure = new_figure(8.4, len(files) * 0.8)  # as wide as the longest names need
-    for i, (arm, file) in enumerate(files.items()):
-        with Image.open(file) as sheet:
-            size = sheet.width // 8  # sample.py's columns
-        show(figure.add_subplot(len(files), 1, i + 1), sheet_images(file, size)[:8], 8, name=arm)
-    save_figure(figure, path)
-
-
 def draw_demo(run, arms, study):
     """Each arm's samples from the same noise and labels, and gFD while the SiT trained; below them originals
     and their reconstructions: RUN/report.png. study: rows whose longer curves are drawn behind."""
@@ -774,16 +760,12 @@ def report_study(root):
         print(f"not finished, left out: {', '.join(missing)}")
     means, known = arm_means(rows), read_ladder(root, rows)
     correlations = correlate(means) if len(means) > 2 else {}
-    first = next((run for of in long.values() for run in of), "")
-    sheets = {arm: root / first / arm / "samples.png" for arm, of in long.items() if first in of}
     every = [r for of in (rows | long).values() for r in of.values()]
     common.write_text(root / "rows.json", json.dumps(every, indent=1) + "\n")
     common.write_json(root / "correlations.json", correlations)
     write_report(root, rows, long, missing, means, correlations, known)
     print(claim_table(rows) + "\n" + main_table(rows) + f"{root}/report.md, {root}/rows.json")
     draw_convergence(rows, long, root / "convergence.png")  # last: all else is there without matplotlib
-    if sheets:
-        draw_samples(sheets, root / "samples.png")
     if known:
         draw_ladder(rows, known, root / "ladder.png")
 

@@ -60,8 +60,6 @@ def write_arm(folder, fd, f1, curve, psnr=24.0, vae=True, commit="c0ffee", init=
         records["probe"] = dict(inputs={"data": "y", "vae.pt": vae_hash}, results=results)
     for name, record in records.items():
         (folder / f"{name}.json").write_text(json.dumps(dict(record, made=made)))
-    pixels = np.random.default_rng(int(fd)).integers(0, 256, (16, 3, 8, 8), np.uint8)
-    common.save_grid(torch.from_numpy(pixels), folder / "samples.png", columns=8)
 
 
 @pytest.fixture
@@ -137,7 +135,6 @@ def test_study_report(three_seeds):
     assert lines_of(text, "| probe_f1 |").startswith("| probe_f1 | 0.610 | 0.630 | 0.650 |")
     assert "| `send` | 950 ± 0 (-50 ± 0) | 861 ± 1 (-40 ± 0) |" in text and "At equal loss" not in text
     assert_drawn(three_seeds, "convergence")
-    assert not (three_seeds / "samples.png").exists()
 
 
 def test_a_seed_in_two_precisions(three_seeds):
@@ -229,7 +226,6 @@ def test_arms_that_are_trained_longer(three_seeds):
     assert "| `send-long` | 1 | 4000 | 400 | 200 | 0.400 | 0.300 | 0.900 | 1500 |" in text
     part = lambda t: t[t.index("## In short"):t.index("## SiTs trained longer")]
     assert part(text) == part(before)
-    assert_drawn(three_seeds, "samples")
     record = {r["name"]: r for r in json.loads((three_seeds / "rows.json").read_text())}
     assert record["seed0/send-long"]["arm"] == "send-long" and record["seed0/send-long"]["psnr"] == 24.1
     write_arm(three_seeds / "seed1/send-long", 400.0, None, curve, vae=False, steps=5000)
@@ -284,7 +280,7 @@ def test_report_of_the_demo(tmp_path, monkeypatch):
         grid = torch.from_numpy(rng.integers(0, 256, (32, 3, 8, 8), np.uint8))
         common.save_grid(grid, tmp_path / arm / "recon.png", columns=8)
         half = grid[16:].permute(0, 2, 3, 1).numpy()
-        assert np.array_equal(study.sheet_images(tmp_path / arm / "recon.png", 8, 0.5), half)
+        assert np.array_equal(study.sheet_images(tmp_path / arm / "recon.png", 8, 0.5, 1), half)
     show, plot, plotted = study.show, matplotlib.axes.Axes.plot, []
 
     def note_picture(axis, images, *args, **settings):
