@@ -434,9 +434,7 @@ def reconstructions(path, source, order, device, precision):
     the posterior, decoded; its noise depends on the row alone."""
     vae = load_vae(path).to(device, memory_format=torch.channels_last)
     rows = source.rows[np.sort(order[:RECONSTRUCTED])]
-    if source.size % vae.factor:
-        raise UserError(f"--vae {path}: the reference's images have {source.size} pixels a side; expected a "
-                        f"multiple of {vae.factor}")
+    shape = vae.latent_shape(source.size)
 
     @torch.no_grad()
     def read(places):
@@ -444,7 +442,7 @@ def reconstructions(path, source, order, device, precision):
         x = data.to_float(pixels.to(device)).contiguous(memory_format=torch.channels_last)
         with common.autocast(device, precision):
             posterior = vae.encode(x)
-            eps = data.draw_noise(0, kept, 0, posterior.mean.shape[1:])[1].to(device)
+            eps = data.draw_noise(0, kept, 0, shape)[1].to(device)
             return data.to_uint8(vae.decode(posterior.sample(eps))), places
 
     digest = common.weights_hash(vae.state_dict())
@@ -709,8 +707,7 @@ def recon(args):
     begin = time.time()
     vae = load_vae(args.vae).to(device, memory_format=torch.channels_last)
     size = args.resolution or vae.config["resolution"]
-    if size % vae.factor:
-        raise UserError(f"--resolution {size}: expected a multiple of the VAE's factor {vae.factor}")
+    vae.latent_shape(size)  # raises where there is none
     if size < 11:
         raise UserError(f"--resolution {size}: SSIM's window has 11 pixels a side; expected as many or more")
     images = settle_size(data.ImageFolder(args.data, size, split=args.split))

@@ -309,11 +309,6 @@ def collect(images, order, compute, label):
     return X[:len(rows)], rows
 
 
-def latent_shape(vae, size):
-    """(c, h, w) of an image of size x size."""
-    return vae.config["z_channels"], size // vae.factor, size // vae.factor
-
-
 def evenly(part, count):
     """At most `count` rows spread over the slice `part`: tables are often sorted by class."""
     return torch.linspace(part.start, part.stop - 1, min(count, part.stop - part.start)).round().long()
@@ -463,7 +458,7 @@ def equivariance(vae, x, z, std):
 def rivals(vae, X, labels, part, pixels, solver):
     """{name: float} of one VAE: X (m, D) its features; labels (m,); part {split: slice}; uint8 pixels of some
     test images, for PSNR (dB) and equivariance, both in float32; solver: fit_probe's device."""
-    device, z_shape = next(vae.parameters()).device, latent_shape(vae, pixels.shape[-1])
+    device, z_shape = next(vae.parameters()).device, vae.latent_shape(pixels.shape[-1])
     chosen = evenly(part["train"], 5000), evenly(part["test"], 5000)
     cut = len(chosen[0])
     z = X[torch.cat(chosen)].float().view(-1, *z_shape)  # (m, c, h, w)
@@ -621,7 +616,7 @@ def open_images(args, vaes):
 def feature_sets(args, vaes, size, device):
     """{name: function of uint8 images}: each VAE's posterior mean, the VFM's tokens, pixels; the last two
     with as many numbers as the first VAE's latent, or about."""
-    dimension = math.prod(latent_shape(vaes[args.vae[0]], size))
+    dimension = math.prod(vaes[args.vae[0]].latent_shape(size))
     sets = {path: partial(posterior_mean, vae.to(device, memory_format=torch.channels_last), args.precision)
             for path, vae in vaes.items()}
     if args.vfm:
@@ -658,7 +653,7 @@ def print_differences(results, draws, vaes):
 
 def print_plan(images, attributes, order, vaes):
     """--dry-run: what would be done, and the disk it needs."""
-    sizes = [math.prod(latent_shape(vae, images.size)) for vae in vaes.values()]
+    sizes = [math.prod(vae.latent_shape(images.size)) for vae in vaes.values()]
     disk = max(2 * len(order) * s if len(order) * s > IN_MEMORY else 0 for s in sizes)
     print(f"{attributes} attributes, {len(order)} images of {images.size} x {images.size}; features "
           f"{', '.join(map(str, sizes))}; {disk / 2**30:.2f} GiB in {tempfile.gettempdir()}")

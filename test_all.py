@@ -1580,7 +1580,7 @@ def test_recon_scores(tmp_vae, vgg, judge, tmp_path):
     assert f"PSNR {result['psnr']:.4f}" in out and "6 images, cropped to 32 x 32" in out
     assert "enlarged" not in out
     assert "6 of 6 images" in do(*command, "--resolution", 64, "--net", "none", "--lpips", 0)
-    assert_refused(call(*command, "--resolution", 33, "--net", "none", "--lpips", 0), "33", "factor 4")
+    assert_refused(call(*command, "--resolution", 33, "--net", "none", "--lpips", 0), "33", "multiple of 4")
     out = do(*command, "--dry-run", "--json", tmp_path / "dry.json")
     assert "6 images" in out and not (tmp_path / "dry.json").exists()
 

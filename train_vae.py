@@ -302,9 +302,6 @@ def build_vae(args):
     else:
         vae, found = AutoencoderKL(**VAE_CONFIGS[args.preset]), None
     size = args.resolution or vae.config["resolution"]
-    if size % vae.factor:
-        raise UserError(f"--resolution {size}: expected a multiple of {vae.factor}, the VAE's downsampling "
-                        "factor")
     attention = tuple(size // 2 ** i for i, m in enumerate(vae.encoder.down) if len(m.attn))
     # the same network; its crop is now this one
     vae.config |= dict(resolution=size, attn_resolutions=attention)
@@ -436,7 +433,7 @@ def main():
     torch.manual_seed(args.seed)
     vae, init_hash = build_vae(args)
     size = vae.config["resolution"]
-    latent_shape = vae.config["z_channels"], size // vae.factor, size // vae.factor
+    latent_shape = vae.latent_shape(size)
     vfm, mapper = build_alignment(args, size, latent_shape)
     lpips = build_lpips(args.lpips_ckpt, device, weights=not args.dry_run) if args.lpips else None
     torch.manual_seed(args.seed + 2)

@@ -271,6 +271,12 @@ class AutoencoderKL(nn.Module):
         self.factor = 2 ** (len(ch_mult) - 1)
         self.latent_stats = None  # mean and std (c,) of the latents, where a release says them
 
+    def latent_shape(self, size):
+        """(c, h, w) of images of size x size pixels. Raises UserError."""
+        if size % self.factor:
+            raise UserError(f"--resolution {size}: expected a multiple of {self.factor}, the VAE's factor")
+        return self.config["z_channels"], size // self.factor, size // self.factor
+
     def encode(self, x):
         if x.shape[-1] % self.factor or x.shape[-2] % self.factor:
             raise UserError(f"image {x.shape[-2]} x {x.shape[-1]}: expected a multiple of {self.factor}")
@@ -453,12 +459,11 @@ def main():
 
     # What is encoded
     size = args.resolution or vae.config["resolution"]
-    if size % vae.factor:
-        raise UserError(f"--resolution {size}: expected a multiple of {vae.factor}, the VAE's factor")
+    c, side, _ = vae.latent_shape(size)
     images = data.ImageFolder(args.data, size, split=args.split)
     data.check_folder(images, step=vae.factor)
-    n, side = len(images.files), size // vae.factor
-    shape = (n, 1 + args.flip, 2 * vae.config["z_channels"], side, side)
+    n = len(images.files)
+    shape = (n, 1 + args.flip, 2 * c, side, side)
     if rank == 0:
         print(f"{n} images, {len(images.classes)} classes, with{'' if args.flip else 'out'} mirror images -> "
               f"moments {shape} float16, {2 * np.prod(shape) / 2**20:.0f} MiB of disk; {device.type} in "
@@ -481,8 +486,7 @@ def main():
             print(f"{out}: already encoded")
         return
     # moments; sums of E[z] and E[z^2] of each image over flips and positions; which rows are there
-    sums = n, 2, vae.config["z_channels"]
-    files = {out / "moments.npy": (np.float16, shape), out / "sums.npy": (np.float64, sums),
+    files = {out / "moments.npy": (np.float16, shape), out / "sums.npy": (np.float64, (n, 2, c)),
              out / "done.npy": (np.uint8, (n,))}
     store = common.open_rows(out, out / "unfinished.json", out / ".lock", settings, files, rank)
     batches = common.chunks(store.missing(rank, world), args.micro_batch)

@@ -77,8 +77,7 @@ def vae_of(model):
     """The VAE whose latents a SiT of this name takes (patch 1: f16d32, patch 2: f8d4) -> it, their shape."""
     patch = sit.SIT_MODELS[model].keywords["patch_size"]
     network = random_vae("demo" if "demo" in model else "f16d32" if patch == 1 else "f8d4")
-    side = network.config["resolution"] // network.factor
-    return network, (network.config["z_channels"], side, side)
+    return network, network.latent_shape(network.config["resolution"])
 
 
 def random_latents(count, model):

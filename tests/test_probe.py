@@ -510,7 +510,7 @@ def test_features_beyond_memory_lie_in_a_file(vae_pair, monkeypatch, tmp_path):
     shutil.copytree(vae_pair / "images", tmp_path / "images")
     images, order = data.ImageFolder(tmp_path / "images", 32), list(reversed(range(40)))
     whole, rows = posterior_features(vae_pair, images, order)
-    assert whole.dtype == torch.float32 and whole.shape == (40, math.prod(probe.latent_shape(tiny_vae(), 32)))
+    assert whole.dtype == torch.float32 and whole.shape == (40, math.prod(tiny_vae().latent_shape(32)))
     assert rows == order
     one = vae.load_vae(vae_pair / "vae.pt").encode(data.to_float(images[37][0][None])).mean.flatten()
     torch.testing.assert_close(whole[2], one, rtol=1e-4, atol=1e-4)
