@@ -422,7 +422,11 @@ def open_out(folder, need_bytes=0, flag="--out"):
     `need_bytes`; that names the `flag`."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tempfile.TemporaryFile(dir=folder).close()
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as e:
+        e.filename = str(folder)
+        raise
     free = shutil.disk_usage(folder).free
     if need_bytes > free:
         raise UserError(f"{folder}: needs {need_bytes / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free; "
@@ -431,7 +435,7 @@ def open_out(folder, need_bytes=0, flag="--out"):
 
 
 def open_file(path, flag):
-    """Make the folder of a file that will be written. Raises UserError, which names the `flag`."""
+    """Make the folder of a file that will be written. Raises as open_out()."""
     open_out(Path(path).parent, flag=flag)
     if Path(path).is_dir():
         raise UserError(f"{flag} {path}: is a folder; expected the name of a file")
@@ -642,7 +646,7 @@ def save_checkpoint(path, state):
             torch.save(dict(state, made=made()), f)
     except (OSError, RuntimeError) as e:
         cause = e.__context__ if isinstance(e, RuntimeError) else e  # torch.save hides the system's error
-        if not isinstance(cause, OSError):
+        if not isinstance(cause, OSError) or cause.errno is None:
             raise
         cause.filename = str(path)
         raise cause from None
@@ -888,26 +892,32 @@ class Log:
                 self.track(numbers, record["step"])
 
 
-def open_tracker(name, out, step, settings):
-    """--log-to -> what takes ({name: number}, step) and what takes (picture (H, W, 3) uint8, step), or None
-    twice. step: the checkpoint's; later numbers come again. Raises UserError."""
-    if name is None:
-        return None, None
+def import_tracker(name):
+    """The module of --log-to. Raises UserError."""
     try:
-        if name == "tensorboard":
-            module = importlib.import_module("torch.utils.tensorboard")
-            board = module.SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)
-            return (lambda numbers, step: [*(board.add_scalar(k, v, step) for k, v in numbers.items()),
-                                           board.flush()],
-                    lambda picture, step: board.add_image("samples", picture, step, dataformats="HWC"))
-        wandb = importlib.import_module("wandb")  # "auto": a run that was stopped goes on
-        board = wandb.init(project="send-vae", dir=str(out), config=settings, resume="auto")
-    except Exception as e:  # another version's import may raise anything; wandb without an account its Error
-        raise UserError(f"--log-to {name}: {brief(e, 400)}; pip install {name}, or leave the flag "
-                        "out") from None
+        return importlib.import_module("torch.utils.tensorboard" if name == "tensorboard" else name)
+    except (ImportError, TypeError, AttributeError) as e:  # the latter two: of other versions
+        raise UserError(f"--log-to {name}: cannot be imported ({brief(e)}); pip install {name}, or leave the "
+                        "flag out") from None
+
+
+def open_tracker(module, out, step, settings):
+    """The module of --log-to -> what takes ({name: number}, step) and what takes (picture (H, W, 3) uint8,
+    step), or None twice. step: the checkpoint's; later numbers come again. Raises UserError."""
+    if module is None:
+        return None, None
+    if hasattr(module, "SummaryWriter"):
+        board = module.SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)
+        return (lambda numbers, step: [*(board.add_scalar(k, v, step) for k, v in numbers.items()),
+                                       board.flush()],
+                lambda picture, step: board.add_image("samples", picture, step, dataformats="HWC"))
+    try:  # "auto": a run that was stopped goes on
+        board = module.init(project="send-vae", dir=str(out), config=settings, resume="auto")
+    except module.Error as e:
+        raise UserError(f"--log-to wandb: {brief(e, 400)}") from None
     board.define_metric("*", step_metric="step")  # wandb's own steps cannot go back to the checkpoint's
     return (lambda numbers, step: board.log({**numbers, "step": step}),
-            lambda picture, step: board.log({"samples": wandb.Image(picture), "step": step}))
+            lambda picture, step: board.log({"samples": module.Image(picture), "step": step}))
 
 
 def load_figure():
@@ -969,6 +979,7 @@ class Run:
         if args.batch % (self.world * self.micro):
             raise UserError(f"--batch {args.batch}: expected a multiple of {self.world} process(es) times "
                             f"--micro-batch {self.micro}")
+        self.tracker = import_tracker(args.log_to) if args.log_to and self.rank == 0 else None
         other = self.path.with_name({"vae.pt": "sit.pt", "sit.pt": "vae.pt"}[name])
         there = [any(p.exists() for p in (f, f.with_suffix(".prev.pt"))) for f in (self.path, other)]
         if there == [False, True]:
@@ -1013,8 +1024,7 @@ class Run:
         name_images(step, places in the global batch) -> names; draw() -> what the model can do, two rows of
         images, uint8 (N, 3, H, W): called by the first process alone."""
         settings, out = dict(vars(self.args), inputs=self.inputs), self.path.parent
-        track, self.track_picture = open_tracker(None if self.rank else self.args.log_to, out, self.step,
-                                                 settings)
+        track, self.track_picture = open_tracker(self.tracker, out, self.step, settings)
         self.log = Log(out / "metrics.jsonl", self.step, settings, self.rank, track)
         self.signal = torch.zeros(1)  # the number of the signal that asks for a save and an end
         for s in (signal.SIGTERM, signal.SIGINT):

@@ -434,7 +434,7 @@ def reconstructions(path, source, order, device, precision):
     the posterior, decoded; its noise depends on the row alone."""
     vae = load_vae(path).to(device, memory_format=torch.channels_last)
     rows = source.rows[np.sort(order[:RECONSTRUCTED])]
-    shape = vae.latent_shape(source.size)
+    vae.latent_shape(source.size)  # raises where there is none
 
     @torch.no_grad()
     def read(places):
@@ -442,7 +442,7 @@ def reconstructions(path, source, order, device, precision):
         x = data.to_float(pixels.to(device)).contiguous(memory_format=torch.channels_last)
         with common.autocast(device, precision):
             posterior = vae.encode(x)
-            eps = data.draw_noise(0, kept, 0, shape)[1].to(device)
+            eps = data.draw_noise(0, kept, 0, posterior.mean.shape[1:])[1].to(device)
             return data.to_uint8(vae.decode(posterior.sample(eps))), places
 
     digest = common.weights_hash(vae.state_dict())
@@ -802,6 +802,9 @@ def main():
     for flag in () if args.dry_run else ("json", "png", "cache", "save_stats"):
         if getattr(args, flag, None):
             common.open_file(getattr(args, flag), f"--{flag.replace('_', '-')}")
+    stats = getattr(args, "save_stats", None)
+    if stats and zipfile.is_zipfile(stats) and "arr_0.npy" in zipfile.ZipFile(stats).namelist():
+        raise UserError(f"--save-stats {stats}: holds images; choose another name")
     dict(score=score, recon=recon)[args.command](args)
 
 

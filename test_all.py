@@ -2160,6 +2160,7 @@ sample --sit SIT --images 2 --interval 0 1.5 --out a.npz            | --interval
 sample --sit SIT --images 2 --seed 4294967296 --out a.npz           | --seed | from 0 to 4,294,967,295
 fid score IMAGES none --save-stats ref                              | --save-stats | 'ref' | .npz
 fid score IMAGES none --json VAE_FOLDER                             | --json | is a folder
+fid score IMAGES none --save-stats held.npz                         | held.npz: holds images
 fid score IMAGES IMAGES --net dinov9                                | dinov9
 fid score                                                           | required
 fid recon --vae VAE --data IMAGES --net none --resolution 8         | 8 | 11 pixels
@@ -2177,6 +2178,7 @@ def test_bad_commands(line, small, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("text.pt").write_text("no checkpoint")
     torch.save(dict(common.load_checkpoint(small / "sit/sit.pt"), vae="gone.pt"), "moved.pt")
+    np.savez("held.npz", arr_0=np.zeros((4, 8, 8, 3), np.uint8), mu=np.zeros(2), sigma=np.eye(2))
     flags = dict(SMALL_VAE=SMALL_VAE, SMALL_SIT=SMALL_SIT, PLAIN=PLAIN, VFM=VFM)
     files = dict(IMAGES="images", VAE="vae/vae.pt", VAE_FOLDER="vae", OTHER="other/vae.pt", LATENTS="latents",
                  SIT="sit/sit.pt")

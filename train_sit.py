@@ -157,7 +157,8 @@ class Sampler:
         if not path.exists():
             command = latents.meta.get("made", {}).get("command", "vae.py --vae ...")
             raise UserError(f"{path}, the VAE of {run.args.latents}, is not there; if it has moved, run "
-                            f"again, with its new --vae: python {command}; or train with --sample-every 0")
+                            f"again, with its new --vae: python {command}; or train with --sample-every 0 "
+                            "and without --eval-every")
         self.vae = load_vae(path)
         if common.weights_hash(self.vae.state_dict()) != latents.meta["vae_hash"]:
             raise UserError(f"{latents.meta['vae']}: no longer the VAE that made {run.args.latents}; encode "
@@ -219,7 +220,8 @@ def print_plan(args, run, latents, model, vfm, pair):
 
 def main():
     args = parse_args()
-    run = common.Run(args, "sit.pt", advice="a smaller --lr, --qk-norm 1 or --precision fp32")
+    run = common.Run(args, "sit.pt", advice="a smaller --lr, --qk-norm 1 or --precision "
+                     "fp32; where one image is named, encode its latents again and go on")
     device = run.device
     latents = data.load_latents(args.latents)
     n, flips, c2, side, _ = latents.moments.shape

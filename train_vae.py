@@ -20,6 +20,8 @@ Which loss moves what (the VFM and LPIPS are frozen; L_align is Send-VAE's or VA
     L_align            x                   x
     L_disc                                              x
 """
+import argparse
+import contextlib
 import copy
 from functools import partial
 
@@ -130,7 +132,9 @@ def check_args(p, args):
 
 def noise_level(text):
     """argparse type of --noise."""
-    return text if text == "lognormal" else common.share(text)
+    with contextlib.suppress(argparse.ArgumentTypeError):
+        return text if text == "lognormal" else common.share(text)
+    raise argparse.ArgumentTypeError(f"{text!r}; expected a number from 0 to 1, or lognormal")
 
 
 # ------------------------------------------------------------------------------------------------------------

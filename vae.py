@@ -274,7 +274,8 @@ class AutoencoderKL(nn.Module):
     def latent_shape(self, size):
         """(c, h, w) of images of size x size pixels. Raises UserError."""
         if size % self.factor:
-            raise UserError(f"--resolution {size}: expected a multiple of {self.factor}, the VAE's factor")
+            raise UserError(f"images of {size} pixels (--resolution): expected a multiple of {self.factor}, "
+                            "the VAE's factor")
         return self.config["z_channels"], size // self.factor, size // self.factor
 
     def encode(self, x):
@@ -378,6 +379,9 @@ def already_encoded(out, settings):
     found = common.read_json(out / "meta.json")
     paths = ("vae", "data")  # these may move: what they hold is compared by its hash
     other = [k for k in settings if k not in paths and found.get(k, settings[k]) != settings[k]]
+    if other == ["files_hash"]:
+        raise UserError(f"{out} holds the latents of other images than --data {settings['data']}: some were "
+                        "added, removed or replaced; bring them back, or choose another --out")
     if other:
         raise UserError(f"{out} holds latents with {other[0]} {found.get(other[0])}, this command says "
                         f"{settings[other[0]]}; choose another --out or delete it")

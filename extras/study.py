@@ -597,9 +597,10 @@ def write_report(root, rows, long, missing, means, correlations, known):
 The distance to the training images is {control['measure']} (lower is better).
 As many real images score {control['real_images']}.
 EfficientNet-Lite0, the first judge, taught the aligned arms but `random*`, `oracle`, `vfm2`, `vfm-vit` and
-`vfm-vgg16`. Values: mean ± standard deviation over seeds; differences have their 95 % interval by Student's t
-in brackets ("undecided" where that holds 0). All differences from a control rest on the same few control
-runs: of those without any effect about one in 20 falls outside.
+`vfm-vgg16`, and the SiT of `*-repa`. Values are mean ± standard deviation over seeds. A difference is taken
+within a seed and a precision, and a seed that ran in two counts once; in brackets its 95 % interval by
+Student's t ("undecided" where that holds 0; none of fewer than three seeds). All differences from a control
+rest on the same few control runs: of those without any effect about one in 20 falls outside.
 
 ## In short
 

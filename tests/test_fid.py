@@ -264,7 +264,7 @@ def test_flags_of_the_score(tmp_vae, judge, tmp_path):
     a, b = (write_npz(tmp_path / f"{n}.npz", x) for n in "ab")
     np.savez(tmp_path / "stats.npz", **stats_of(network="colours"))
     score = lambda *words: call("fid", "score", *words, *judge)
-    assert_refused(score(root, a, "--resolution", 31, "--vae", tmp_vae), "--resolution 31", "multiple of 4")
+    assert_refused(score(root, a, "--resolution", 31, "--vae", tmp_vae), "31 pixels", "multiple of 4")
     assert_refused(score(tmp_path / "stats.npz", a, "--vae", tmp_vae), "--vae", "stats.npz", "images")
     assert_refused(score(root, a, b, "--vae", tmp_vae), "--vae", "2 sets")
     cache = tmp_path / "cache.npz"

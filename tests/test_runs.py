@@ -262,7 +262,7 @@ def test_a_changed_data_set_is_seen(small, tmp_path):
     Image.effect_noise((64, 64), 90).convert("RGB").save(images / "a/000.png")
     assert_refused(call(*repa, "--steps", 3), "--data")
     assert_refused(call(*fine, "--steps", 3), "other content of --data")
-    assert_refused(call(*encode_command(small, images, latents)), "files_hash")
+    assert_refused(call(*encode_command(small, images, latents)), "other images than --data")
 
 
 def test_weights_may_move_but_not_change(small, tmp_path):
@@ -336,7 +336,7 @@ def test_a_latent_that_is_not_finite(small, tmp_path):
     moments.flush()
     file = data.load_latents(small / "latents").files[5]
     result = call(*command, "--steps", 30)
-    assert_refused(result, "step ", file, "not finite")
+    assert_refused(result, "step ", file, "not finite", "encode")
     np.savez(tmp_path / "latents/stats.npz", mean=np.full(4, np.nan), std=np.ones(4))
     assert_refused(call(*command, "--steps", 30), "damaged", "not finite")
 

@@ -51,7 +51,7 @@ def test_levels_of_noise(small, tmp_path):
         do(*command, "--noise", noise, "--out", tmp_path / noise)
         losses.add(metrics(tmp_path / noise)[1][0]["align"])
     assert len(losses) == 4
-    assert_refused(call(*command, "--noise", "2", "--out", tmp_path / "x"), "--noise", "from 0 to 1")
+    assert_refused(call(*command, "--noise", "2", "--out", tmp_path / "x"), "--noise", "0 to 1, or lognormal")
 
 
 def test_weight_by_ratio(small, tmp_path):
