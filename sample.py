@@ -206,7 +206,8 @@ def finished(out, decides):
 
 
 def remove_unfinished(out):
-    for suffix in ("run", "part", "done", "lock"):  # .run first: with it, the images are not finished
+    # .run first: with it, the images are not finished; .lock last: with it, something is left
+    for suffix in ("run", "part", "done", "lock"):
         Path(f"{out}.{suffix}").unlink(missing_ok=True)
 
 
@@ -231,7 +232,7 @@ def main():
     decides = {k: v for k, v in settings.items() if k not in PATHS}
     if finished(out, decides):
         if rank == 0:
-            if os.path.exists(f"{out}.part"):  # left by a kill at the end, if nobody is at work there
+            if os.path.exists(f"{out}.lock"):  # left by a kill at the end, if nobody is at work there
                 common.claim(f"{out}.lock")
                 remove_unfinished(out)
             print(f"{out}: already there")
