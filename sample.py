@@ -205,10 +205,14 @@ def finished(out, decides):
     return all(found.get(k) == v for k, v in decides.items())
 
 
+def unfinished_files(out):
+    """What stands beside `out` while it is made, .run first: with it, the images are not finished."""
+    return [Path(f"{out}.{suffix}") for suffix in ("run", "part", "done", "lock")]
+
+
 def remove_unfinished(out):
-    # .run first: with it, the images are not finished; .lock last: with it, something is left
-    for suffix in ("run", "part", "done", "lock"):
-        Path(f"{out}.{suffix}").unlink(missing_ok=True)
+    for path in unfinished_files(out):
+        path.unlink(missing_ok=True)
 
 
 def main():
@@ -232,7 +236,7 @@ def main():
     decides = {k: v for k, v in settings.items() if k not in PATHS}
     if finished(out, decides):
         if rank == 0:
-            if os.path.exists(f"{out}.lock"):  # left by a kill at the end, if nobody is at work there
+            if any(p.exists() for p in unfinished_files(out)):  # left by a stop, if nobody is at work there
                 common.claim(f"{out}.lock")
                 remove_unfinished(out)
             print(f"{out}: already there")

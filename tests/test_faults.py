@@ -104,7 +104,7 @@ BAD_MOMENTS = {
     "train_vae": IN_TRAINING, "train_sit": IN_TRAINING,
     "vae": [*IN_ROWS, die_in(np, "save"), die_in(np, "savez", after=True)],
     "sample": [*IN_ROWS, die_in(common, "save_grid", after=True), die_in(common, "write_npz"),
-               die_in(os, "unlink", 2, after=True), die_in(os, "unlink", 3, after=True)]}
+               *(die_in(Path, "unlink", k, after=True) for k in (1, 2, 3))]}
 
 
 def assert_same_output(script, a, b):
